@@ -1,0 +1,1 @@
+"""AutoMix-Dist: train image classifiers with AutoMix (arXiv 2103.13027), from one machine to many nodes."""

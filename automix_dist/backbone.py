@@ -1,0 +1,172 @@
+"""timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from automix_dist.config import ConfigError, ModelConfig
+
+
+class Backbone(nn.Module):
+    """A timm model without its classifier.
+
+    Anything with `features`, `forward`, `feature_channels`, `feature_size` and `width` can stand in for it.
+    """
+
+    feature_channels: int
+    """C of the feature map."""
+    feature_size: tuple[int, int]
+    """h, w of the feature map."""
+    width: int
+    """Length of the pooled embedding."""
+
+    def __init__(self, model: nn.Module, feature: int, image_size: int):
+        super().__init__()
+        self.model = model
+        self.feature = feature
+        with torch.no_grad():
+            training = model.training
+            model.eval()
+            images = torch.zeros(2, 3, image_size, image_size)
+            _, self.feature_channels, *size = self.features(images).shape
+            self.feature_size = tuple(size)
+            self.width = self(images).shape[1]
+            model.train(training)
+
+    def features(self, images: Tensor, *, full: bool = False) -> Tensor:
+        """[B, 3, H, W] -> the feature map [B, C, h, w] for the Mix Block, before any final norm.
+
+        With `full`, the layers behind it run too, for the sake of their BatchNorm statistics.
+        """
+        if full:
+            _, maps = self.model.forward_intermediates(images, indices=[self.feature])
+        else:
+            maps = self.model.forward_intermediates(
+                images, indices=[self.feature], stop_early=True, intermediates_only=True
+            )
+        return maps[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the embedding [B, width] that the model's own classifier would see."""
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+
+
+def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0) -> nn.Module:
+    """The timm model that a run trains: without a classifier (num_classes 0) inside AutoMix, with one for an export.
+
+    Raises ConfigError for an unknown name, a keyword the model does not take, a stem that cannot be made small, or
+    starting weights that are not there or do not fit.
+    """
+    if not timm.is_model(config.backbone):
+        raise ConfigError(f"model.backbone = {config.backbone!r} is not a timm model{_nearest_model(config.backbone)}")
+    kwargs = layer_kwargs(config, image_size)
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    try:
+        model = timm.create_model(config.backbone, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"model.backbone = {config.backbone!r} does not take these settings: {error}") from error
+    except Exception as error:
+        if not config.pretrained:
+            raise
+        raise ConfigError(
+            f"model.pretrained: no weights for {config.backbone!r} in timm's cache, and they could not be downloaded "
+            f"({type(error).__name__}); put a timm state dict in a .safetensors file and set model.weights to it"
+        ) from error
+    if config.small_stem and "convnext" not in config.backbone:
+        _shrink_stem(model, config.backbone)
+    if config.weights:
+        _load_weights(model, Path(config.weights))
+    return model
+
+
+def layer_kwargs(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """The keyword arguments of `timm.create_model` that decide the model's layers, besides the number of classes."""
+    kwargs = dict(config.timm_kwargs)
+    pretrained_config = timm.get_pretrained_cfg(config.backbone)
+    if pretrained_config is not None and pretrained_config.fixed_input_size:
+        kwargs.setdefault("img_size", image_size)
+    if config.small_stem and "convnext" in config.backbone:
+        kwargs.setdefault("patch_size", 1)
+    return kwargs
+
+
+def create_backbone(config: ModelConfig, feature: int, image_size: int) -> Backbone:
+    """Build the backbone and check that its feature map can carry a mask.
+
+    Args:
+        feature: index into timm's feature list, negative from the end (AutoMixConfig.feature).
+        image_size: side in pixels of the images it will see.
+
+    Raises:
+        ConfigError: if the model exposes no intermediate features, has no such feature, or the image size is not a
+            whole multiple of the feature map's.
+    """
+    model = create_timm_model(config, image_size)
+    names = [info["module"] for info in getattr(model, "feature_info", [])]
+    if not hasattr(model, "forward_intermediates") or not names:
+        raise ConfigError(f"model.backbone = {config.backbone!r}: timm exposes no intermediate features of this model")
+    index = feature + len(names) if feature < 0 else feature
+    if not 0 <= index < len(names):
+        raise ConfigError(
+            f"automix.feature = {feature}: {config.backbone} has {len(names)} feature maps, 0 to {len(names) - 1} "
+            f"({', '.join(names)})"
+        )
+    try:
+        backbone = Backbone(model, index, image_size)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{config.backbone} cannot read images of data.image_size = {image_size} px: {reason}"
+        ) from error
+    h, w = backbone.feature_size
+    if image_size % h or image_size % w:
+        raise ConfigError(
+            f"data.image_size = {image_size}: feature {index} ({names[index]}) of {config.backbone} is {h} x {w} there, "
+            f"and a mask of this size cannot be enlarged by a whole factor; use a size that is a multiple of it, or "
+            f"another automix.feature"
+        )
+    if h * w < 4:
+        raise ConfigError(
+            f"automix.feature = {feature}: feature {index} ({names[index]}) of {config.backbone} is only {h} x {w} at "
+            f"data.image_size = {image_size}; set model.small_stem=true for small images, or choose an earlier feature"
+        )
+    return backbone
+
+
+def _nearest_model(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else " (see timm.list_models())"
+
+
+def _shrink_stem(model: nn.Module, name: str) -> None:
+    """Replace a ResNet's stem (7x7 stride 2, max-pool) by the CIFAR one: 3x3 stride 1, no pooling."""
+    conv = getattr(model, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise ConfigError(f"model.small_stem: {name} has no stem that can be made small (ResNets and ConvNeXts have)")
+    model.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read as safetensors: {error}") from error
+    classifier = model.pretrained_cfg.get("classifier", "")
+    own = model.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
+    wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
+    missing = [k for k in own if k not in state and not k.startswith(f"{classifier}.")]
+    if wrong or missing:
+        raise ConfigError(
+            f"model.weights = {str(path)!r} does not fit the model: "
+            f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}"
+        )
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,428 @@
+"""The command `automix`: reads arguments, builds the parts in order and runs them.
+
+Heavy packages are imported by the command that needs them, so that `--help` and mistakes in a config answer at once.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+from automix_dist.config import Config, ConfigError, load_config, to_dict, to_yaml
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+"""Stopped by a signal after saving: start again with --resume (EX_TEMPFAIL of sysexits.h)."""
+
+
+class CommandError(ValueError):
+    """A command that cannot do what was asked; one message for the user."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run one command and exit: 0 done, 2 wrong usage or config, 1 failed, 75 stopped by a signal after saving."""
+    options = _parser().parse_args(arguments)
+    try:
+        sys.exit(options.run(options))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)  # `automix ... | head`
+    except Exception as error:
+        message = _explain(error)
+        if message is None or options.debug:
+            traceback.print_exc()
+        if message is None:
+            message = f"{type(error).__name__}: {error} (unexpected; please report it with the lines above)"
+        rank = os.environ.get("RANK")
+        print(f"automix{f' [rank {rank}]' if rank else ''}: error: {message}", file=sys.stderr)
+        sys.stderr.flush()
+        code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            os._exit(code)  # leaving normally would wait for ranks that wait for this one
+        sys.exit(code)
+
+
+def _explain(error: Exception) -> str | None:
+    """The one message for a mistake or mishap that is not a defect of this program; None for a defect."""
+    # Told by name, so that explaining an error imports nothing.
+    known = {"ConfigError", "CommandError", "BetonError", "CheckpointError", "TrainingError", "ReportError"}
+    if any(cls.__name__ in known for cls in type(error).__mro__):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size ({str(error).splitlines()[0]})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="automix", description=__import__("automix_dist").__doc__)
+    parser.add_argument("--version", action="version", version=f"automix-dist {metadata.version('automix-dist')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    prepare = command("prepare", _prepare, "write a dataset to a .beton file")
+    prepare.add_argument(
+        "source", help="a folder with one subfolder per class, or digits, cifar10:DIR, synthetic:COUNT, ..."
+    )
+    prepare.add_argument("out", type=Path, help="the .beton file to write; its manifest is put beside it")
+    prepare.add_argument("--split", choices=["train", "val"], default="train", help="for sources that have splits")
+    prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
+    prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
+    prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
+    prepare.add_argument("--workers", type=int, default=0, help="processes (default: one per usable core)")
+    prepare.add_argument("--skip-broken", action="store_true", help="leave unreadable images out instead of failing")
+
+    train = command("train", _train, "train from a config")
+    train.add_argument("config", help="a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    train.add_argument(
+        "--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"
+    )
+    train.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
+    train.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
+
+    evaluate = command("eval", _evaluate, "exact accuracy of a run's checkpoint")
+    evaluate.add_argument("run_folder", type=Path, metavar="RUN")
+    evaluate.add_argument("--data", help="another .beton file than the run's validation set")
+    evaluate.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    evaluate.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
+    evaluate.add_argument("--batch-size", type=int, help="images per rank and batch")
+
+    export = command("export", _export, "write an encoder as a timm state dict")
+    export.add_argument("run_folder", type=Path, metavar="RUN")
+    export.add_argument("out", type=Path, metavar="OUT.safetensors")
+    export.add_argument("--encoder", choices=["query", "momentum"], default="query")
+    export.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
+    export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    export.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
+
+    report = command("report", _report, "write a page of a run's curves, numbers and mixed samples")
+    report.add_argument("run_folder", type=Path, metavar="RUN")
+    report.add_argument("--out", type=Path, help="default: RUN/report.html")
+
+    verify = command("verify", _verify, "check every sample of a .beton file")
+    verify.add_argument("file", type=Path)
+
+    doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
+    doctor.add_argument("config", nargs="?", help="check its data and output folder too")
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from automix_dist import beton
+
+    manifest = beton.prepare(
+        options.source,
+        options.out,
+        split=options.split,
+        write_mode=options.write_mode,
+        max_resolution=options.max_resolution,
+        quality=options.quality,
+        workers=options.workers,
+        skip_broken=options.skip_broken,
+        progress=True,
+    )
+    print(f"{options.out}: {manifest.count} images, {len(manifest.classes)} classes")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from automix_dist import beton
+
+    beton.verify(options.file)
+    print(f"{options.file}: every sample is readable and matches the manifest")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if options.resume and options.overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    return train(config, resume=options.resume, overwrite=options.overwrite)
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
+    """One run, from the resolved config to its end; the exit code of `automix train`."""
+    manifest, backbone = _check(config)
+    run = Path(config.output)
+
+    import torch
+
+    from automix_dist import distributed, provenance
+    from automix_dist.automix import AutoMix
+    from automix_dist.checkpoint import Checkpoints
+    from automix_dist.data import EvalLoader, TrainLoader
+    from automix_dist.optimizer import build_optimizer
+    from automix_dist.run_log import RunLog
+    from automix_dist.trainer import Position, Trainer
+
+    process = distributed.start(config.engine)
+    about = {"config": to_dict(config), "environment": provenance.environment(), "classes": manifest.classes}
+    problem = process.broadcast(_open_run(run, config, about, resume, overwrite) if process.is_main else None)
+    if problem:
+        raise CommandError(problem)
+
+    def say(text: str) -> None:
+        if process.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    checkpoints = Checkpoints(run, config.checkpoint, process, say)
+    saved = checkpoints.agree_on_newest() if resume else None
+    if saved is not None:
+        _compare_settings(saved.manifest["config"], to_dict(config), say)
+
+    share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
+    train_loader = TrainLoader(
+        config.data.train,
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        **share,
+    )
+    eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
+    val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
+    torch.manual_seed(config.seed)
+    model = AutoMix(
+        backbone,
+        len(manifest.classes),
+        config.automix,
+        mean=config.data.mean,
+        std=config.data.std,
+        autocast=distributed.autocast_dtype(config.engine, process.device),
+        implementation=config.engine.kernels,
+    ).to(process.device)
+    engine = distributed.build_engine(model, build_optimizer(model, config.optimizer), config, process)
+
+    position = Position()
+    if saved is not None:
+        position = Position(**checkpoints.load(engine, saved))
+        say(f"resuming from {saved.folder}, step {position.step}")
+    elif resume:
+        say(f"nothing to resume in {run}: starting from the beginning")
+    log = RunLog(
+        run,
+        is_main=process.is_main,
+        tensorboard=config.log.tensorboard,
+        start_step=position.step,
+        config=about["config"],
+    )
+    trainer = Trainer(config, process, model, engine, train_loader, val_loader, checkpoints, log, about)
+    try:
+        stopped = trainer.train(position)
+    finally:
+        train_loader.close()
+        val_loader.close()
+    distributed.finish()
+    if stopped:
+        say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, saved; continue with --resume")
+        return EXIT_STOPPED
+    best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
+    say(f"done: {position.step} steps{best}; results in {run}")
+    return 0
+
+
+def _check(config: Config):
+    """All that can be wrong with a config, before any process group, folder or file exists.
+
+    Returns:
+        the training set's manifest and the backbone, whose construction is a check of its own.
+    """
+    from automix_dist import beton
+
+    for key in ("train", "val"):
+        if not getattr(config.data, key):
+            raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+    micro_batch_size = config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
+    del micro_batch_size
+    train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
+    if config.batch_size > train.count:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
+            f"{config.data.train!r}: expected {train.count} or less"
+        )
+    if train.classes != val.classes:
+        raise ConfigError(
+            f"data.train has {len(train.classes)} classes and data.val {len(val.classes)}, or in another "
+            f"order: expected the same class list in both"
+        )
+
+    from automix_dist.distributed import resolve_device
+
+    resolve_device(config.engine)
+    import torch
+
+    from automix_dist.backbone import create_backbone
+
+    torch.manual_seed(config.seed)
+    return train, create_backbone(config.model, config.automix.feature, config.data.image_size)
+
+
+def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: bool) -> str | None:
+    """Make the run's folder and store config and environment; a reason if that cannot or should not be done."""
+    from automix_dist.checkpoint import committed
+
+    steps = committed(run / "checkpoints")
+    if steps and not (resume or overwrite):
+        return (
+            f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it with "
+            f"--overwrite, or choose another folder with output=..."
+        )
+    try:
+        if overwrite and steps:
+            for name in ("checkpoints", "gallery", "tensorboard"):
+                shutil.rmtree(run / name, ignore_errors=True)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(to_yaml(config))
+        (run / "environment.json").write_text(
+            json.dumps(about["environment"] | {"classes": about["classes"]}, indent=1)
+        )
+    except OSError as error:
+        return f"cannot write to output = {str(run)!r}: {error.strerror}"
+    return None
+
+
+FIXED_ON_RESUME = (
+    "seed",
+    "epochs",
+    "batch_size",
+    "data.train",
+    "model.",
+    "automix.reduction",
+    "automix.lam_concat",
+    "automix.norm",
+    "automix.feature",
+    "optimizer.name",
+)
+
+
+def _compare_settings(before: dict, now: dict, say) -> None:
+    """Tell what was changed since the checkpoint; refuse what a run cannot survive."""
+
+    def flat(tree: dict, prefix: str = "") -> dict:
+        items = {}
+        for key, value in tree.items():
+            items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        return items
+
+    old, new = flat(before), flat(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        change = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        if key.startswith(FIXED_ON_RESUME):
+            raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
+        say(f"resuming with another setting: {change}")
+
+
+def _find_checkpoint(run: Path, step: int | None, best: bool):
+    from automix_dist.checkpoint import CheckpointError, committed, newest, verify
+
+    if not run.is_dir():
+        raise CommandError(f"{run}: no such run folder")
+    root = run / "checkpoints"
+    if best:
+        last = newest(run)
+        step = last.manifest["state"]["best_step"] if last else None
+    if step is None:
+        saved = newest(run)
+        if saved is None:
+            raise CheckpointError(f"{run} has no whole checkpoint")
+        return saved
+    if step not in committed(root):
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {sorted(committed(root))}")
+    return verify(root / f"step_{step:08d}")
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    saved = _find_checkpoint(options.run_folder, options.step, options.best)
+
+    import torch
+
+    from automix_dist import beton, distributed
+    from automix_dist.automix import AutoMix
+    from automix_dist.backbone import create_backbone
+    from automix_dist.checkpoint import load_module_state
+    from automix_dist.config import from_dict
+    from automix_dist.data import EvalLoader
+    from automix_dist.evaluate import evaluate
+
+    config = from_dict(saved.manifest["config"])
+    path = Path(options.data or config.data.val)
+    beton.check(path)
+    process = distributed.start(config.engine)
+    model_config = dataclasses.replace(config.model, pretrained=False, weights="")
+    backbone = create_backbone(model_config, config.automix.feature, config.data.image_size)
+    model = AutoMix(
+        backbone,
+        len(saved.manifest["classes"]),
+        config.automix,
+        mean=config.data.mean,
+        std=config.data.std,
+        autocast=distributed.autocast_dtype(config.engine, process.device),
+        implementation=config.engine.kernels,
+    )
+    model.load_state_dict(load_module_state(saved, ""))
+    batch_size = options.batch_size or config.eval_batch_size or config.batch_size
+    loader = EvalLoader(
+        str(path),
+        config.data,
+        batch_size=batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        device=process.device,
+    )
+    values = evaluate(model.to(process.device), loader, process)
+    loader.close()
+    torch.distributed.barrier()
+    if process.is_main:
+        print(json.dumps({"step": saved.step, "data": str(path), "images": loader.num_samples, **values}, indent=1))
+    distributed.finish()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    saved = _find_checkpoint(options.run_folder, options.step, options.best)
+
+    from automix_dist.export import export_encoder
+
+    code = export_encoder(saved, options.out, options.encoder, options.head)
+    print(
+        f"# {options.encoder} encoder of step {saved.step}, head trained on "
+        f"{'clean' if options.head == 'one' else 'mixed'} images; load it with:\n{code}"
+    )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from automix_dist.report import write_picture, write_report
+
+    print(write_report(options.run_folder, options.out))
+    print(write_picture(options.run_folder))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from automix_dist.doctor import diagnose, print_table
+
+    return print_table(diagnose(load_config(options.config) if options.config else None))

@@ -1,0 +1,466 @@
+"""Every setting of a run, typed: defaults <- YAML file <- `section.key=value` from the command line.
+
+The tree is frozen and checked as a whole when it is built, before any process group, folder or file exists.
+A mistake raises ConfigError (a ValueError) that names the key, what it got and what it takes.
+Section numbers in the docstrings refer to the method's description in docs/method.md.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, the value and what would be valid."""
+
+
+def _require(condition: bool, key: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: expected {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """Path of the training set, a .beton file written by `automix prepare`."""
+    val: str = ""
+    """Path of the validation set, a .beton file written by `automix prepare`."""
+    image_size: int = 224
+    """Side in pixels of the square images that the networks see."""
+    crop: Literal["resized", "padded", "none"] = "resized"
+    """Training crop: random resized crop, random crop after padding, or none (images have image_size already)."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop, as a fraction of the image."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio range of the random resized crop."""
+    pad: int = 4
+    """Pixels added on each side before the padded crop."""
+    pad_mode: Literal["zero", "reflect"] = "zero"
+    """What the added pixels hold."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    eval_crop_ratio: float = 224 / 256
+    """Evaluation takes the centre square of this fraction of the shorter side (224 of 256 is the ImageNet custom)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per-channel mean of the normalisation, on the [0, 1] scale; applied on the device, after the transfer."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per-channel standard deviation of the normalisation, on the [0, 1] scale."""
+    workers: int = 0
+    """Loader threads per rank; 0 = the cores this process may use, shared between the ranks of the host."""
+    batches_ahead: int = 3
+    """Batches that the loader prepares in advance."""
+
+    def __post_init__(self):
+        _require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+        lo, hi = self.crop_scale
+        _require(0 < lo <= hi <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        lo, hi = self.crop_ratio
+        _require(0 < lo <= hi, "data.crop_ratio", self.crop_ratio, "0 < low <= high")
+        _require(self.pad >= 0, "data.pad", self.pad, "0 or more pixels")
+        _require(0 < self.eval_crop_ratio <= 1, "data.eval_crop_ratio", self.eval_crop_ratio, "a fraction in (0, 1]")
+        _require(all(s > 0 for s in self.std), "data.std", self.std, "three positive numbers")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or a number of threads")
+        _require(self.batches_ahead >= 1, "data.batches_ahead", self.batches_ahead, "1 or more")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    backbone: str = "resnet50"
+    """Name of a timm model (`timm.list_models()`)."""
+    pretrained: bool = False
+    """Start from timm's pretrained weights; they must be in its cache, or `weights` name a file."""
+    weights: str = ""
+    """Start from this .safetensors file, a timm state dict of the backbone; its classifier is not used."""
+    small_stem: bool = False
+    """Stem for small images: stride 1 and no max-pooling (ResNets), patch size 1 (ConvNeXts)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate, for backbones that have it."""
+    timm_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments for `timm.create_model`."""
+
+    def __post_init__(self):
+        _require(bool(self.backbone), "model.backbone", self.backbone, "the name of a timm model")
+        _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a rate in [0, 1)")
+        if self.pretrained and self.weights:
+            raise ConfigError("model.pretrained and model.weights both ask for starting weights: set one of them")
+        for key in ("num_classes", "drop_path_rate", "pretrained"):
+            if key in self.timm_kwargs:
+                raise ConfigError(
+                    f"model.timm_kwargs.{key} is decided elsewhere (dataset, model.drop_path, model.pretrained)"
+                )
+
+
+@dataclass(frozen=True)
+class AutoMixConfig:
+    alpha: float = 2.0
+    """Lambda is drawn from Beta(alpha, alpha)."""
+    feature: int = -2
+    """Which of the backbone's feature maps feeds the Mix Block, counted as timm does (stages of a CNN, blocks of a
+    ViT); negative counts from the last. -2 is stage 3 of 4, the paper's l = 3."""
+    reduction: int = 2
+    """Inner width of the Mix Block's attention: feature channels // reduction."""
+    lam_concat: bool = True
+    """Embed lambda as one more channel of the features (section 1.3); off in the CIFAR and Tiny-ImageNet recipes."""
+    norm: Literal["none", "batch", "layer"] = "none"
+    """Norm after the shared query/key projection."""
+    upsampling: tuple[Literal["nearest", "bilinear"], ...] = ("nearest",)
+    """How a mask is brought to image size; with several, one is drawn per Mix Block call."""
+    mask_loss: Literal["l1", "sparsity", "l1_variance", "l2_variance"] = "l1"
+    """Form of the mask loss (section 1.5)."""
+    mask_loss_weight: float = 0.1
+    """Weight of the mask loss at the start."""
+    mask_loss_margin: float = 0.1
+    """Deviation of the mask's area from lambda that costs nothing."""
+    mask_loss_schedule: Literal["constant", "cosine", "compound"] = "constant"
+    """How the weight falls: not at all, by a cosine as the paper's recipes mean, or compounding that cosine every step
+    as the published code does (section 2.8)."""
+    lam_margin: float = 0.08
+    """The classifier's draw is plain mixup where lambda is within this distance of 0 or 1."""
+    mask_adjust: float = 0.0
+    """Probability of rescaling the classifier's masks to the area lambda (section 2.4)."""
+    mask_adjust_lam: Literal["classifier", "mix_block"] = "classifier"
+    """Whose lambda the rescaling aims at; the published code uses the Mix Block's (a mistake, kept for comparison)."""
+    switch_off: float = 0.0
+    """Train the Mix Block's mixed branch only in this share of the steps; 0 = in every step (section 2.3)."""
+    no_repeat: bool = False
+    """Never pair an image with itself (fine-grained recipes)."""
+    label_smoothing: float = 0.0
+    """Label smoothing of all three classification losses."""
+    momentum: float = 0.999
+    """Coefficient of the momentum encoder at the start."""
+    momentum_end: float = 0.99999
+    """Coefficient that the momentum encoder's cosine schedule ends at."""
+    momentum_start: float = 0.1
+    """Share of the training after which the coefficient starts to rise (section 2.7)."""
+    feature_pass: Literal["full", "cut"] = "full"
+    """Run the momentum encoder's pass over clean images to its end, as the published code does, or stop it at the
+    Mix Block's feature. Training is the same; with "cut", the BatchNorm statistics of the momentum encoder's later
+    layers see mixed images only, which its evaluation notices."""
+
+    def __post_init__(self):
+        _require(self.alpha > 0, "automix.alpha", self.alpha, "a positive number")
+        _require(self.reduction >= 1, "automix.reduction", self.reduction, "1 or more")
+        _require(len(self.upsampling) > 0, "automix.upsampling", self.upsampling, "at least one of nearest, bilinear")
+        _require(self.mask_loss_weight >= 0, "automix.mask_loss_weight", self.mask_loss_weight, "0 or more")
+        _require(0 <= self.mask_loss_margin < 1, "automix.mask_loss_margin", self.mask_loss_margin, "a value in [0, 1)")
+        _require(0 <= self.lam_margin < 0.5, "automix.lam_margin", self.lam_margin, "a value in [0, 0.5)")
+        _require(0 <= self.mask_adjust <= 1, "automix.mask_adjust", self.mask_adjust, "a probability")
+        _require(0 <= self.switch_off <= 1, "automix.switch_off", self.switch_off, "a probability")
+        _require(0 <= self.label_smoothing < 1, "automix.label_smoothing", self.label_smoothing, "a value in [0, 1)")
+        _require(
+            0 < self.momentum <= self.momentum_end <= 1,
+            "automix.momentum",
+            self.momentum,
+            f"0 < momentum <= momentum_end ({self.momentum_end}) <= 1",
+        )
+        _require(0 <= self.momentum_start < 1, "automix.momentum_start", self.momentum_start, "a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer of the query encoder, its heads and the Mix Block."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate that the cosine ends at."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    decay_norm_and_bias: bool = True
+    """Whether weight decay applies to norms, biases and other vectors too (CNN recipes: yes, ViT recipes: no)."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up; the Mix Block has none (section 2.9)."""
+    warmup_start: float = 1e-5
+    """Share of the learning rate at which the warm-up starts."""
+    update: Literal["epoch", "step"] = "epoch"
+    """Whether the cosine advances per epoch (CNN recipes) or per step (ViT recipes)."""
+    mix_lr: float | None = None
+    """Peak learning rate of the Mix Block; null = lr."""
+    mix_min_lr: float | None = None
+    """Learning rate that the Mix Block's cosine ends at; null = min_lr."""
+    mix_momentum: float | None = None
+    """SGD's momentum for the Mix Block; null = momentum."""
+    clip_norm: float = 0.0
+    """Largest gradient norm, over all trained parameters and ranks; 0 = no clipping."""
+
+    def __post_init__(self):
+        _require(self.lr > 0, "optimizer.lr", self.lr, "a positive number")
+        _require(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"0 <= min_lr <= lr ({self.lr})")
+        _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a value in [0, 1)")
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(0 < self.warmup_start <= 1, "optimizer.warmup_start", self.warmup_start, "a share in (0, 1]")
+        _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (off) or a positive norm")
+        if self.mix_lr is not None:
+            _require(self.mix_lr > 0, "optimizer.mix_lr", self.mix_lr, "a positive number or null")
+        if self.mix_momentum is not None:
+            _require(
+                0 <= self.mix_momentum < 1, "optimizer.mix_momentum", self.mix_momentum, "a value in [0, 1) or null"
+            )
+            if self.name != "sgd":
+                raise ConfigError(
+                    f"optimizer.mix_momentum = {self.mix_momentum} has no meaning for optimizer.name = {self.name}"
+                )
+        mix_lr = self.lr if self.mix_lr is None else self.mix_lr
+        mix_min_lr = self.min_lr if self.mix_min_lr is None else self.mix_min_lr
+        _require(0 <= mix_min_lr <= mix_lr, "optimizer.mix_min_lr", mix_min_lr, f"0 <= mix_min_lr <= mix_lr ({mix_lr})")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed shards: nothing (plain data parallel), optimizer, + gradients, + parameters."""
+    accumulation_steps: int = 1
+    """Micro batches per optimizer step."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU, float32 on a CPU."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto = the GPU if there is one."""
+    bucket_size: int = 8_000_000
+    """Elements per gradient bucket; small enough that reduction overlaps with the backward pass."""
+    timeout_minutes: float = 10.0
+    """How long a collective may wait for the other ranks."""
+
+    def __post_init__(self):
+        _require(self.accumulation_steps >= 1, "engine.accumulation_steps", self.accumulation_steps, "1 or more")
+        _require(self.bucket_size >= 1, "engine.bucket_size", self.bucket_size, "1 or more elements")
+        _require(
+            self.timeout_minutes > 0, "engine.timeout_minutes", self.timeout_minutes, "a positive number of minutes"
+        )
+        if self.kernels == "triton" and self.device == "cpu":
+            raise ConfigError(
+                "engine.kernels = 'triton' needs a GPU, but engine.device = 'cpu': "
+                "set engine.kernels=reference or engine.device=cuda"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_epochs: int = 1
+    """Save a checkpoint after every so many epochs; 0 = only at the end and on a signal."""
+    every_steps: int = 0
+    """Save a checkpoint after every so many steps too; 0 = do not."""
+    keep_last: int = 2
+    """How many of the newest checkpoints to keep."""
+    keep_best: bool = True
+    """Keep the one with the best validation top-1 as well."""
+
+    def __post_init__(self):
+        _require(self.every_epochs >= 0, "checkpoint.every_epochs", self.every_epochs, "0 or more")
+        _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "1 or more")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = 10
+    """Steps between two records in metrics.jsonl and TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    gallery_pairs: int = 8
+    """Image pairs shown with masks and mixed samples after each evaluation; 0 = none."""
+
+    def __post_init__(self):
+        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "1 or more")
+        _require(self.gallery_pairs >= 0, "log.gallery_pairs", self.gallery_pairs, "0 or more")
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = "runs/automix"
+    """Folder of the run: config, logs, checkpoints."""
+    seed: int = 0
+    """All randomness derives from it."""
+    epochs: int = 100
+    """Passes over the training set."""
+    batch_size: int = 256
+    """Images per optimizer step, over all ranks and micro batches; an epoch's incomplete last batch is left out."""
+    eval_every_epochs: int = 1
+    """Evaluate after every so many epochs, and always after the last."""
+    eval_batch_size: int = 0
+    """Images per rank and evaluation batch; 0 = as in training."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    automix: AutoMixConfig = field(default_factory=AutoMixConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self):
+        _require(bool(self.output), "output", self.output, "a folder")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2**63")
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more: mixup needs pairs")
+        _require(self.eval_every_epochs >= 1, "eval_every_epochs", self.eval_every_epochs, "1 or more")
+        _require(self.eval_batch_size >= 0, "eval_batch_size", self.eval_batch_size, "0 (as in training) or more")
+        _require(
+            self.optimizer.warmup_epochs < self.epochs,
+            "optimizer.warmup_epochs",
+            self.optimizer.warmup_epochs,
+            f"less than epochs ({self.epochs})",
+        )
+
+    def micro_batch_size(self, world_size: int) -> int:
+        """Images per rank and forward pass.
+
+        Raises ConfigError if batch_size cannot be shared evenly, or leaves a rank without a pair to mix.
+        """
+        parts = world_size * self.engine.accumulation_steps
+        size, rest = divmod(self.batch_size, parts)
+        if rest or size < 2:
+            raise ConfigError(
+                f"batch_size = {self.batch_size} cannot be shared by {world_size} rank(s) x engine.accumulation_steps = "
+                f"{self.engine.accumulation_steps}: expected a multiple of {parts} that leaves at least 2 images each"
+            )
+        return size
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as plain dicts, lists and scalars, ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The tree as YAML that `load_config` reads back to an equal tree."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Build and check the tree from nested dicts; keys that are absent take their defaults. Raises ConfigError."""
+    return _build(Config, values, prefix="")
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: defaults) and apply `section.key=value` overrides, each value parsed as YAML.
+
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or an impossible combination.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return from_dict(values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ConfigError(f"cannot read config {path}: {reason}{hint}") from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    *sections, leaf = key.split(".")
+    node = values
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys += _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
+    return keys
+
+
+def _unknown_key(key: str) -> ConfigError:
+    known = _all_keys(Config)
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return ConfigError(f"unknown key {key}{hint} (`automix train CONFIG --print-config` lists every key)")
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix[:-1]} = {values!r}: expected a section with keys {', '.join(_all_keys(cls))}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise _unknown_key(f"{prefix}{name}")
+        key, hint = f"{prefix}{name}", hints[name]
+        arguments[name] = (
+            _build(hint, value, f"{key}.") if dataclasses.is_dataclass(hint) else _convert(key, value, hint)
+        )
+    return cls(**arguments)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Check a YAML value against a field's type; an int passes as float, a list as tuple, `1e-4` as a number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        hint_text = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{key} = {value!r}: expected one of {', '.join(str(a) for a in args)}{hint_text}")
+    if origin is types.UnionType:
+        return None if value is None else _convert(key, value, next(a for a in args if a is not type(None)))
+    if origin is tuple:
+        items = list(value) if isinstance(value, list | tuple) else [value] if args[-1] is Ellipsis else None
+        if items is None or (args[-1] is not Ellipsis and len(items) != len(args)):
+            raise ConfigError(f"{key} = {value!r}: expected a list of {len(args)} values")
+        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        return tuple(
+            _convert(f"{key}[{i}]", item, kind) for i, (item, kind) in enumerate(zip(items, kinds, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} = {value!r}: expected a mapping")
+        return dict(value)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    raise ConfigError(f"{key} = {value!r}: expected {names[hint]}, got {type(value).__name__}")

@@ -1,0 +1,92 @@
+"""The random numbers of one step, made on the host from (seed, step, micro batch, rank) and passed into the step.
+
+A counter-based generator (Philox) keyed by these four numbers replaces saved generator state: any step of any rank can
+be drawn again, alone, on any machine.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automix_dist.config import AutoMixConfig
+
+
+class MixDraw(NamedTuple):
+    """How one mixed batch is made."""
+
+    lam: Tensor
+    """[B] float32, the share of each image in its pair; one value for the whole micro batch, as in the method."""
+    partner: Tensor
+    """[B] int64, a permutation: the image that each image is mixed with."""
+    upsampling: str
+    """How the mask is brought to image size."""
+
+
+class Draws(NamedTuple):
+    """All randomness of one forward pass of AutoMix."""
+
+    mix_block: MixDraw
+    """The pairs that train the Mix Block."""
+    classifier: MixDraw
+    """The pairs that train the query encoder."""
+    adjust_mask: bool
+    """Whether the classifier's masks are rescaled to the area lambda."""
+    train_mixed_momentum: bool
+    """Whether the momentum encoder judges the Mix Block's samples in this step."""
+
+
+def draw_step(
+    config: AutoMixConfig,
+    batch_size: int,
+    *,
+    seed: int,
+    step: int,
+    micro_step: int = 0,
+    rank: int = 0,
+    device: torch.device | str = "cpu",
+) -> Draws:
+    """The draws of one micro batch: lambdas ~ Beta(alpha, alpha) and a permutation for each of the two mixes.
+
+    Ranks and micro batches draw independently. The copies to a GPU are asynchronous, from pinned memory.
+    """
+    generator = np.random.Generator(np.random.Philox(key=_key(seed, step, micro_step, rank)))
+    lams = generator.beta(config.alpha, config.alpha, size=2)
+    partners = [_partners(generator, batch_size, config.no_repeat) for _ in range(2)]
+    modes = [config.upsampling[i] for i in generator.integers(len(config.upsampling), size=2)]
+    adjust, switch = generator.random(2)
+
+    packed = torch.from_numpy(np.stack(partners))
+    lam = torch.from_numpy(np.repeat(lams.astype(np.float32)[:, None], batch_size, axis=1))
+    if torch.device(device).type == "cuda":
+        packed, lam = packed.pin_memory(), lam.pin_memory()
+    packed, lam = packed.to(device, non_blocking=True), lam.to(device, non_blocking=True)
+    return Draws(
+        mix_block=MixDraw(lam[0], packed[0], modes[0]),
+        classifier=MixDraw(lam[1], packed[1], modes[1]),
+        adjust_mask=bool(adjust < config.mask_adjust),
+        train_mixed_momentum=bool(config.switch_off == 0 or switch < config.switch_off),
+    )
+
+
+def seed_torch(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> None:
+    """Seed torch's own generators, which dropout and stochastic depth draw from, for one micro batch."""
+    torch.manual_seed(int(_key(seed, step, micro_step, rank)[0] >> np.uint64(1)))
+
+
+def _key(seed: int, step: int, micro_step: int, rank: int) -> np.ndarray:
+    """A 128-bit Philox key that differs for every (seed, step, micro step, rank)."""
+    return np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(2, np.uint64)
+
+
+def _partners(generator: np.random.Generator, size: int, no_repeat: bool) -> np.ndarray:
+    """A random permutation of 0 .. size - 1, [size] int64; with no_repeat one that leaves no image with itself."""
+    if not no_repeat:
+        return generator.permutation(size)
+    # Sattolo's algorithm: a uniformly random single cycle has no fixed point, and needs no retry.
+    cycle = np.arange(size)
+    for i in range(size - 1, 0, -1):
+        j = generator.integers(i)
+        cycle[i], cycle[j] = cycle[j], cycle[i]
+    return cycle

@@ -1,0 +1,138 @@
+"""The Mix Block: from the features of image pairs to mask logits; and the losses on its masks."""
+
+import math
+
+import torch
+from automix_kernels import api as kernels
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from automix_dist.config import AutoMixConfig
+from automix_dist.draws import MixDraw
+
+
+class MixBlock(nn.Module):
+    """Cross-attention between the features of an image and of its partner (paper section 3.2; docs/method.md 1).
+
+    Queries and keys share one projection of C (+ 1 for lambda) channels to D; the value has one channel. All weights
+    belong to this module itself, not to child layers, so that an engine that shards them gathers them for its forward.
+
+    Args:
+        channels: C of the feature map.
+        config: reduction, lam_concat and norm are read.
+        implementation: of the attention kernel: "auto", "triton" or "reference".
+    """
+
+    def __init__(self, channels: int, config: AutoMixConfig, implementation: str = "auto"):
+        super().__init__()
+        inputs = channels + int(config.lam_concat)
+        self.width = max(channels // config.reduction, 1)
+        self.channels = channels
+        self.lam_concat = config.lam_concat
+        self.implementation = implementation
+        self.query_weight = nn.Parameter(torch.empty(self.width, inputs))
+        self.query_bias = nn.Parameter(torch.empty(self.width)) if config.norm == "none" else None
+        self.value_weight = nn.Parameter(torch.empty(1, inputs))
+        self.value_bias = nn.Parameter(torch.empty(1))
+        norms = {
+            "none": lambda: None,
+            "batch": lambda: nn.BatchNorm2d(self.width),
+            "layer": lambda: ChannelNorm(self.width),
+        }
+        self.norm = norms[config.norm]()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.query_weight, self.value_weight):
+            nn.init.normal_(weight, std=0.01)
+        for bias in (self.query_bias, self.value_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, features: Tensor, train_draw: MixDraw, classifier_draw: MixDraw) -> tuple[Tensor, Tensor]:
+        """Mask logits of both draws from one projection; only the first carries a gradient.
+
+        Args:
+            features: [B, C, h, w].
+
+        Returns:
+            two [B, h, w] float32 tensors: the logits of the partner's mask, at the feature's resolution.
+        """
+        batch, _, h, w = features.shape
+        tokens = features.flatten(2).transpose(1, 2)
+        projection = F.linear(tokens, self.query_weight[:, : self.channels])
+        value = F.linear(tokens, self.value_weight[:, : self.channels]).squeeze(2)
+        train = self._attend(projection, value, train_draw, h, w)
+        with torch.no_grad():
+            classifier = self._attend(projection.detach(), value.detach(), classifier_draw, h, w)
+        return train.view(batch, h, w), classifier.view(batch, h, w)
+
+    def _attend(self, projection: Tensor, value: Tensor, draw: MixDraw, h: int, w: int) -> Tensor:
+        """[B, N, D] projection and [B, N] value -> [B, N] logits."""
+        lam_weights = (self.query_weight[:, -1], self.value_weight[:, -1]) if self.lam_concat else (None, None)
+        if self.norm is None:
+            return kernels.mix_attention(
+                projection,
+                value,
+                draw.partner,
+                draw.lam,
+                query_lambda=lam_weights[0],
+                query_bias=self.query_bias,
+                value_lambda=lam_weights[1],
+                value_bias=self.value_bias,
+                implementation=self.implementation,
+            )
+        return self._attend_normed(projection, value, draw, lam_weights, h, w)
+
+    def _attend_normed(self, projection, value, draw: MixDraw, lam_weights, h: int, w: int) -> Tensor:
+        """With a norm behind the projection lambda no longer cancels from the keys: queries and keys are made apart."""
+        lam = draw.lam[:, None, None]
+        own, partner = projection.float(), projection.float()[draw.partner]
+        if self.lam_concat:
+            own = own + lam * lam_weights[0]
+            partner = partner + (1 - lam) * lam_weights[0]
+        queries, keys = (self._normed(tokens, h, w) for tokens in (own, partner))
+        with torch.autocast(projection.device.type, enabled=False):
+            attention = torch.softmax(torch.bmm(queries, keys.transpose(1, 2)) / math.sqrt(self.width), dim=2)
+            logits = torch.bmm(attention, value.float()[draw.partner].unsqueeze(2)).squeeze(2) + self.value_bias
+            if self.lam_concat:
+                logits = logits + (1 - draw.lam)[:, None] * lam_weights[1]
+        return logits
+
+    def _normed(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        maps = tokens.transpose(1, 2).unflatten(2, (h, w))
+        return self.norm(maps).float().flatten(2).transpose(1, 2)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, h, w], eps 1e-6 (the published fp16 ViT recipes)."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def mask_loss(form: str, mask_mean: Tensor, mask_square_mean: Tensor, lam: Tensor, margin: float) -> Tensor:
+    """How far the masks are from covering 1 - lambda of the image, and from being binary (docs/method.md 1.5).
+
+    Args:
+        form: AutoMixConfig.mask_loss.
+        mask_mean, mask_square_mean: [B], the means over the pixels of each partner's mask m and of m squared.
+        lam: [B].
+        margin: deviation that costs nothing.
+
+    Returns:
+        a scalar; forms with a variance term can be negative.
+    """
+    mean, square = mask_mean.mean(), mask_square_mean.mean()
+    if form == "sparsity":
+        return F.relu(mean - square - margin)  # m is in [0, 1], so |m (m - 1)| = m - m^2
+    deviation = (1 - mean - lam.mean()).abs()
+    if form == "l1":
+        return F.relu(deviation - margin)
+    variance = square - mean.square()
+    if form == "l1_variance":
+        return F.relu(deviation - margin) - 2 * variance
+    return F.relu(deviation.square() - margin**2) - 2 * variance

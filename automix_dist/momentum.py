@@ -1,0 +1,45 @@
+"""The momentum encoder follows the query encoder: k <- m k + (1 - m) q in float32, in place, without communication.
+
+Where the engine keeps whole parameters on every rank (ZeRO 0, 1, 2), each rank updates them all, and the ranks agree
+because their query encoders do. Where it shards parameters (ZeRO 3), each rank updates its own shards. Called once per
+applied optimizer step, never per micro batch.
+"""
+
+import torch
+from automix_kernels import api as kernels
+
+from automix_dist.automix import AutoMix
+
+
+class MomentumUpdate:
+    """The update for one model; the parameters are paired by name once.
+
+    Parameters only: BatchNorm statistics of the momentum encoder come from its own forward passes (docs/method.md 2.6).
+    """
+
+    def __init__(self, model: AutoMix, implementation: str = "auto"):
+        self.implementation = implementation
+        query = dict(model.query.named_parameters())
+        self.pairs = [(momentum, query[name]) for name, momentum in model.momentum.named_parameters()]
+
+    @torch.no_grad()
+    def __call__(self, coefficient: float) -> None:
+        """Move the momentum encoder by one optimizer step; 1.0 leaves it as it is."""
+        if coefficient >= 1:
+            return
+        targets, sources = [], []
+        for momentum, query in self.pairs:
+            for target, source in zip(_local(momentum), _local(query), strict=True):
+                targets.append(target)
+                sources.append(source)
+        kernels.momentum_update(targets, sources, coefficient, implementation=self.implementation)
+
+
+def _local(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+    """What this rank holds of a parameter: all of it, or under ZeRO 3 its shard, and all of it too while gathered."""
+    if not hasattr(parameter, "ds_tensor"):
+        return [parameter.data]
+    shard, whole = parameter.ds_tensor.data, parameter.data
+    if whole.numel() != parameter.ds_numel or whole.data_ptr() == shard.data_ptr():  # a lone rank's shard is the whole
+        return [shard]
+    return [shard, whole]

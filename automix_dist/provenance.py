@@ -1,0 +1,48 @@
+"""What a run was made with: versions, source revision, machine. Stored with the run and in every checkpoint."""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("automix-dist", "torch", "torchvision", "triton", "deepspeed", "accelerate", "ffcv", "timm", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what shapes a run's numbers, the revision of a git checkout ("+" = with changes), the hardware."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed somewhere inside another project's checkout
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

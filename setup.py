@@ -1,0 +1,39 @@
+"""Packaging of AutoMix-Dist: `automix_dist` and the kernels, which are imported as `automix_kernels`.
+
+The folder `kernels/` has no `__init__.py` and another import name, because a top-level package called `kernels` exists
+on the package index and would be hidden by ours in every process that starts in a checkout.
+Exact versions that are known to work together stand in constraints.txt.
+"""
+
+from setuptools import setup
+
+setup(
+    name="automix-dist",
+    version="0.1.0",
+    description="Train stronger image classifiers with AutoMix, from one machine to many nodes",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["automix_dist", "automix_kernels"],
+    package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11,<3",
+        "torchvision>=0.26,<1",
+        "triton>=3.6,<4; platform_system == 'Linux'",
+        "deepspeed>=0.19.8,<0.20",
+        "accelerate>=1.15,<2",
+        "ffcv>=1.0.2,<2",
+        "timm>=1.0.31,<2",
+        "numpy>=2.0,<3",
+        "pillow>=11",
+        "pyyaml>=6",
+        "safetensors>=0.6",
+        "scikit-learn>=1.5",
+        "setuptools>=77",
+        "tensorboard>=2.18",
+        "tqdm>=4.66",
+    ],
+    extras_require={"dev": ["build>=1.2", "hypothesis>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12"]},
+    entry_points={"console_scripts": ["automix = automix_dist.cli:main"]},
+)

@@ -1,0 +1,37 @@
+"""What all tests share: options, and skipping GPU tests with a reason."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reference", type=Path, help="folder of recordings of the published implementation (*.npz)")
+
+
+def reference_folder(config) -> Path:
+    """The folder given by --reference, else the one shared beside the checkout, else the copy in tests/."""
+    shared = TESTS.parent.parent / "shared" / "reference"
+    return config.getoption("--reference") or (shared if shared.is_dir() else TESTS / "reference")
+
+
+def pytest_generate_tests(metafunc):
+    for fixture, prefix in (("mix_block_recording", "mix_block_"), ("train_step_recording", "train_step_")):
+        if fixture in metafunc.fixturenames:
+            folder = reference_folder(metafunc.config)
+            files = sorted(folder.glob(f"{prefix}*.npz"))
+            if not files:
+                raise pytest.UsageError(f"no {prefix}*.npz in {folder}: give a folder of recordings with --reference")
+            metafunc.parametrize(fixture, files, ids=lambda path: path.stem)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no GPU on this machine")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,244 @@
+"""Every engine setting against one plain PyTorch process: losses, weights, momentum encoder, checkpoints across them.
+
+The one process computes the ranks' micro batches one after the other and averages their gradients, which is what data
+parallelism means for a network with BatchNorm: statistics are per rank. Only the running statistics differ by rank.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import micro_batch, rank_draws, tiny_config, tiny_model
+
+from automix_dist import distributed
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.draws import Draws, MixDraw
+from automix_dist.momentum import MomentumUpdate
+from automix_dist.optimizer import build_optimizer, set_learning_rates
+from automix_dist.schedules import Schedule
+
+STEPS_PER_EPOCH = 2
+TOLERANCE = 1e-5  # float32 sums in another order
+
+
+def train_plain(config, ranks: int, steps: int) -> dict[str, torch.Tensor]:
+    """Micro batches of `ranks` ranks in one process, without any engine."""
+    model = tiny_model(config).train()
+    optimizer = build_optimizer(model, config.optimizer)
+    update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
+    size = config.batch_size // ranks
+    for step in range(steps):
+        values = schedule.at(step)
+        set_learning_rates(optimizer, values)
+        optimizer.zero_grad()
+        for rank in range(ranks):
+            losses = model(
+                *micro_batch(step, rank, size), rank_draws(config, step, rank, size), values.mask_loss_weight
+            )
+            (losses.total / ranks).backward()
+        if config.optimizer.clip_norm:
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in model.parameters() if p.requires_grad], config.optimizer.clip_norm
+            )
+        optimizer.step()
+        update(values.momentum)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def start_engine(config):
+    process = distributed.start(config.engine)
+    model = tiny_model(config)
+    engine = distributed.build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    return process, model, engine
+
+
+def engine_steps(config, process, model, engine, first: int, last: int) -> None:
+    update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
+    size, parts = config.micro_batch_size(process.world_size), config.engine.accumulation_steps
+    engine.train()
+    for step in range(first, last):
+        values = schedule.at(step)
+        set_learning_rates(engine.optimizer, values)
+        for part in range(parts):
+            index = part * process.world_size + process.rank
+            losses = engine(
+                *micro_batch(step, index, size), rank_draws(config, step, index, size), values.mask_loss_weight
+            )
+            engine.backward(losses.total)
+            engine.step()
+        if engine.was_step_applied():
+            update(values.momentum)
+
+
+def whole_parameters(engine, folder: Path, process, config) -> dict[str, torch.Tensor]:
+    """Every parameter whole, by way of a checkpoint: the only place where shards come together."""
+    from automix_dist.checkpoint import load_module_state, verify
+
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    assert checkpoints.save(engine, {"step": 1}, {}) is not None
+    state = load_module_state(verify(folder / "checkpoints" / "step_00000001"), "")
+    names = {name for name, _ in engine.module.named_parameters()}
+    return {k: v for k, v in state.items() if k in names}
+
+
+def train_with_engine(config, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    process, model, engine = start_engine(config)
+    engine_steps(config, process, model, engine, 0, steps)
+    return whole_parameters(engine, folder, process, config)
+
+
+def assert_same(got: dict, expected: dict, tolerance: float = TOLERANCE) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (got[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-3)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_equal_one_process(stage, tmp_path):
+    config = tiny_config(engine={"zero_stage": stage})
+    ranks = run_ranks(2, train_with_engine, config, tmp_path, 5)
+    assert_same(ranks[0], train_plain(config, ranks=2, steps=5))
+    for name in ranks[0]:
+        assert torch.equal(ranks[0][name], ranks[1][name])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation_equals_more_ranks(stage, tmp_path):
+    """Two ranks with two micro batches each do what four ranks do; clipping is over all of it."""
+    config = tiny_config(engine={"zero_stage": stage, "accumulation_steps": 2}, optimizer={"clip_norm": 0.5})
+    ranks = run_ranks(2, train_with_engine, config, tmp_path, 3)
+    assert_same(ranks[0], train_plain(config, ranks=4, steps=3))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_adamw_in_one_process(stage, tmp_path):
+    optimizer = {"name": "adamw", "lr": 0.01, "mix_momentum": None, "decay_norm_and_bias": False}
+    config = tiny_config(engine={"zero_stage": stage}, optimizer=optimizer)
+    (got,) = run_ranks(1, train_with_engine, config, tmp_path, 4)
+    assert_same(got, train_plain(config, ranks=1, steps=4), tolerance=1e-4)  # Adam divides by small numbers
+
+
+def test_two_ranks_equal_one_batch_of_both_without_batchnorm():
+    """With GroupNorm and without the mask loss (a function of the batch mean) the loss is a mean over images: then two
+    batches of B and one of 2B give the same gradients."""
+    config = tiny_config(automix={"mask_loss_weight": 0.0})
+    size = 8
+    parts = [(*micro_batch(0, rank, size), rank_draws(config, 0, rank, size)) for rank in range(2)]
+    apart, together = tiny_model(config, "group"), tiny_model(config, "group")
+    for images, labels, draws in parts:
+        (apart(images, labels, draws, 0.0).total / 2).backward()
+
+    def joined(which: str) -> MixDraw:
+        first, second = (getattr(draws, which) for _, _, draws in parts)
+        return MixDraw(torch.cat([first.lam, second.lam]), torch.cat([first.partner, second.partner + size]), "nearest")
+
+    draws = Draws(joined("mix_block"), joined("classifier"), False, True)
+    together(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), draws, 0.0).total.backward()
+    assert_same(
+        {n: p.grad for n, p in together.named_parameters() if p.requires_grad},
+        {n: p.grad for n, p in apart.named_parameters() if p.requires_grad},
+    )
+
+
+def save_after(config, folder: Path, steps: int) -> None:
+    process, model, engine = start_engine(config)
+    engine_steps(config, process, model, engine, 0, steps)
+    assert Checkpoints(folder, config.checkpoint, process, print).save(engine, {"step": steps}, {}) is not None
+
+
+def resume_until(config, folder: Path, last: int) -> tuple[dict, dict]:
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    state = checkpoints.load(engine, checkpoints.agree_on_newest())
+    engine_steps(config, process, model, engine, state["step"], last)
+    buffers = {name: b.clone() for name, b in engine.module.named_buffers()}
+    return whole_parameters(engine, folder / "out", process, config), buffers
+
+
+def train_through(config, folder: Path, steps: int) -> tuple[dict, dict]:
+    process, model, engine = start_engine(config)
+    engine_steps(config, process, model, engine, 0, steps)
+    buffers = {name: b.clone() for name, b in engine.module.named_buffers()}
+    return whole_parameters(engine, folder / "out", process, config), buffers
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_bit_for_bit(stage, tmp_path):
+    config = tiny_config(engine={"zero_stage": stage})
+    run_ranks(2, save_after, config, tmp_path, 3)
+    resumed = run_ranks(2, resume_until, config, tmp_path, 6)
+    through = run_ranks(2, train_through, config, tmp_path / "through", 6)
+    for (got, got_buffers), (expected, expected_buffers) in zip(resumed, through, strict=True):
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
+        for name in expected_buffers:
+            assert torch.equal(got_buffers[name], expected_buffers[name]), name  # each rank's own BatchNorm statistics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 0), (1, 3)), ((2, 3), (1, 0)), ((1, 2), (2, 1)), ((2, 1), (2, 3)), ((3, 2), (2, 0))]
+)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_resume_on_another_world_size_and_stage(before, after, optimizer, tmp_path):
+    """Saved by N ranks at one stage, resumed by M at another: the same whole tensors go on. The micro batches differ
+    after the resume, so the test goes on with the resumed shape in one plain process from the same state."""
+    settings = {"batch_size": 24, "optimizer": {"name": optimizer, "lr": 0.02, "mix_momentum": None}}
+    (ranks, stage), (new_ranks, new_stage) = before, after
+    run_ranks(ranks, save_after, tiny_config(**settings, engine={"zero_stage": stage}), tmp_path, 3)
+    new_config = tiny_config(**settings, engine={"zero_stage": new_stage})
+    resumed = run_ranks(new_ranks, resume_until, new_config, tmp_path, 5)
+    plain = run_ranks(1, resume_plain, new_config, tmp_path, new_ranks, 5)
+    assert_same(resumed[0][0], plain[0], tolerance=1e-4 if optimizer == "adamw" else TOLERANCE)
+
+
+def resume_plain(config, folder: Path, ranks: int, last: int) -> dict[str, torch.Tensor]:
+    """Load the checkpoint's tensors by hand into a model and a torch optimizer, and continue as `ranks` ranks would."""
+    from automix_dist.checkpoint import ShardReader, newest
+
+    saved = newest(folder)
+    reader = ShardReader(saved)
+    model = tiny_model(config).train()
+    optimizer = build_optimizer(model, config.optimizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.tensor(f"param/{name}"))
+            for full in reader.names(f"optimizer/{name}/"):
+                optimizer.state[parameter][full.rsplit("/", 1)[1]] = reader.tensor(full)
+            if parameter.requires_grad:
+                for key, value in saved.manifest["optimizer_scalars"].items():
+                    optimizer.state[parameter][key] = torch.tensor(value)
+    update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
+    size = config.batch_size // ranks
+    for step in range(saved.step, last):
+        values = schedule.at(step)
+        set_learning_rates(optimizer, values)
+        optimizer.zero_grad()
+        for rank in range(ranks):
+            losses = model(
+                *micro_batch(step, rank, size), rank_draws(config, step, rank, size), values.mask_loss_weight
+            )
+            (losses.total / ranks).backward()
+        optimizer.step()
+        update(values.momentum)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_no_hidden_clipping():
+    """DeepSpeed clips at 1.0 where its key is absent; ours is always written and does what the recipe says."""
+    for clip in (0.0, 5.0):
+        config = tiny_config(optimizer={"clip_norm": clip})
+        settings = distributed.deepspeed_settings(config, 1, torch.device("cpu"))
+        assert settings["gradient_clipping"] == clip
+
+
+def engine_clipping(config) -> float:
+    _, _, engine = start_engine(config)
+    return engine.gradient_clipping()
+
+
+def test_engine_does_not_clip_unless_asked():
+    assert run_ranks(1, engine_clipping, tiny_config())[0] == 0.0
