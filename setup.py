@@ -5,13 +5,15 @@ on the package index and would be hidden by ours in every process that starts in
 Exact versions that are known to work together stand in constraints.txt.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="automix-dist",
     version="0.1.0",
     description="Train stronger image classifiers with AutoMix, from one machine to many nodes",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

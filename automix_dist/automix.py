@@ -116,7 +116,7 @@ class AutoMix(nn.Module):
             [B, 3, H, W], normalised, of `draws.mix_block`.
         """
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            clean = kernels.normalize(images, self.mean, self.std, self.autocast)
+            clean = _lay_out(kernels.normalize(images, self.mean, self.std, self.autocast))
             if draws is None:
                 return Logits(*self.query.both_heads(clean), *self.momentum.both_heads(clean))
             if labels is None:
@@ -161,7 +161,7 @@ class AutoMix(nn.Module):
             return mask, torch.lerp(clean.float(), clean[draw.partner].float(), mask.unsqueeze(1))
 
     def _blend(self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0):
-        return kernels.mask_blend(
+        mixed, mask_mean, mask_square_mean = kernels.mask_blend(
             logits,
             images,
             draw.partner,
@@ -173,6 +173,7 @@ class AutoMix(nn.Module):
             self.autocast,
             implementation=self.implementation,
         )
+        return _lay_out(mixed), mask_mean, mask_square_mean
 
     def _blend_adjusted(self, logits: Tensor, images: Tensor, draws: Draws) -> Tensor:
         """The classifier's mixed images under masks rescaled to the area lambda (docs/method.md 2.4)."""
@@ -184,7 +185,7 @@ class AutoMix(nn.Module):
         if self.config.lam_margin > 0:
             outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
             own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
-        return torch.lerp(images[draw.partner], images, own.unsqueeze(1)).to(self.autocast)
+        return _lay_out(torch.lerp(images[draw.partner], images, own.unsqueeze(1)).to(self.autocast))
 
     def _mixed_loss(self, logits: Tensor, labels: Tensor, draw: MixDraw) -> Tensor:
         """lambda * CE(y) + (1 - lambda) * CE(y of the partner), with the drawn lambda, not the mask's area."""
@@ -202,6 +203,11 @@ def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
     grown = 1 - (1 - own) * ((1 - lam) / (1 - area))
     adjusted = torch.where(area > lam, shrunk, grown)
     return torch.where((area - lam).abs() > 1e-8, adjusted, own)
+
+
+def _lay_out(images: Tensor) -> Tensor:
+    """The layout in which convolutions are fast: channels-last on a GPU; on a CPU the weights' own, contiguous one."""
+    return images.contiguous(memory_format=torch.channels_last if images.is_cuda else torch.contiguous_format)
 
 
 def _head(width: int, num_classes: int) -> nn.Linear:

@@ -190,8 +190,8 @@ class ShardReader:
         """Fill one live view. Buffers are each rank's own; for another world size, the mean of all ranks'."""
         if self._shapes[piece.name] != piece.shape:
             raise CheckpointError(
-                f"{self.saved.folder}: {piece.name} has shape {self._shapes[piece.name]}, the model wants {piece.shape}; "
-                f"was model.* or automix.* changed since?"
+                f"{self.saved.folder}: {piece.name} has shape {self._shapes[piece.name]}, the model wants "
+                f"{piece.shape}; was model.* or automix.* changed since?"
             )
         if piece.name.startswith("buffer/"):
             piece.view.copy_(self._buffer(piece.name, rank, world_size))

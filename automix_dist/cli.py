@@ -29,7 +29,8 @@ class CommandError(ValueError):
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 2 wrong usage or config, 1 failed, 75 stopped by a signal after saving."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     try:
         sys.exit(options.run(options))
     except KeyboardInterrupt:
@@ -64,6 +65,17 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return None
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on a list of positionals that an option interrupts: `train CONFIG --resume epochs=3`.
+    if rest and not (hasattr(options, "overrides") and not any(each.startswith("-") for each in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -169,7 +181,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     import torch
 
     from automix_dist import distributed, provenance
-    from automix_dist.automix import AutoMix
     from automix_dist.checkpoint import Checkpoints
     from automix_dist.data import EvalLoader, TrainLoader
     from automix_dist.optimizer import build_optimizer
@@ -203,15 +214,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
     val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
     torch.manual_seed(config.seed)
-    model = AutoMix(
-        backbone,
-        len(manifest.classes),
-        config.automix,
-        mean=config.data.mean,
-        std=config.data.std,
-        autocast=distributed.autocast_dtype(config.engine, process.device),
-        implementation=config.engine.kernels,
-    ).to(process.device)
+    model = _build_model(config, backbone, len(manifest.classes), process.device)
     engine = distributed.build_engine(model, build_optimizer(model, config.optimizer), config, process)
 
     position = Position()
@@ -253,8 +256,7 @@ def _check(config: Config):
     for key in ("train", "val"):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
-    micro_batch_size = config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
-    del micro_batch_size
+    config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
     train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
     if config.batch_size > train.count:
         raise ConfigError(
@@ -276,6 +278,21 @@ def _check(config: Config):
 
     torch.manual_seed(config.seed)
     return train, create_backbone(config.model, config.automix.feature, config.data.image_size)
+
+
+def _build_model(config: Config, backbone, num_classes: int, device):
+    from automix_dist.automix import AutoMix
+    from automix_dist.distributed import autocast_dtype
+
+    return AutoMix(
+        backbone,
+        num_classes,
+        config.automix,
+        mean=config.data.mean,
+        std=config.data.std,
+        autocast=autocast_dtype(config.engine, device),
+        implementation=config.engine.kernels,
+    ).to(device)
 
 
 def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: bool) -> str | None:
@@ -304,16 +321,16 @@ def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: b
 
 FIXED_ON_RESUME = (
     "seed",
-    "epochs",
     "batch_size",
     "data.train",
-    "model.",
+    "model",
     "automix.reduction",
     "automix.lam_concat",
     "automix.norm",
     "automix.feature",
     "optimizer.name",
 )
+"""Settings, or sections of them, whose change would make a checkpoint's tensors or its place in the data meaningless."""
 
 
 def _compare_settings(before: dict, now: dict, say) -> None:
@@ -330,7 +347,7 @@ def _compare_settings(before: dict, now: dict, say) -> None:
         if old.get(key) == new.get(key):
             continue
         change = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        if key.startswith(FIXED_ON_RESUME):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
             raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
         say(f"resuming with another setting: {change}")
 
@@ -360,7 +377,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     import torch
 
     from automix_dist import beton, distributed
-    from automix_dist.automix import AutoMix
     from automix_dist.backbone import create_backbone
     from automix_dist.checkpoint import load_module_state
     from automix_dist.config import from_dict
@@ -373,15 +389,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     process = distributed.start(config.engine)
     model_config = dataclasses.replace(config.model, pretrained=False, weights="")
     backbone = create_backbone(model_config, config.automix.feature, config.data.image_size)
-    model = AutoMix(
-        backbone,
-        len(saved.manifest["classes"]),
-        config.automix,
-        mean=config.data.mean,
-        std=config.data.std,
-        autocast=distributed.autocast_dtype(config.engine, process.device),
-        implementation=config.engine.kernels,
-    )
+    model = _build_model(config, backbone, len(saved.manifest["classes"]), process.device)
     model.load_state_dict(load_module_state(saved, ""))
     batch_size = options.batch_size or config.eval_batch_size or config.batch_size
     loader = EvalLoader(
@@ -392,7 +400,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         world_size=process.world_size,
         device=process.device,
     )
-    values = evaluate(model.to(process.device), loader, process)
+    values = evaluate(model, loader, process)
     loader.close()
     torch.distributed.barrier()
     if process.is_main:

@@ -327,8 +327,8 @@ class Config:
         size, rest = divmod(self.batch_size, parts)
         if rest or size < 2:
             raise ConfigError(
-                f"batch_size = {self.batch_size} cannot be shared by {world_size} rank(s) x engine.accumulation_steps = "
-                f"{self.engine.accumulation_steps}: expected a multiple of {parts} that leaves at least 2 images each"
+                f"batch_size = {self.batch_size} cannot be shared by {world_size} rank(s) x "
+                f"engine.accumulation_steps = {self.engine.accumulation_steps}: expected a multiple of {parts} that leaves at least 2 images each"
             )
         return size
 

@@ -85,7 +85,6 @@ def start(engine: EngineConfig) -> Process:
     device = resolve_device(engine)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -102,6 +101,7 @@ def start(engine: EngineConfig) -> Process:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; Accelerate takes it for a launcher's
     return Process(
         rank=state.process_index,
         local_rank=max(state.local_process_index, 0),

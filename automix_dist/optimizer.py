@@ -1,4 +1,4 @@
-"""The optimizer of all trained parameters, in a few groups: query encoder and Mix Block, each with and without decay."""
+"""The optimizer of all trained parameters, in a few groups: query encoder and Mix Block, with and without decay."""
 
 import torch
 

@@ -190,8 +190,8 @@ class Trainer:
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
-                f"loss no longer finite ({', '.join(bad)}) by step {self.position.step}; the last checkpoint is of step "
-                f"{self.position.saved_step}. A lower optimizer.lr, a warm-up or engine.precision=float32 may help"
+                f"loss no longer finite ({', '.join(bad)}) by step {self.position.step}; the last checkpoint is of "
+                f"step {self.position.saved_step}. A lower optimizer.lr, a warm-up or engine.precision=float32 may help"
             )
         return losses
 

@@ -4,6 +4,8 @@ The recordings and their tolerances are described in tests/reference/README.md. 
 same format: `pytest tests/test_reference.py --reference DIR`.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ class TinyBackbone(nn.Module):
         sizes = [3, 16, 32, 64]
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-            for i, o in zip(sizes, sizes[1:], strict=False)
+            for i, o in pairwise(sizes)
         )
 
     def features(self, images, *, full=False):

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs the whole test suite; further arguments go to pytest.
+#   bash launch/test.sh [-k NAME] [-m "not slow"] ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/install.sh --dev
+exec .venv/bin/python -m pytest "$@"
