@@ -250,12 +250,14 @@ def verify(folder: Path) -> Saved:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-        version, files = manifest["format"], manifest["files"]
+        version, files, checksum = manifest["format"], manifest["files"], manifest.pop("sha256")
         step = int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: written in format {version}, this version reads {FORMAT}")
+    if checksum != _manifest_checksum(manifest):
+        raise CheckpointError(f"{path}: its own checksum does not match: the file is damaged")
     for entry in files:
         file = folder / entry["name"]
         size = file.stat().st_size if file.is_file() else None
@@ -292,7 +294,7 @@ def _fresh_folder(folder: Path) -> None:
 
 def _commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
     path = staging / "manifest.json"
-    path.write_text(json.dumps(manifest, indent=1))
+    path.write_text(json.dumps(manifest | {"sha256": _manifest_checksum(manifest)}, indent=1))
     _fsync(path)
     _fsync(staging)
     if final.exists():  # a broken one that a resume passed over
@@ -315,6 +317,10 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -330,7 +330,7 @@ FIXED_ON_RESUME = (
     "automix.feature",
     "optimizer.name",
 )
-"""Settings, or sections of them, whose change would make a checkpoint's tensors or its place in the data meaningless."""
+"""Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
 
 
 def _compare_settings(before: dict, now: dict, say) -> None:

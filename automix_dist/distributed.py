@@ -169,8 +169,8 @@ def deepspeed_settings(config: Config, world_size: int, device: torch.device) ->
 
 
 def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
-    """A DeepSpeedEngine around the model. Weights must be contiguous (channels-last ones crash it); the images are
-    channels-last."""
+    """A DeepSpeedEngine around the model, whose weights are laid out contiguously: channels-last ones crash DeepSpeed
+    0.19, and convolutions take channels-last images with contiguous weights."""
     import logging
 
     import deepspeed
@@ -179,7 +179,7 @@ def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Con
     # Used by inference only, but compiled for a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
-        model=model,
+        model=model.to(memory_format=torch.contiguous_format),
         optimizer=optimizer,
         model_parameters=[p for group in optimizer.param_groups for p in group["params"]],
         config=deepspeed_settings(config, process.world_size, process.device),

@@ -26,8 +26,9 @@ pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
 "$python" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || missing+=(python3-dev)
-if [ -n "$extras" ] && ! command -v chromium >/dev/null && ! command -v google-chrome >/dev/null; then
-    missing+=(chromium) # the report page is tested in a browser
+if [ -n "$extras" ]; then # the report page is tested in a browser
+    command -v chromium >/dev/null || missing+=(chromium)
+    command -v chromedriver >/dev/null || missing+=(chromium-driver)
 fi
 if [ ${#missing[@]} -gt 0 ]; then
     line="apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"

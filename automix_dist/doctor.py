@@ -1,0 +1,299 @@
+"""What this machine has and lacks for a training: one table, each problem with how to mend it.
+
+Nothing here trains, compiles or installs. Versions are read from the installed packages' metadata; torch is imported
+only where there is a GPU to ask it about, so that the doctor also works where half of the packages are missing.
+"""
+
+import ctypes.util
+import ipaddress
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from automix_dist.config import Config
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "ffcv", "accelerate", "timm", "numpy")
+CHECKOUT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+SHM_NEEDED = 1 * GIB  # NCCL and gloo between the ranks of a host, and the loader of a large set
+DISK_NEEDED = 10 * GIB  # checkpoints of a large model
+FILES_NEEDED = 4096
+MIN_PYTHON = (3, 11)
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    """ok; warn: a training runs, but may be slow or break later; fail: a training cannot run."""
+    found: str
+    mend: str = ""
+    """What to do about it; empty if nothing."""
+
+
+def diagnose(config: Config | None = None) -> list[Check]:
+    """Look at this machine and, if a config is given, at its data files and its output folder.
+
+    Never raises for what it finds: everything that is missing is a check that warns or fails.
+    """
+    checks = [_python(), *_packages(), *_gpus(), _compiler(), *_libraries()]
+    checks += [_shared_memory(), _open_files(), _host_name(), _cores()]
+    checks.append(_disk(Path(config.output) if config else Path.cwd()))
+    if config is not None:
+        checks += [_data_file(f"data.{key}", getattr(config.data, key)) for key in ("train", "val")]
+    return checks
+
+
+def print_table(checks: list[Check]) -> int:
+    """Print a table and one line of verdict; returns the exit code, 1 if a check failed."""
+    marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+    colors = {"ok": "32", "warn": "33", "fail": "31"}
+    colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    name_width = max((len(check.name) for check in checks), default=0)
+    for check in checks:
+        mark = marks[check.status]
+        mark = f"\x1b[{colors[check.status]}m{mark}\x1b[0m" if colored else mark
+        print(f"{mark}  {check.name:<{name_width}}  {check.found}")
+        if check.mend:
+            print(f"{'':<{name_width + 6}}  -> {check.mend}")
+    print()
+    failed = [check.name for check in checks if check.status == "fail"]
+    warned = [check.name for check in checks if check.status == "warn"]
+    if failed:
+        print(f"Not ready to train: {', '.join(failed)}.")
+        return 1
+    print(f"Ready to train; worth a look: {', '.join(warned)}." if warned else "Ready to train.")
+    return 0
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info < MIN_PYTHON:
+        return Check("Python", "fail", found, f"use Python {'.'.join(map(str, MIN_PYTHON))} or newer")
+    return Check("Python", "ok", found)
+
+
+def _packages() -> list[Check]:
+    """The installed versions against the pins of a checkout and the ranges that our package asks for."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return [Check("packaging", "fail", "not installed, so versions cannot be compared", "pip install packaging")]
+    required = {requirement.name.lower(): requirement for requirement in map(Requirement, _requirements())}
+    pins = _pins(CHECKOUT / "constraints.txt")
+    return [_package(name, pins.get(name), required.get(name)) for name in PACKAGES]
+
+
+def _package(name: str, pin: str | None, required: "Requirement | None") -> Check:
+    from packaging.version import Version
+
+    install = (
+        "pip install -e . -c constraints.txt"
+        if pin
+        else f'pip install "{name}{required.specifier if required else ""}"'
+    )
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        if required is not None and required.marker is not None and not required.marker.evaluate():
+            return Check(name, "ok", "not needed on this platform")
+        return Check(name, "fail", "not installed", install)
+    if required is not None and not required.specifier.contains(version, prereleases=True):
+        return Check(name, "fail", f"{version}, but {required.specifier} is needed", install)
+    # A build's own suffix, as in 2.11.0+cu130, is another build of the pinned version.
+    if pin is not None and Version(version).public != Version(pin).public:
+        return Check(name, "warn", f"{version}; tested with {pin}", install)
+    return Check(name, "ok", version)
+
+
+def _pins(path: Path) -> dict[str, str]:
+    """The exact versions in a constraints file; empty if there is none, as outside a checkout."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    found = (re.match(r"\s*([A-Za-z0-9._-]+)\s*==\s*([^\s;#]+)", line) for line in lines)
+    return {match[1].lower().replace("_", "-"): match[2] for match in found if match}
+
+
+def _requirements() -> list[str]:
+    """What our installed package requires; empty if it is not installed."""
+    try:
+        return metadata.requires("automix-dist") or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def _gpus() -> list[Check]:
+    """NVIDIA's and AMD's GPUs, and whether torch can use them."""
+    listed = _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    if listed is None and not Path("/dev/kfd").exists():
+        if Path("/dev/nvidia0").exists():
+            return [Check("GPU", "fail", "a GPU, but nvidia-smi does not answer", "install or reload NVIDIA's driver")]
+        return [Check("GPU", "ok", "none: training runs on the CPU")]
+    names = [line.strip() for line in (listed or "an AMD GPU").splitlines() if line.strip()]
+    gpus = Check("GPU", "ok", "; ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)))
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
+        return [gpus, Check("torch on the GPU", "fail", f"torch cannot be imported: {error}", "install torch again")]
+    if torch.cuda.is_available():
+        return [gpus, Check("torch on the GPU", "ok", f"CUDA {torch.version.cuda or torch.version.hip}")]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return [gpus, Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")]
+    built = torch.version.cuda or torch.version.hip
+    if built is None:
+        return [gpus, Check("torch on the GPU", "warn", "torch is a CPU build", "install torch from the package index")]
+    mend = f"update the driver to one for CUDA {built}, or install a torch built for this driver"
+    return [gpus, Check("torch on the GPU", "warn", f"torch was built for CUDA {built} and finds no usable GPU", mend)]
+
+
+def _compiler() -> Check:
+    """FFCV is built from source when it is installed, and Triton compiles its launchers at run time."""
+    for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if command and (path := shutil.which(command)):
+            version = (_output(path, "--version") or "").splitlines()
+            return Check("C++ compiler", "ok", version[0] if version else path)
+    return Check("C++ compiler", "fail" if _missing("ffcv") else "warn", "none", _apt("g++"))
+
+
+def _libraries() -> list[Check]:
+    """pkg-config, OpenCV and libturbojpeg: what building FFCV needs, and what running it needs."""
+    building = _missing("ffcv")
+    tool = shutil.which("pkg-config")
+    if tool is None:
+        # Its answer is needed for a build alone, and an installed FFCV has been built.
+        checks = [Check("pkg-config", "fail" if building else "ok", "none", _apt("pkg-config") if building else "")]
+    else:
+        checks = [Check("pkg-config", "ok", (_output(tool, "--version") or tool).strip())]
+    for name, modules, library, package in (
+        ("OpenCV", ("opencv4", "opencv"), "opencv_core", "libopencv-dev"),
+        ("libturbojpeg", ("libturbojpeg",), "turbojpeg", "libturbojpeg0-dev"),
+    ):
+        versions = [_output(tool, "--modversion", module) for module in modules] if tool else []
+        version = next((version.strip() for version in versions if version), None)
+        loadable = ctypes.util.find_library(library)
+        if version or (loadable and not building):
+            checks.append(Check(name, "ok", version or f"{loadable} (no headers; FFCV is built already)"))
+        else:
+            checks.append(Check(name, "fail", "not found by pkg-config", _apt(package)))
+    return checks
+
+
+def _shared_memory() -> Check:
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return Check("/dev/shm", "warn", "there is none", "mount a tmpfs there: ranks of one host exchange data in it")
+    found = f"{_gib(free)} free"
+    if free < SHM_NEEDED:
+        mend = "start the container with --shm-size=8g (Kubernetes: an emptyDir with medium: Memory)"
+        return Check("/dev/shm", "warn", found, mend)
+    return Check("/dev/shm", "ok", found)
+
+
+def _open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FILES_NEEDED:
+        mend = f"ulimit -n {FILES_NEEDED}"
+        if hard != resource.RLIM_INFINITY and hard < FILES_NEEDED:
+            mend += f" needs root to raise the hard limit of {hard} first (/etc/security/limits.conf)"
+        return Check("open files", "warn", f"limit {soft}", mend)
+    return Check("open files", "ok", "unlimited" if soft == resource.RLIM_INFINITY else f"limit {soft}")
+
+
+def _host_name() -> Check:
+    """Launchers give other hosts this host's name as the meeting point; they cannot reach a loopback address."""
+    name = socket.gethostname()
+    try:
+        addresses = sorted({info[4][0] for info in socket.getaddrinfo(name, None)})
+    except OSError:
+        mend = f"add a line with this host's address and {name} to /etc/hosts"
+        return Check("host name", "warn", f"{name} resolves to no address", mend)
+    found = f"{name} is {', '.join(addresses)}"
+    if all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
+        mend = "one machine: nothing to do; several: give the launcher an address that the others can reach"
+        return Check("host name", "ok", f"{found} (loopback)", mend)
+    return Check("host name", "ok", found)
+
+
+def _cores() -> Check:
+    """Loader threads share the cores that this process may use, which can be fewer than the machine has."""
+    usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    if usable < total:
+        mend = "in a Slurm job ask for more with --cpus-per-task; else see taskset and the container's cpuset"
+        return Check("CPU cores", "ok" if usable > 1 else "warn", f"{usable} of {total} usable here", mend)
+    return Check("CPU cores", "ok", str(total))
+
+
+def _disk(folder: Path) -> Check:
+    """Space for the run, at the nearest folder above it that exists already."""
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    name = f"disk at {folder}"
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return Check(name, "fail", f"{existing} cannot be written", "choose another folder with output=...")
+    total, _, free = shutil.disk_usage(existing)
+    if not total:
+        return Check(name, "fail", f"{existing} is no place for files", "choose another folder with output=...")
+    if free < DISK_NEEDED:
+        return Check(name, "warn", f"{_gib(free)} free", "make room, or choose another folder with output=...")
+    return Check(name, "ok", f"{_gib(free)} free")
+
+
+def _data_file(key: str, path: str) -> Check:
+    if not path:
+        return Check(key, "fail", "not set", f"set {key} to a .beton file written by `automix prepare`")
+    try:
+        from automix_dist import beton
+
+        manifest = beton.check(Path(path))
+    except ImportError as error:
+        return Check(key, "fail", f"{path} cannot be checked: {error}", "install the missing package")
+    except OSError as error:
+        return Check(key, "fail", str(error), "make it readable for this user")
+    except ValueError as error:  # its message says what to do
+        return Check(key, "fail", str(error))
+    return Check(key, "ok", f"{path}: {manifest.count:,} images, {len(manifest.classes):,} classes")
+
+
+def _missing(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+def _apt(package: str) -> str:
+    return f"{'' if os.geteuid() == 0 else 'sudo '}apt-get install -y {package}"
+
+
+def _output(command: str, *arguments: str) -> str | None:
+    """What a command prints, None if there is no such command or it fails."""
+    try:
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB"

@@ -1,0 +1,1137 @@
+"""Pages and pictures of a run: one self-contained HTML file, and one PNG for a README.
+
+The page asks nothing of any network: style, script, data and pictures are inside it, and its content security policy
+forbids the browser every request and every script but its own. Text from a run reaches it escaped, or as data.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import math
+import re
+import statistics
+import string
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image, ImageDraw, ImageFont
+
+from automix_dist.config import Config, to_dict
+from automix_dist.run_log import (
+    GALLERY_ARRAYS,
+    IMAGE_COLOR,
+    METRICS,
+    PARTNER_COLOR,
+    accuracy_name,
+    gallery_files,
+    gallery_step,
+    mask_colors,
+    percent,
+    read_metrics,
+    whole_file,
+)
+
+MAX_POINTS = 1500  # of a curve; more records are averaged in groups, which a screen cannot tell apart
+MAX_FRAMES = 24  # steps of the gallery's slider
+MAX_PAIRS = 12
+MAX_SIDE = 160  # pixels of a picture in the page; larger ones are scaled down
+PNG_SIDE = 64  # pictures up to this side are kept exact, larger ones become JPEG
+_NOTHING = "\N{EN DASH}"
+CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5568c", "#52565c", "#56b4e9", "#e69f00")
+
+
+class ReportError(ValueError):
+    """A folder that a report cannot be made of; the message says why."""
+
+
+@dataclass
+class _Run:
+    """What could be read of a run's folder, and what could not."""
+
+    name: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    frames: list[dict[str, Any]] = field(default_factory=list)
+    """The gallery: step and arrays, see `run_log.write_gallery`."""
+    notes: list[str] = field(default_factory=list)
+    """One sentence for each thing that is missing or broken."""
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    @property
+    def step(self) -> int:
+        return max((record["step"] for record in self.records), default=0)
+
+    def started_with(self, key: str) -> int:
+        """What the last start of the training said of `key`; 0 if nothing."""
+        values = [record.get(key) for record in self.of("start")]
+        return next((value for value in reversed(values) if isinstance(value, int)), 0)
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report page of the run in folder `run` to `out` (default: run/report.html); return its path.
+
+    A run that is still going, or stopped halfway, is shown as far as it got, and the page says what is missing.
+    Raises ReportError if `run` is not the folder of a run, OSError if the page cannot be written.
+    """
+    run = Path(run)
+    page = _page(_load(run))
+    path = run / "report.html" if out is None else Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(page.encode())
+    return path
+
+
+def write_picture(run: Path) -> Path:
+    """Draw run/summary.png: the losses, the top-1 accuracy, and the last pairs with their masks and mixed samples.
+
+    Raises ReportError if `run` is not the folder of a run, OSError if the picture cannot be written.
+    """
+    run = Path(run)
+    picture = _picture(_load(run))
+    path = run / "summary.png"
+    with whole_file(path) as file:
+        picture.save(file, format="png", optimize=True)
+    return path
+
+
+# Reading a run
+
+
+def _load(folder: Path) -> _Run:
+    if not folder.is_dir():
+        raise ReportError(f"no such run: {folder}")
+    if not (folder / METRICS).is_file() and not (folder / "config.yaml").is_file():
+        raise ReportError(f"{folder} is not the folder of a run: it has neither {METRICS} nor config.yaml")
+    run = _Run(folder.resolve().name)
+    _load_records(run, folder)
+    run.config = _load_text(run, folder / "config.yaml", yaml.safe_load, dict) or {}
+    run.environment = _load_text(run, folder / "environment.json", json.loads, dict) or {}
+    classes = run.environment.pop("classes", None)
+    run.classes = [str(name) for name in classes] if isinstance(classes, list) else []
+    _load_gallery(run, folder)
+    return run
+
+
+def _load_records(run: _Run, folder: Path) -> None:
+    if not (folder / METRICS).is_file():
+        run.notes.append(f"There is no {METRICS} yet, so there are no numbers and no curves.")
+        return
+    run.records, unreadable = read_metrics(folder)
+    if unreadable:
+        run.notes.append(f"{_count(unreadable, 'line')} of {METRICS} could not be read; left out.")
+    if not run.of("train"):
+        run.notes.append("No training step has been recorded yet.")
+    if not run.of("eval"):
+        run.notes.append("No evaluation has been recorded yet, so there is no validation accuracy.")
+    for key, steps in _nonfinite(run.records).items():
+        run.notes.append(
+            f"{key} was not a finite number in {_count(len(steps), 'record')}, first at step {steps[0]:,}."
+        )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'s' * (number != 1)}"
+
+
+def _nonfinite(records: list[dict[str, Any]]) -> dict[str, list[int]]:
+    steps: dict[str, list[int]] = {}
+    for record in records:
+        nonfinite = record.get("nonfinite")
+        for key in nonfinite if isinstance(nonfinite, dict) else ():
+            steps.setdefault(key, []).append(record["step"])
+    return steps
+
+
+def _load_text(run: _Run, path: Path, parse: Any, kind: type) -> Any:
+    """A parsed file, or None and a note if it is missing or not what it should be."""
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        run.notes.append(f"{path.name} is missing.")
+        return None
+    except (OSError, ValueError, yaml.YAMLError):
+        value = None
+    if not isinstance(value, kind):
+        run.notes.append(f"{path.name} could not be read.")
+        return None
+    return value
+
+
+def _load_gallery(run: _Run, folder: Path) -> None:
+    files = gallery_files(folder)
+    if len(files) > MAX_FRAMES:
+        files = [files[round(i * (len(files) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
+    for path in files:
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                arrays = {name: stored[name][:MAX_PAIRS] for name in GALLERY_ARRAYS}
+            _check_gallery(arrays)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            run.notes.append(f"gallery/{path.name} could not be read and was left out.")
+        else:
+            run.frames.append({"step": gallery_step(path), **arrays})
+    if not run.frames:
+        run.notes.append("There is no gallery of image pairs and masks yet.")
+
+
+def _check_gallery(arrays: dict[str, np.ndarray]) -> None:
+    pairs, height, width, channels = arrays["images"].shape
+    pictures = [arrays[name] for name in ("images", "partners", "mixed")]
+    if channels != 3 or any(a.shape != (pairs, height, width, 3) or a.dtype != np.uint8 for a in pictures):
+        raise ValueError("pictures must be uint8 [P, H, W, 3]")
+    if arrays["masks"].shape != (pairs, height, width):
+        raise ValueError("masks must be [P, H, W]")
+    if any(arrays[name].shape != (pairs,) for name in ("lam", "labels", "partner_labels")):
+        raise ValueError("lam and labels must be [P]")
+
+
+# Curves and numbers
+
+_CHARTS = (  # title, unit, whether its training values scatter, which keys; the first that matches takes a key
+    ("Top-1 accuracy", "percent", True, lambda key: accuracy_name(key) == "top-1"),
+    ("Top-5 accuracy", "percent", True, lambda key: accuracy_name(key) == "top-5"),
+    ("Losses", "", True, lambda key: bool(re.search(r"^loss|_loss$", key))),
+    ("Mask area", "percent", True, lambda key: key.startswith("mask_area")),
+    ("Learning rate", "", False, lambda key: bool(re.search(r"(^|_)lr$|^lr_", key))),
+    ("Momentum", "", False, lambda key: key == "momentum"),
+    ("Mask loss weight", "", False, lambda key: key == "mask_loss_weight"),
+    ("Throughput", "images/s", True, lambda key: key == "images_per_second"),
+    ("Peak memory", "GiB", False, lambda key: key == "memory_gib"),
+)
+
+
+def _charts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Charts of whatever keys the records have: {title, unit, smooth, series: [{name, kind, x, y}]}.
+
+    A key that no chart takes has its own. y is None where the value is not finite. In a chart with `smooth`, series of
+    kind "train" are smoothed.
+    """
+    series: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] not in ("train", "eval"):
+            continue
+        nonfinite = record.get("nonfinite")
+        for key, value in record.items():
+            known_bad = isinstance(nonfinite, dict) and key in nonfinite
+            if key in ("kind", "step", "epoch", "time", "nonfinite") or not (known_bad or _is_number(value)):
+                continue
+            curve = series.setdefault((record["kind"], key), {"name": key, "kind": record["kind"], "x": [], "y": []})
+            curve["x"].append(record["step"])
+            curve["y"].append(None if known_bad else _finite(value))
+    charts: dict[str, dict[str, Any]] = {row[0]: _chart(*row[:3]) for row in _CHARTS}
+    # Validation comes first among accuracies, training first elsewhere: the first curves have the clearest colours.
+    in_order = sorted(series.items(), key=lambda item: (item[0][0] == "train") == bool(accuracy_name(item[0][1])))
+    for (kind, key), curve in in_order:
+        if ("eval" if kind == "train" else "train", key) in series:
+            curve["name"] = f"{key} ({'training' if kind == 'train' else 'validation'})"
+        title = next((title for title, *_, takes in _CHARTS if takes(key)), key.replace("_", " ").capitalize())
+        charts.setdefault(title, _chart(title, "", True))["series"].append(_thin(curve))
+    return [chart for chart in charts.values() if chart["series"]]
+
+
+def _chart(title: str, unit: str, smooth: bool) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "smooth": smooth, "series": []}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> float | None:
+    """A number as float; None if it is not a finite one, or no number."""
+    try:
+        return float(value) if _is_number(value) and math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _thin(curve: dict[str, Any]) -> dict[str, Any]:
+    """The curve with at most MAX_POINTS points, each the mean of a group of neighbours."""
+    x, y = curve["x"], curve["y"]
+    size = -(-len(x) // MAX_POINTS)
+    if size > 1:
+        groups = [[v for v in y[i : i + size] if v is not None] for i in range(0, len(y), size)]
+        curve["y"] = [statistics.fmean(group) if group else None for group in groups]
+        curve["x"] = [x[min(i + size, len(x)) - 1] for i in range(0, len(x), size)]
+    curve["y"] = [None if v is None else float(f"{v:.6g}") for v in curve["y"]]
+    return curve
+
+
+def _accuracies(run: _Run) -> dict[str, list[tuple[float, int]]]:
+    """Each top-1 and top-5 of the evaluations, in order: [(value, step)]."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for record in run.of("eval"):
+        for key, value in record.items():
+            number = _finite(value)
+            if accuracy_name(key) and number is not None:
+                found.setdefault(key, []).append((number, record["step"]))
+    return found
+
+
+def _numbers(run: _Run) -> list[tuple[str, str, str]]:
+    """The figures at the top of the page: (name, value, remark)."""
+    top1 = {key: values for key, values in _accuracies(run).items() if accuracy_name(key) == "top-1"}
+    momentum = next((key for key in top1 if "momentum" in key), None)
+    query = next((key for key in top1 if "momentum" not in key), None)
+    numbers = []
+    for name, key in (("Query top-1", query), ("Momentum top-1", momentum)):
+        last = (percent(top1[key][-1][0]), f"{key}, last") if key else (_NOTHING, "no evaluation yet")
+        numbers.append((name, *last))
+    best = max(((value, -step, key) for key, values in top1.items() for value, step in values), default=None)
+    if best:
+        numbers.append(("Best top-1", percent(best[0]), f"{best[2]}, step {-best[1]:,}"))
+    total = run.started_with("total_steps")
+    numbers.append(("Steps", f"{run.step:,}", f"of {total:,}" if total else ""))
+    speeds = [value for r in run.of("train") if (value := _finite(r.get("images_per_second"))) is not None]
+    speed = f"{statistics.median(speeds):,.0f}" if speeds else _NOTHING
+    numbers.append(("Images per second", speed, "median while training"))
+    seconds = _seconds(run.records)
+    numbers.append(("Time", _NOTHING if seconds is None else _duration(seconds), "evaluations included"))
+    return numbers
+
+
+def _seconds(records: list[dict[str, Any]]) -> float | None:
+    """Seconds of work: from each start to the last record of its session, so that pauses do not count."""
+    total, start, last = 0.0, None, None
+    for record in records:
+        try:
+            now = datetime.fromisoformat(record.get("time", "")).timestamp()
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if record["kind"] == "start":
+            total += 0 if start is None else last - start
+            start = now
+        start = now if start is None else start
+        last = now
+    return None if start is None else max(total + last - start, 0)
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {m:02d} min"
+    return f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def _status(run: _Run) -> tuple[str, str]:
+    """How the run stands: (a word for the style, words for a person)."""
+    total = run.started_with("total_steps")
+    if total and run.step >= total:
+        return "done", "finished"
+    last_start = max((i for i, record in enumerate(run.records) if record["kind"] == "start"), default=0)
+    if any(record["kind"] == "stopped" for record in run.records[last_start:]):
+        return "stopped", f"stopped at step {run.step:,}"
+    return "open", f"not finished, step {run.step:,}" + (f" of {total:,}" if total else "")
+
+
+# The page
+
+
+def _page(run: _Run) -> str:
+    data = {
+        "charts": _charts(run.records),
+        "stepsPerEpoch": run.started_with("steps_per_epoch"),
+        "gallery": _gallery(run),
+    }
+    state, status = _status(run)
+    return _PAGE.substitute(
+        policy=_policy(),
+        style=_STYLE,
+        script=_SCRIPT,
+        # In JSON a "<" can only stand in a string, so that no text of a run can end the script element.
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        name=html.escape(run.name),
+        state=state,
+        status=html.escape(status),
+        notes=_notes(run.notes),
+        numbers="".join(_number_card(*number) for number in _numbers(run)),
+        accuracies=_accuracy_table(run),
+        pairs="".join(_pair_card(pair) for pair in range(_shown_pairs(run))),
+        events=_events(run),
+        config=_config(run.config),
+        environment=_table(_flatten(run.environment)) or _empty("There is no environment.json."),
+    )
+
+
+def _policy() -> str:
+    """The page's content security policy: nothing is fetched, and no script runs but the page's own."""
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def _notes(notes: list[str]) -> str:
+    items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return f'<ul class="notes" aria-label="Notes">{items}</ul>' if items else ""
+
+
+def _empty(text: str) -> str:
+    return f'<p class="empty">{html.escape(text)}</p>'
+
+
+def _number_card(name: str, value: str, remark: str) -> str:
+    name, value, remark = html.escape(name), html.escape(value), html.escape(remark)
+    return f"<div><dt>{name}</dt><dd>{value}<small>{remark}</small></dd></div>"
+
+
+def _accuracy_table(run: _Run) -> str:
+    """A row for each head of each encoder, named as what its keys have beside "top1" and "top5"."""
+    found = _accuracies(run)
+    rows = []
+    for key, values in found.items():
+        if accuracy_name(key) == "top-1":
+            best, step = max(values, key=lambda item: (item[0], -item[1]))
+            top5 = found.get(key.replace("top1", "top5"))
+            name = key.replace("top1", "").strip("_ ") or key
+            last5 = percent(top5[-1][0]) if top5 else _NOTHING
+            rows.append((name, percent(values[-1][0]), percent(best), f"{step:,}", last5))
+    return _table(rows, ("Head", "Top-1", "Best", "At step", "Top-5"), "figures")
+
+
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), style: str = "texts") -> str:
+    """An HTML table; the first cell of each row is its heading. Empty if there are no rows.
+
+    In the style "texts" the last column wraps; in "figures" none does.
+    """
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(first)}</th>'
+        + "".join(f"<td>{html.escape(c)}</td>" for c in cells)
+        + "</tr>"
+        for first, *cells in rows
+    )
+    if not body:
+        return ""
+    heads = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    head_row = f"<thead><tr>{heads}</tr></thead>" if head else ""
+    return f'<div class="scroll {style}"><table>{head_row}<tbody>{body}</tbody></table></div>'
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as (dotted name, text)."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _text(value)))
+    return rows
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _config(config: dict[str, Any]) -> str:
+    """The settings by section; those that differ from the defaults are marked."""
+    if not config:
+        return _empty("There is no config.yaml.")
+    defaults = dict(_flatten(to_dict(Config())))
+    sections = {"run": {key: value for key, value in config.items() if not isinstance(value, dict)}}
+    sections |= {str(key): value for key, value in config.items() if isinstance(value, dict)}
+    cards = []
+    for name, values in sections.items():
+        rows = "".join(
+            f"<div{' class=changed' if defaults.get(key if name == 'run' else f'{name}.{key}') != value else ''}>"
+            f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd></div>"
+            for key, value in _flatten(values)
+        )
+        cards.append(f'<section class="card"><h3>{html.escape(name)}</h3><dl class="settings">{rows}</dl></section>')
+    return f'<p class="hint">A dot marks what differs from the default.</p><div class="columns">{"".join(cards)}</div>'
+
+
+def _events(run: _Run) -> str:
+    rows = []
+    for record in run.records:
+        if record["kind"] not in ("train", "eval"):
+            details = {k: v for k, v in record.items() if k not in ("kind", "step", "time", "nonfinite")}
+            time = str(record.get("time", "")).replace("T", " ")[:19]
+            rows.append(
+                (f"{record['step']:,}", record["kind"], time, ", ".join(f"{k} {v}" for k, v in _flatten(details)))
+            )
+    return _table(rows, ("Step", "Event", "Time (UTC)", "Details")) or _empty("Nothing has been recorded yet.")
+
+
+def _shown_pairs(run: _Run) -> int:
+    return max((len(frame["lam"]) for frame in run.frames), default=0)
+
+
+def _pair_card(pair: int) -> str:
+    tiles = "".join(
+        f'<figure><img data-pair="{pair}" data-kind="{kind}" alt="{kind} {pair + 1}"><figcaption></figcaption></figure>'
+        for kind in ("image", "partner", "mask", "mixed")
+    )
+    return f'<div class="card pair">{tiles}</div>'
+
+
+def _gallery(run: _Run) -> dict[str, Any] | None:
+    """The gallery for the page's script: each picture once as a data URI, and for each step the pairs by number."""
+    if not run.frames:
+        return None
+    pictures: dict[str, int] = {}
+
+    def picture(uri: str) -> int:
+        return pictures.setdefault(uri, len(pictures))
+
+    frames = []
+    for frame in run.frames:
+        pairs = []
+        for p in range(len(frame["lam"])):
+            area = float(np.mean(np.nan_to_num(frame["masks"][p].astype(np.float32))))
+            pairs.append(
+                {
+                    "image": picture(_data_uri(frame["images"][p])),
+                    "partner": picture(_data_uri(frame["partners"][p])),
+                    "mask": picture(_mask_uri(frame["masks"][p])),
+                    "mixed": picture(_data_uri(frame["mixed"][p])),
+                    "lam": _finite(float(frame["lam"][p])),
+                    "area": area,
+                    "label": _class_name(run, frame["labels"][p]),
+                    "partnerLabel": _class_name(run, frame["partner_labels"][p]),
+                }
+            )
+        frames.append({"step": frame["step"], "pairs": pairs})
+    return {"frames": frames, "pictures": list(pictures), "small": run.frames[0]["images"].shape[1] <= PNG_SIDE}
+
+
+def _class_name(run: _Run, label: np.integer) -> str:
+    return run.classes[label] if 0 <= label < len(run.classes) else f"class {label}"
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    """uint8 [H, W, 3] as a data URI: PNG if small, else JPEG."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    return _encode(image, "png") if max(pixels.shape[:2]) <= PNG_SIDE else _encode(image, "jpeg", quality=90)
+
+
+def _mask_uri(mask: np.ndarray) -> str:
+    """Float [H, W] in [0, 1] as a data URI: a PNG with a palette of 256 shades."""
+    levels = np.clip(np.nan_to_num(mask.astype(np.float32)) * 255, 0, 255).round().astype(np.uint8)
+    image = Image.fromarray(levels)
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
+    image.putpalette(mask_colors(np.arange(256) / 255).tobytes())
+    return _encode(image, "png")
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, optimize=True, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$name · AutoMix run</title>
+<style>$style</style>
+</head>
+<body>
+<header>
+  <div class="bar">
+    <nav aria-label="Sections">
+      <a href="#curves">Curves</a><a href="#gallery">Gallery</a><a href="#events">Events</a><a href="#config">Config</a>
+      <a href="#environment">Environment</a>
+    </nav>
+    <button id="theme" type="button" title="Light, dark, or as the system"><span>Theme: </span><b>auto</b></button>
+  </div>
+</header>
+<main>
+  <p class="overline">AutoMix run</p>
+  <h1>$name <span class="status $state">$status</span></h1>
+  <dl class="numbers">$numbers</dl>
+  $accuracies
+  $notes
+  <section id="curves">
+    <div class="heading"><h2>Curves</h2>
+      <label class="control">Smoothing <input id="smoothing" type="range" min="0" max="0.98" step="0.02" value="0.6">
+        <output>0.60</output></label></div>
+    <p class="hint">Training values are smoothed, validation values never. Point at a curve for its values; a click on a
+      name hides its curve.</p>
+    <div id="charts" class="charts"></div>
+    <noscript><p class="empty">The curves and the gallery need JavaScript.</p></noscript>
+  </section>
+  <section id="gallery">
+    <div class="heading"><h2>Gallery</h2>
+      <div class="control" id="frames" hidden><button type="button" id="play">Play</button>
+        <input id="frame" type="range" min="0" step="1" aria-label="Training step"><output></output></div></div>
+    <p class="hint" id="legend" hidden>What the mask takes from
+      <span>the image <i class="scale"></i> its partner</span></p>
+    <div class="pairs">$pairs</div>
+  </section>
+  <section id="events"><h2>Events</h2>$events</section>
+  <section id="config"><h2>Config</h2>$config</section>
+  <section id="environment"><h2>Environment</h2>$environment</section>
+</main>
+<script type="application/json" id="data">$data</script>
+<script>$script</script>
+</body>
+</html>
+""")
+
+_STYLE = """
+:root { color-scheme: light dark; --ground: light-dark(#fafafa, #121416); --card: light-dark(#fff, #1a1d20);
+  --ink: light-dark(#1b1d20, #e8eaec); --soft: light-dark(#5d6269, #9aa1a9); --line: light-dark(#e3e5e8, #2c3035);
+  --grid: light-dark(#eceef0, #25292d); --accent: light-dark(#0072b2, #5ab4ec); --warn: light-dark(#9a4a00, #f2b36b);
+  --warn-ground: light-dark(#fdf3e7, #2a2118); --c0: light-dark(#0072b2, #56b4e9); --c1: light-dark(#d55e00, #f0894a);
+  --c2: light-dark(#009e73, #2fc08f); --c3: light-dark(#b5568c, #dd91bb); --c4: light-dark(#52565c, #c3c8ce); }
+:root[data-theme=light] { color-scheme: light; }
+:root[data-theme=dark] { color-scheme: dark; }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { scroll-padding-top: 56px; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+header { position: sticky; top: 0; z-index: 2; background: var(--ground); border-bottom: 1px solid var(--line); }
+.bar, main { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
+.bar { display: flex; align-items: center; gap: 16px; height: 48px; }
+nav { display: flex; gap: 20px; overflow-x: auto; flex: 1; scrollbar-width: none; }
+nav a { color: var(--soft); text-decoration: none; font-size: 14px; }
+nav a:hover { color: var(--ink); }
+button { font: inherit; font-size: 13px; color: var(--ink); background: var(--card); border: 1px solid var(--line);
+  border-radius: 6px; padding: 4px 10px; cursor: pointer; white-space: nowrap; }
+button:hover { border-color: var(--soft); }
+#theme b { font-weight: 500; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+main { padding-top: 36px; padding-bottom: 72px; }
+.overline { margin: 0; color: var(--soft); font-size: 13px; }
+h1 { margin: 0 0 24px; font-size: 28px; font-weight: 600; line-height: 1.25; letter-spacing: -.01em;
+  overflow-wrap: anywhere; }
+h2 { margin: 0; font-size: 20px; font-weight: 600; }
+h3 { margin: 0; font-size: 14px; font-weight: 600; }
+section { margin-top: 48px; }
+section > h2 { margin-bottom: 12px; }
+.card { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px;
+  min-width: 0; }
+.status { display: inline-block; vertical-align: middle; margin-left: 8px; padding: 2px 10px; border-radius: 99px;
+  border: 1px solid currentColor; font-size: 13px; font-weight: 500; letter-spacing: 0; color: var(--soft); }
+.status.done { color: var(--c2); } .status.stopped { color: var(--warn); }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(164px, 1fr)); gap: 1px; margin: 0;
+  overflow: hidden; background: var(--line); border: 1px solid var(--line); border-radius: 10px; }
+.numbers > div { background: var(--card); padding: 14px 16px; }
+.numbers dt { color: var(--soft); font-size: 13px; }
+.numbers dd { margin: 2px 0 0; font-size: 24px; font-weight: 600; font-variant-numeric: tabular-nums;
+  line-height: 1.25; }
+.numbers small { display: block; color: var(--soft); font-size: 12px; font-weight: 400; overflow-wrap: anywhere; }
+.notes { margin: 24px 0 0; padding: 12px 16px 12px 32px; background: var(--warn-ground); color: var(--warn);
+  border-radius: 10px; font-size: 14px; overflow-wrap: anywhere; }
+.heading { display: flex; flex-wrap: wrap; align-items: center; justify-content: space-between; gap: 8px 24px; }
+.hint, .empty { margin: 6px 0 16px; color: var(--soft); font-size: 13px; }
+.control { display: flex; align-items: center; gap: 10px; font-size: 13px; color: var(--soft); }
+.control output { font-variant-numeric: tabular-nums; color: var(--ink); }
+#frames output { min-width: 150px; }
+input[type=range] { width: 160px; accent-color: var(--accent); }
+.charts, .pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 16px; }
+.chart header { position: static; display: flex; justify-content: space-between; align-items: center; gap: 8px;
+  border: 0; background: none; min-height: 28px; }
+.chart header span { color: var(--soft); font-weight: 400; font-size: 13px; margin-left: 6px; }
+.plot { position: relative; height: 220px; margin-top: 8px; touch-action: pan-y; }
+.plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
+.plot text { fill: var(--soft); font-size: 11px; font-variant-numeric: tabular-nums; }
+.plot .grid { stroke: var(--grid); }
+.plot .cursor { stroke: var(--soft); stroke-dasharray: 2 3; }
+.plot path { fill: none; stroke-width: 1.75; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
+.plot path.raw { stroke-width: 1; opacity: .28; }
+.plot .bad { fill: var(--warn); font-size: 12px; font-weight: 700; }
+.tip { position: absolute; top: 0; z-index: 1; pointer-events: none; background: var(--card);
+  border: 1px solid var(--line); border-radius: 8px; padding: 8px 10px; font-size: 12px;
+  box-shadow: 0 4px 16px rgb(0 0 0 / .14); max-width: 240px; }
+.tip b { display: block; font-weight: 600; }
+.tip div { display: flex; gap: 12px; justify-content: space-between; font-variant-numeric: tabular-nums; }
+.tip div span { color: var(--soft); overflow-wrap: anywhere; }
+.names { display: flex; flex-wrap: wrap; gap: 4px 14px; margin-top: 10px; }
+.names button { display: flex; align-items: center; gap: 6px; padding: 0; border: 0; background: none;
+  color: var(--soft); font-size: 12px; }
+.names button:hover { color: var(--ink); }
+.names button[aria-pressed=false] { opacity: .4; text-decoration: line-through; }
+.names svg { width: 18px; height: 8px; }
+.names line { stroke-width: 2.5; }
+.pair { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 10px; padding: 12px; }
+figure { margin: 0; min-width: 0; }
+figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px;
+  background: var(--grid); }
+/* A mask that is white all over must not vanish. */
+figure img { outline: 1px solid var(--line); outline-offset: -1px; }
+.small figure img { image-rendering: pixelated; }
+figcaption { margin-top: 6px; color: var(--soft); font-size: 12px; line-height: 1.35;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+#legend span { white-space: nowrap; }
+.scale { display: inline-block; width: 72px; height: 9px; margin: 0 4px; border-radius: 3px;
+  background: linear-gradient(90deg, rgb(IMAGE_COLOR), #fff, rgb(PARTNER_COLOR)); border: 1px solid var(--line); }
+.scroll { overflow: auto; max-height: 420px; border: 1px solid var(--line); border-radius: 10px;
+  background: var(--card); }
+main > .scroll { margin-top: 16px; }
+table { width: 100%; border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: 7px 16px; border-top: 1px solid var(--line);
+  white-space: nowrap; }
+tbody th { font-weight: 500; }
+.texts td:last-child { white-space: normal; overflow-wrap: anywhere; min-width: 160px; }
+tbody tr:first-child > * { border-top: 0; }
+thead th { position: sticky; top: 0; background: var(--card); color: var(--soft); font-weight: 400; border: 0;
+  box-shadow: 0 1px var(--line); }
+.columns { columns: 320px; column-gap: 16px; }
+.columns .card { break-inside: avoid; margin-bottom: 16px; }
+.settings { margin: 8px 0 0; font-size: 13px; }
+.settings div { display: flex; justify-content: space-between; gap: 16px; padding: 3px 0; }
+.settings dt { color: var(--soft); }
+.settings dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+  min-width: 0; }
+.settings .changed dt { color: var(--ink); }
+.settings .changed dt::after { content: ""; display: inline-block; width: 6px; height: 6px; margin-left: 6px;
+  border-radius: 3px; background: var(--accent); vertical-align: middle; }
+@media (max-width: 600px) {
+  .bar, main { padding-left: 16px; padding-right: 16px; }
+  nav { gap: 14px; }
+  #theme span { display: none; }
+  .figures th, .figures td { padding: 7px 5px; font-size: 12px; }
+  h1 { font-size: 24px; }
+  section { margin-top: 40px; }
+  .numbers { grid-template-columns: 1fr 1fr; }
+  .card { padding: 12px; }
+  .pair { gap: 6px; padding: 8px; }
+  .texts th, .texts td { padding: 7px 9px; }
+  figcaption { font-size: 11px; }
+  #frames { width: 100%; }
+  #frames input { flex: 1; min-width: 0; }
+  #frames output { min-width: 120px; }
+}
+""".replace("IMAGE_COLOR", " ".join(map(str, IMAGE_COLOR))).replace("PARTNER_COLOR", " ".join(map(str, PARTNER_COLOR)))
+
+_SCRIPT = r"""
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const find = (id) => document.getElementById(id);
+const COLORS = 5, DASHES = ["", "6 3", "2 3", "8 3 2 3"], MARGIN = {top: 8, right: 8, bottom: 22};
+
+function element(name, attributes = {}, ...children) {
+  const node = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+function svg(name, attributes = {}, text = "") {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.textContent = text;
+  return node;
+}
+
+// Numbers
+function format(value, unit) {
+  if (value === null) return "not finite";
+  if (unit === "percent") return (100 * value).toFixed(2) + " %";
+  const size = Math.abs(value);
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
+  return size && size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(5)));
+}
+function place(step) {
+  const epoch = data.stepsPerEpoch ? ", epoch " + Math.max(Math.ceil(step / data.stepsPerEpoch), 1) : "";
+  return "step " + step.toLocaleString("en") + epoch;
+}
+function ticks(low, high, count) {
+  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((m) => m * power).reduce((a, b) => b / rough < rough / a ? b : a);
+  const found = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  return {found, digits: Math.max(0, -Math.floor(Math.log10(step) + 1e-9))};
+}
+function tickText(value, digits, unit) {
+  if (unit === "percent") return (100 * value).toFixed(Math.max(0, digits - 2)) + " %";
+  if (value && Math.abs(value) < 1e-3) return value.toExponential(1).replace(".0e", "e");
+  if (Math.abs(value) >= 1e4) return value.toLocaleString("en", {notation: "compact"});
+  return value.toFixed(Math.min(digits, 8));
+}
+
+// A running mean that forgets: weight `amount` stays from point to point; gaps in the curve do not count.
+function smooth(values, amount) {
+  let sum = 0, weight = 0;
+  return values.map((value) => {
+    if (value === null) return null;
+    sum = amount * sum + (1 - amount) * value;
+    weight = amount * weight + (1 - amount);
+    return sum / weight;
+  });
+}
+
+class Chart {
+  constructor(spec) {
+    this.spec = spec;
+    this.log = false;
+    spec.series.forEach((series, i) => {
+      series.color = `var(--c${i % COLORS})`;
+      series.dash = DASHES[Math.floor(i / COLORS) % DASHES.length];
+      series.shown = true;
+    });
+    const values = spec.series.flatMap((series) => series.y).filter((v) => v !== null);
+    this.plot = element("div", {class: "plot"});
+    this.tip = element("div", {class: "tip"});
+    this.tip.hidden = true;
+    const title = element("h3", {}, spec.title);
+    if (spec.unit && spec.unit !== "percent") title.append(element("span", {}, spec.unit));
+    const head = element("header", {}, title);
+    // A log scale is of use only where values of unlike size share a chart.
+    const [least, most] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
+    if (least > 0 && most > 20 * least && spec.unit !== "percent") head.append(this.logButton());
+    this.card = element("article", {class: "card chart"}, head, this.plot, this.names());
+    this.plot.addEventListener("pointermove", (event) => this.point(event));
+    this.plot.addEventListener("pointerdown", (event) => this.point(event));
+    this.plot.addEventListener("pointerleave", () => this.leave());
+  }
+  logButton() {
+    const button = element("button", {type: "button", "aria-pressed": "false"}, "Log scale");
+    button.addEventListener("click", () => {
+      this.log = !this.log;
+      button.setAttribute("aria-pressed", this.log);
+      button.textContent = this.log ? "Linear scale" : "Log scale";
+      this.draw();
+    });
+    return button;
+  }
+  names() {
+    const names = element("div", {class: "names"});
+    for (const series of this.spec.series) {
+      const swatch = svg("svg", {viewBox: "0 0 18 8", "aria-hidden": "true"});
+      const style = `stroke:${series.color}`;
+      swatch.append(svg("line", {x1: 0, x2: 18, y1: 4, y2: 4, style, "stroke-dasharray": series.dash}));
+      const button = element("button", {type: "button", "aria-pressed": "true"}, swatch, series.name);
+      button.addEventListener("click", () => {
+        series.shown = !series.shown;
+        button.setAttribute("aria-pressed", series.shown);
+        this.draw();
+      });
+      names.append(button);
+    }
+    return names;
+  }
+  draw() {
+    const amount = Number(find("smoothing").value);
+    const width = this.plot.clientWidth, height = this.plot.clientHeight;
+    const shown = this.spec.series.filter((series) => series.shown);
+    for (const series of shown) {
+      series.raw = this.spec.smooth && series.kind === "train" && amount > 0 && series.y.length > 2;
+      series.line = series.raw ? smooth(series.y, amount) : series.y;
+    }
+    this.canvas = svg("svg", {role: "img", "aria-label": this.describe(shown)});
+    this.plot.replaceChildren(this.canvas, this.tip);
+    const xs = shown.flatMap((series) => series.x);
+    const ys = shown.flatMap((series) => series.y).filter((v) => v !== null).map((v) => this.log ? Math.log10(v) : v);
+    if (!xs.length) return;
+    let [left, right] = [xs.reduce((a, b) => Math.min(a, b)), xs.reduce((a, b) => Math.max(a, b))];
+    let [low, high] = ys.length ? [ys.reduce((a, b) => Math.min(a, b)), ys.reduce((a, b) => Math.max(a, b))] : [0, 1];
+    if (left === right) { left -= 1; right += 1; }
+    const spare = (high - low || Math.abs(high) || 1) * 0.06;
+    const floor = !this.log && low >= 0 ? 0 : -Infinity;
+    const ceiling = this.spec.unit === "percent" && high <= 1 ? 1 : Infinity;
+    low = Math.max(low - spare, floor); high = Math.min(high + spare, ceiling);
+    if (low === high) low -= spare;
+    const rows = ticks(low, high, 5), texts = rows.found.map((v) =>
+      this.log ? format(Number((10 ** v).toPrecision(2)), this.spec.unit) : tickText(v, rows.digits, this.spec.unit));
+    const start = Math.max(...texts.map((text) => text.length), 2) * 6.4 + 8;
+    this.x = (v) => start + (v - left) / (right - left) * (width - start - MARGIN.right);
+    const tall = height - MARGIN.top - MARGIN.bottom;
+    this.y = (v) => MARGIN.top + (high - (this.log ? Math.log10(v) : v)) / (high - low) * tall;
+    rows.found.forEach((v, i) => {
+      const y = this.y(this.log ? 10 ** v : v);
+      this.canvas.append(svg("line", {class: "grid", x1: start, x2: width - MARGIN.right, y1: y, y2: y}),
+        svg("text", {x: start - 8, y: y + 4, "text-anchor": "end"}, texts[i]));
+    });
+    const columns = ticks(Math.max(left, 0), right, Math.max(2, Math.floor(width / 80)));
+    columns.found.filter(Number.isInteger).forEach((v) => this.canvas.append(svg("text", {x: this.x(v), y: height - 4,
+      "text-anchor": this.x(v) > width - 24 ? "end" : "middle"}, tickText(v, 0, ""))));
+    for (const series of shown) this.drawSeries(series, height);
+  }
+  drawSeries(series, height) {
+    const style = `stroke:${series.color}`, bottom = height - MARGIN.bottom - 2;
+    if (series.raw) this.canvas.append(svg("path", {class: "raw", style, d: this.path(series.x, series.y)}));
+    this.canvas.append(svg("path", {style, d: this.path(series.x, series.line), "stroke-dasharray": series.dash}));
+    series.x.forEach((x, i) => {
+      if (series.y[i] === null)
+        this.canvas.append(svg("text", {class: "bad", x: this.x(x), y: bottom, "text-anchor": "middle"}, "\u00d7"));
+      else if (series.x.length <= 40 && !series.raw) this.canvas.append(this.dot(series, i, 2.5));
+    });
+  }
+  dot(series, i, r) {
+    return svg("circle", {cx: this.x(series.x[i]), cy: this.y(series.line[i]), r, style: `fill:${series.color}`});
+  }
+  path(xs, ys) {
+    let pen = "M", path = "";
+    xs.forEach((x, i) => {
+      if (ys[i] === null) { pen = "M"; return; }
+      path += pen + this.x(x).toFixed(1) + " " + this.y(ys[i]).toFixed(1);
+      pen = "L";
+    });
+    return path;
+  }
+  describe(shown) {
+    const text = (value) => format(value, this.spec.unit);
+    const ends = shown.map((series) => `${series.name} from ${text(series.y[0])} to ${text(series.y.at(-1))}`);
+    return `${this.spec.title}: ${ends.join("; ")}`;
+  }
+  point(event) {
+    const shown = this.spec.series.filter((series) => series.shown);
+    if (!shown.length || !this.x) return;
+    const at = event.clientX - this.plot.getBoundingClientRect().left;
+    const nearest = (series) => series.x.reduce((best, x, i) =>
+      Math.abs(this.x(x) - at) < Math.abs(this.x(series.x[best]) - at) ? i : best, 0);
+    const hits = shown.map((series) => ({series, i: nearest(series)}));
+    const steps = hits.map(({series, i}) => series.x[i]);
+    const step = steps.reduce((a, b) => Math.abs(this.x(b) - at) < Math.abs(this.x(a) - at) ? b : a);
+    this.leave();
+    const mark = svg("g", {class: "mark"});
+    mark.append(svg("line", {class: "cursor", x1: this.x(step), x2: this.x(step), y1: MARGIN.top,
+      y2: this.plot.clientHeight - MARGIN.bottom}));
+    this.tip.replaceChildren(element("b", {}, place(step)));
+    for (const {series, i} of hits) {
+      if (series.line[i] !== null) mark.append(this.dot(series, i, 3.5));
+      const name = series.x[i] === step ? series.name : `${series.name}, step ${series.x[i].toLocaleString("en")}`;
+      this.tip.append(element("div", {}, element("span", {}, name), format(series.y[i], this.spec.unit)));
+    }
+    this.canvas.append(mark);
+    this.tip.hidden = false;
+    const x = this.x(step), width = this.plot.clientWidth, own = this.tip.offsetWidth;
+    const beside = x < width / 2 ? x + 12 : x - own - 12;
+    this.tip.style.left = Math.max(0, Math.min(width - own, beside)) + "px";
+  }
+  leave() {
+    this.tip.hidden = true;
+    this.canvas?.querySelector(".mark")?.remove();
+  }
+}
+
+function showCharts() {
+  const charts = data.charts.map((spec) => new Chart(spec));
+  find("charts").replaceChildren(...charts.map((chart) => chart.card));
+  if (!charts.length) find("charts").replaceWith(element("p", {class: "empty"}, "There are no values to draw yet."));
+  const draw = () => charts.forEach((chart) => chart.draw());
+  find("smoothing").addEventListener("input", (event) => {
+    event.target.nextElementSibling.value = Number(event.target.value).toFixed(2);
+    draw();
+  });
+  let width = 0;
+  new ResizeObserver(() => {
+    if (width !== document.body.clientWidth) { width = document.body.clientWidth; draw(); }
+  }).observe(document.body);
+}
+
+function showGallery() {
+  const gallery = data.gallery;
+  if (!gallery) {
+    find("gallery").append(element("p", {class: "empty"}, "There are no pictures yet."));
+    return;
+  }
+  const slider = find("frame"), last = gallery.frames.length - 1;
+  find("gallery").classList.toggle("small", gallery.small);
+  find("legend").hidden = false;
+  find("frames").hidden = false;
+  slider.max = last;
+  slider.value = last;
+  slider.hidden = find("play").hidden = last === 0;
+  const show = () => {
+    const frame = gallery.frames[slider.value];
+    slider.nextElementSibling.value = place(frame.step);
+    for (const image of document.querySelectorAll("#gallery img")) {
+      const pair = frame.pairs[image.dataset.pair];
+      image.closest(".pair").hidden = !pair;
+      if (!pair) continue;
+      image.src = gallery.pictures[pair[image.dataset.kind]];
+      image.nextElementSibling.replaceChildren(...caption(image.dataset.kind, pair));
+    }
+  };
+  slider.addEventListener("input", () => { stop(); show(); });
+  let timer = null;
+  const stop = () => { clearInterval(timer); timer = null; find("play").textContent = "Play"; };
+  find("play").addEventListener("click", () => {
+    if (timer) { stop(); return; }
+    find("play").textContent = "Stop";
+    if (Number(slider.value) === last) slider.value = 0;
+    show();
+    timer = setInterval(() => {
+      slider.value = Number(slider.value) + 1;
+      show();
+      if (Number(slider.value) === last) stop();
+    }, 450);
+  });
+  show();
+}
+function caption(kind, pair) {
+  const share = (value) => value === null ? "\u2013" : Math.round(100 * value) + " %";
+  if (kind === "image") return [pair.label];
+  if (kind === "partner") return [pair.partnerLabel];
+  if (kind === "mixed") return ["λ " + (pair.lam === null ? "\u2013" : pair.lam.toFixed(2))];
+  return ["image " + share(1 - pair.area)];
+}
+
+function switchTheme() {
+  const order = ["auto", "light", "dark"], root = document.documentElement;
+  let theme = "auto";
+  try { theme = localStorage.getItem("automix-theme") || "auto"; } catch { /* storage is forbidden: no matter */ }
+  const apply = () => {
+    if (theme === "auto") delete root.dataset.theme; else root.dataset.theme = theme;
+    find("theme").lastChild.textContent = theme;
+  };
+  find("theme").addEventListener("click", () => {
+    theme = order[(order.indexOf(theme) + 1) % order.length];
+    try { localStorage.setItem("automix-theme", theme); } catch { /* as above */ }
+    apply();
+  });
+  apply();
+}
+switchTheme();
+showCharts();
+showGallery();
+"""
+
+
+# The picture
+
+_SCALE = 2  # drawn at twice the size, then reduced: PIL draws no smooth lines itself
+_WIDTH, _MARGIN, _PLOT_HEIGHT, _LEGEND_LINE, _GAP = 1200, 40, 260, 24, 8
+_LEGEND_LINES = 3
+_LABEL_WIDTH = 72  # of the gallery's row names
+_LARGEST_TILE = 140
+
+
+def _picture(run: _Run) -> Image.Image:
+    """A row of two charts over a row of the last gallery's pairs: image, partner, mask, mixed sample."""
+    charts = {chart["title"]: chart for chart in _charts(run.records)}
+    frame = run.frames[-1] if run.frames else None
+    columns = len(frame["lam"]) if frame else 0
+    tile = min(_LARGEST_TILE, (_WIDTH - 2 * _MARGIN - _LABEL_WIDTH) // columns - _GAP) if columns else 0
+    charts_height = 36 + _PLOT_HEIGHT + 32 + _LEGEND_LINES * _LEGEND_LINE
+    height = 2 * _MARGIN + charts_height + (36 + 4 * (tile + _GAP) if columns else 0)
+    picture = Image.new("RGB", (_WIDTH * _SCALE, height * _SCALE), "white")
+    draw = ImageDraw.Draw(picture)
+    plot_width = (_WIDTH - 3 * _MARGIN) // 2
+    for column, title in enumerate(("Losses", "Top-1 accuracy")):
+        left = _MARGIN + column * (plot_width + _MARGIN)
+        _plot(draw, left, _MARGIN, plot_width, title, charts.get(title))
+    if columns:
+        _strip(picture, draw, frame, _MARGIN + charts_height, tile)
+    return picture.resize((_WIDTH, height), Image.Resampling.LANCZOS)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: int = 14,
+    color: str = "#5d6269",
+    anchor: str = "ls",
+) -> None:
+    """Write a line of text at (x, y), in the picture's final pixels."""
+    draw.text((x * _SCALE, y * _SCALE), text, font=ImageFont.load_default(size * _SCALE), fill=color, anchor=anchor)
+
+
+def _plot(
+    draw: ImageDraw.ImageDraw, left: float, top: float, width: float, title: str, chart: dict[str, Any] | None
+) -> None:
+    """A chart: its title, the curves over _PLOT_HEIGHT pixels, their names below."""
+    _write(draw, left, top + 14, title, size=18, color="#1b1d20")
+    if chart is None:
+        _write(draw, left, top + 60, "nothing recorded yet")
+        return
+    unit = chart["unit"]
+    curves = [[(x, y) for x, y in zip(s["x"], s["y"], strict=True) if y is not None] for s in chart["series"]]
+    points = [point for curve in curves for point in curve]
+    if not points:
+        _write(draw, left, top + 60, "no finite value recorded yet")
+        return
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    spare = 0.05 * ((high - low) or abs(high) or 1)
+    low = max(low - spare, 0) if low >= 0 else low - spare
+    high = min(high + spare, 1) if unit == "percent" and low < 1 else high + spare
+    x0, x1, y0, y1 = left + 56, left + width, top + 36, top + 36 + _PLOT_HEIGHT
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - first) / ((last - first) or 1)
+        return (x0 + across * (x1 - x0)) * _SCALE, (y0 + (high - y) / (high - low) * (y1 - y0)) * _SCALE
+
+    for value in _ticks(low, high):
+        y = at(first, value)[1] / _SCALE
+        draw.line([(x0 * _SCALE, y * _SCALE), (x1 * _SCALE, y * _SCALE)], fill="#e3e5e8", width=_SCALE)
+        _write(draw, x0 - 10, y, f"{value * 100:g} %" if unit == "percent" else f"{value:g}", anchor="rm")
+    _write(draw, x0, y1 + 20, f"step {first:,}")
+    _write(draw, x1, y1 + 20, f"{last:,}", anchor="rs")
+    for i, (series, curve) in enumerate(zip(chart["series"], curves, strict=True)):
+        color = CURVE_COLORS[i % len(CURVE_COLORS)]
+        if chart["smooth"] and series["kind"] == "train":
+            curve = _smooth(curve)
+        if len(curve) > 1:
+            draw.line([at(x, y) for x, y in curve], fill=color, width=2 * _SCALE, joint="curve")
+        for x, y in (at(*point) for point in (curve if len(curve) <= 40 else ())):
+            draw.ellipse([x - 3 * _SCALE, y - 3 * _SCALE, x + 3 * _SCALE, y + 3 * _SCALE], fill=color)
+    x, y = x0, y1 + 48
+    for i, series in enumerate(chart["series"]):
+        room = 22 + draw.textlength(series["name"], font=ImageFont.load_default(14 * _SCALE)) / _SCALE
+        if x > x0 and x + room > x1:
+            x, y = x0, y + _LEGEND_LINE
+        color = CURVE_COLORS[i % len(CURVE_COLORS)]
+        draw.line([(x * _SCALE, y * _SCALE), ((x + 16) * _SCALE, y * _SCALE)], fill=color, width=3 * _SCALE)
+        _write(draw, x + 22, y, series["name"], anchor="lm")
+        x += room + 18
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round values between low and high."""
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
+    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _smooth(curve: list[tuple[float, float]], amount: float = 0.6) -> list[tuple[float, float]]:
+    """The running mean that the page shows at its default setting."""
+    total = weight = 0.0
+    smoothed = []
+    for x, y in curve:
+        total, weight = amount * total + (1 - amount) * y, amount * weight + (1 - amount)
+        smoothed.append((x, total / weight))
+    return smoothed
+
+
+def _strip(picture: Image.Image, draw: ImageDraw.ImageDraw, frame: dict[str, Any], top: int, tile: int) -> None:
+    """Pairs side by side: image, partner, mask and mixed sample below each other, `tile` pixels wide."""
+    _write(draw, _MARGIN, top + 14, f"Learned masks at step {frame['step']:,}", size=18, color="#1b1d20")
+    rows = {
+        "image": frame["images"],
+        "partner": frame["partners"],
+        "mask": mask_colors(frame["masks"]),
+        "mixed": frame["mixed"],
+    }
+    for row, (name, pixels) in enumerate(rows.items()):
+        y = top + 36 + row * (tile + _GAP)
+        _write(draw, _MARGIN, y + tile / 2, name, anchor="lm")
+        for column in range(len(pixels)):
+            image = Image.fromarray(np.ascontiguousarray(pixels[column]))
+            # Small images keep their pixels, photographs are reduced smoothly.
+            method = Image.Resampling.NEAREST if image.width <= PNG_SIDE else Image.Resampling.LANCZOS
+            image = image.resize((tile * _SCALE, tile * _SCALE), method)
+            x = _MARGIN + _LABEL_WIDTH + column * (tile + _GAP)
+            picture.paste(image, (x * _SCALE, y * _SCALE))
+            # A mask that is white all over must not vanish.
+            box = [x * _SCALE, y * _SCALE, (x + tile) * _SCALE - 1, (y + tile) * _SCALE - 1]
+            draw.rectangle(box, outline="#e3e5e8", width=_SCALE)

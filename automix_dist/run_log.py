@@ -1,0 +1,434 @@
+"""What a run leaves to look at while it trains: console, metrics.jsonl, TensorBoard, and the gallery's pictures.
+
+metrics.jsonl holds one JSON object a line. Every record has "kind", "step" and "time" (UTC, ISO 8601); kinds "train"
+and "eval" have "epoch" and the values they were given, every other kind is an event ("start", "checkpoint", ...).
+A number that is not finite is null, and the record's "nonfinite" says what it was: {"loss": "nan"}.
+Accuracies are fractions in [0, 1] and have "top1" or "top5" in their name.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+GALLERY = "gallery"
+IMAGE_COLOR, PARTNER_COLOR = (0, 114, 178), (230, 159, 0)  # ends of the mask's scale; distinct to colour-blind readers
+PLAIN_LINE_SECONDS = 5.0  # how often, at most, a progress line goes to a console that is no terminal
+GALLERY_ARRAYS = ("images", "partners", "masks", "mixed", "lam", "labels", "partner_labels")
+
+
+class RunLog:
+    """Writes the records of a run; on every rank but the main one, an object of the same methods that does nothing.
+
+    No write of a log stops the training: the first that fails is told on the console, and the run goes on.
+    The methods cost microseconds, except those that write (`train`, `evaluation`, `event`, `gallery`).
+    """
+
+    def __init__(
+        self, folder: Path, *, is_main: bool, tensorboard: bool, start_step: int, config: dict[str, Any]
+    ) -> None:
+        """Open the logs in `folder` for a training that goes on after `start_step` steps.
+
+        Whatever an earlier attempt logged about later steps is cut off, so that no curve has a gap or a double; with
+        start_step 0, a new training, everything is. `config` is the resolved tree of settings, kept for TensorBoard.
+        Accelerate's process state must exist already where there is more than one process.
+        """
+        self.is_main = is_main
+        self._folder = Path(folder)
+        self._bar: tqdm | None = None
+        self._metrics: Any = None
+        self._tracker: Any = None
+        self._warned: set[str] = set()
+        self._nonfinite: set[str] = set()
+        self._torn = False
+        self._progress = {"loss": "", "accuracy": "", "speed": ""}
+        self._step, self._total_steps, self._steps_per_epoch = 0, 0, 1
+        self._session = (time.perf_counter(), 0)  # when this session started, and at which step
+        self._last_line = -math.inf
+        self._restart_clock()
+        if not is_main:
+            return
+        self._attempt("metrics.jsonl", lambda: self._open_metrics(start_step))
+        self._attempt("the gallery", lambda: _cut_gallery(self._folder / GALLERY, start_step))
+        if tensorboard:
+            self._attempt("TensorBoard", lambda: self._open_tensorboard(start_step, config))
+
+    def start(self, total_steps: int, steps_per_epoch: int, step: int) -> None:
+        """Show the progress bar, standing at `step` of `total_steps`, and record the start of this session."""
+        self._step, self._total_steps, self._steps_per_epoch = step, total_steps, max(steps_per_epoch, 1)
+        if not self.is_main:
+            return
+        self.event("start", step, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+        self._session = (time.perf_counter(), step)
+        if _is_terminal():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=step,
+                desc=f"{self._epoch(step)} ",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            )
+            self._describe()
+
+    def step(self, step: int, images: int) -> None:
+        """Count one optimizer step, the run's `step`-th, of `images` images over all ranks; touches no tensor."""
+        self._step = step
+        self._images += images
+        if self._bar is not None:
+            self._console(lambda: self._bar.update(1))
+
+    def train(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Record training values, and with them the images/s since the last record and the peak memory in GiB.
+
+        The clock of the images/s starts anew after each evaluation, event and gallery: it measures training alone.
+        """
+        if not self.is_main:
+            return
+        values = dict(values)
+        seconds = time.perf_counter() - self._clock
+        if self._images and seconds > 0:
+            values["images_per_second"] = self._images / seconds
+            self._progress["speed"] = f"{values['images_per_second']:,.0f} images/s"
+        values["memory_gib"] = _peak_memory() / 2**30
+        self._record("train", step, epoch, values)
+        self._progress["loss"] = f"loss {values['loss']:.3f}" if "loss" in values else ""
+        self._progress["accuracy"] = _top1(values) or self._progress["accuracy"]
+        self._restart_clock()
+        self._describe()
+
+    def evaluation(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Record the results of an evaluation and show them on the console."""
+        if not self.is_main:
+            return
+        self._record("eval", step, epoch, values)
+        self._progress["accuracy"] = _top1(values)
+        shown = [f"{key} {percent(value) if accuracy_name(key) else f'{value:.4g}'}" for key, value in values.items()]
+        self.message(f"{self._place(step)}: {', '.join(shown)}")
+        self._restart_clock()
+
+    def event(self, kind: str, step: int, **values: Any) -> None:
+        """Record something that happened: a checkpoint with its stall, a resume, an interruption."""
+        if self.is_main:
+            self._append({"kind": kind, "step": step, "time": _now(), **values})
+            self._restart_clock()
+
+    def gallery(self, step: int, **arrays: np.ndarray) -> None:
+        """Keep image pairs, their masks and mixed samples for the report, and show them in TensorBoard.
+
+        The arrays are those of `write_gallery`.
+        """
+        if not self.is_main:
+            return
+        self._attempt("the gallery", lambda: write_gallery(self._folder, step, **arrays))
+        if self._tracker is not None:
+            picture = gallery_picture(**arrays)[None]  # [1, height, width, 3]
+            self._tensorboard(lambda: self._tracker.log_images({"gallery": picture}, step=step, dataformats="NHWC"))
+        self._restart_clock()
+
+    def message(self, text: str) -> None:
+        """Show one line on the console, above the bar if there is one."""
+        if self.is_main:
+            self._console(lambda: tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr))
+
+    def close(self) -> None:
+        """Close the bar and the files; may be called twice."""
+        if self._bar is not None:
+            self._console(self._bar.close)
+            self._bar = None
+        if self._tracker is not None:
+            self._tensorboard(self._tracker.finish)
+            self._tracker = None
+        if self._metrics is not None:
+            self._attempt("metrics.jsonl", self._metrics.close)
+            self._metrics = None
+
+    def _open_metrics(self, start_step: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / METRICS
+        _cut_metrics(path, start_step)
+        # Without a buffer of ours a record is in the file when `train` returns, whatever kills the process after it.
+        self._metrics = path.open("ab", buffering=0)
+
+    def _open_tensorboard(self, start_step: int, config: dict[str, Any]) -> None:
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker
+
+        class Tracker(TensorBoardTracker):
+            # Which rank logs is decided here already, and not by Accelerate's idea of the main process.
+            main_process_only = False
+
+        PartialState()  # the tracker's own logger needs it; a training has made it before
+        _silence_writer_thread()
+        # TensorBoard drops what earlier event files hold from purge_step on.
+        tracker = Tracker("tensorboard", self._folder, purge_step=start_step + 1 if start_step else 0)
+        tracker.start()
+        self._tracker = tracker
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        tracker.log({"config": "\n".join(f"    {line}" for line in text.splitlines())}, step=start_step)
+
+    def _record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        values = {key: float(value) for key, value in values.items()}
+        self._append({"kind": kind, "step": step, "epoch": epoch, "time": _now(), **values})
+        for key, value in values.items():
+            if math.isfinite(value):
+                self._nonfinite.discard(key)
+            elif key not in self._nonfinite:
+                self._nonfinite.add(key)
+                self.message(f"step {step}: {key} is {value}")
+        if self._tracker is not None:
+            # TensorBoard has no way to show a NaN that is seen at a distance; the report and the console tell of it.
+            finite = {f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)}
+            self._tensorboard(lambda: self._tracker.log(finite, step=step))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        record = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
+        nonfinite = {k: str(v) for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+        if nonfinite:
+            record = {**record, **dict.fromkeys(nonfinite), "nonfinite": nonfinite}
+        line = json.dumps(record, allow_nan=False, default=str).encode() + b"\n"
+        if self._metrics is not None:
+            self._attempt("metrics.jsonl", lambda: self._write_line(line))
+
+    def _write_line(self, line: bytes) -> None:
+        if self._torn:
+            line = b"\n" + line  # what a full disk left of the last record must not swallow this one
+        self._torn = True
+        if self._metrics.write(line) != len(line):
+            raise OSError("the disk took only a part of the record")
+        self._torn = False
+
+    def _tensorboard(self, action: Callable[[], object]) -> None:
+        if not self._attempt("TensorBoard", action):
+            self._tracker = None  # its writer's thread is dead after a failed write
+
+    def _attempt(self, what: str, action: Callable[[], object]) -> bool:
+        """Run an action that writes; False, and one line on the console for each log, if it could not."""
+        try:
+            action()
+        except OSError as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                self.message(f"warning: cannot write {what} in {self._folder} ({error}); training goes on without")
+            return False
+        return True
+
+    def _console(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except RuntimeError:  # a signal's handler spoke in the middle of another line, which Python refuses
+            pass
+        except (OSError, ValueError):  # the terminal is gone (ValueError: stderr was closed); there is nobody to tell
+            self._bar = None
+
+    def _describe(self) -> None:
+        if self._bar is not None:
+            self._console(lambda: self._bar.set_description_str(f"{self._epoch(self._step)} ", refresh=False))
+            text = ", ".join(part for part in self._progress.values() if part)
+            self._console(lambda: self._bar.set_postfix_str(text))
+        elif self._total_steps and time.perf_counter() - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = time.perf_counter()
+            parts = [self._place(self._step), *self._progress.values(), self._left()]
+            self.message("  ".join(part for part in parts if part))
+
+    def _epoch(self, step: int) -> str:
+        """The epoch, counted from 1, that the run's `step`-th step belongs to."""
+        epochs = -(-self._total_steps // self._steps_per_epoch)
+        return f"epoch {max(-(-step // self._steps_per_epoch), 1)}/{epochs}"
+
+    def _place(self, step: int) -> str:
+        return f"step {step}/{self._total_steps}  {self._epoch(step)}"
+
+    def _left(self) -> str:
+        started, first_step = self._session
+        done = self._step - first_step
+        if not done:
+            return ""
+        seconds = (time.perf_counter() - started) / done * (self._total_steps - self._step)
+        return f"{tqdm.format_interval(seconds)} left"
+
+    def _restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+        self._images = 0
+
+
+def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records in a run's metrics.jsonl, in order, and how many lines could not be read.
+
+    A line that a kill tore, or that is no record, is left out. Raises OSError if the file cannot be read.
+    """
+    records, unreadable = [], 0
+    with (run / METRICS).open("rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is not None:
+                records.append(record)
+            elif line.strip():
+                unreadable += 1
+    return records, unreadable
+
+
+def write_gallery(
+    folder: Path,
+    step: int,
+    *,
+    images: np.ndarray,
+    partners: np.ndarray,
+    masks: np.ndarray,
+    mixed: np.ndarray,
+    lam: np.ndarray,
+    labels: np.ndarray,
+    partner_labels: np.ndarray,
+) -> Path:
+    """Write `folder`/gallery/step_XXXXXXXX.npz, whole or not at all, and return its path.
+
+    images, partners, mixed: uint8 [P, H, W, 3]; masks: float [P, H, W], the weight of the partner at each pixel;
+    lam: float [P], the weight of the image's label; labels, partner_labels: int [P]. Raises OSError.
+    """
+    path = folder / GALLERY / f"step_{step:08d}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        "images": images,
+        "partners": partners,
+        "masks": np.asarray(masks, np.float16),
+        "mixed": mixed,
+        "lam": np.asarray(lam, np.float32),
+        "labels": labels,
+        "partner_labels": partner_labels,
+    }
+    with whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
+    return path
+
+
+def mask_colors(masks: np.ndarray) -> np.ndarray:
+    """Masks as pictures, the image's colour over white to the partner's: float [...] in [0, 1] -> uint8 [..., 3]."""
+    weight = np.clip(np.nan_to_num(np.asarray(masks, np.float32)), 0, 1)[..., None]
+    image, white, partner = (np.array(color, np.float32) for color in (IMAGE_COLOR, (255, 255, 255), PARTNER_COLOR))
+    toward_image = image + (white - image) * weight * 2
+    toward_partner = white + (partner - white) * (weight * 2 - 1)
+    return np.where(weight < 0.5, toward_image, toward_partner).round().astype(np.uint8)
+
+
+def gallery_picture(
+    images: np.ndarray, partners: np.ndarray, masks: np.ndarray, mixed: np.ndarray, **_: np.ndarray
+) -> np.ndarray:
+    """One picture of a gallery, uint8 [height, width, 3]: a column for each pair; image, partner, mask, mixed below."""
+    rows = np.stack([images, partners, mask_colors(masks), mixed])  # [4, P, H, W, 3]
+    rows = np.pad(rows, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    kinds, pairs, height, width, channels = rows.shape
+    return rows.transpose(0, 2, 1, 3, 4).reshape(kinds * height, pairs * width, channels)
+
+
+def accuracy_name(key: str) -> str:
+    """Which accuracy a metric's key stands for, "top-1" or "top-5"; empty if for none."""
+    if "top5" in key:
+        return "top-5"
+    return "top-1" if "top1" in key or "accuracy" in key else ""
+
+
+def percent(fraction: float) -> str:
+    return f"{fraction:.2%}".replace("%", " %")
+
+
+def _cut_metrics(path: Path, start_step: int) -> None:
+    """Keep the records up to start_step (none of a new training) and drop torn lines, in one rename."""
+    if not path.exists():
+        return
+    with whole_file(path) as new, path.open("rb") as old:
+        for line in old:
+            record = _parse(line)
+            if start_step and record is not None and record["step"] <= start_step:
+                new.write(line.rstrip(b"\n") + b"\n")
+
+
+def _cut_gallery(folder: Path, start_step: int) -> None:
+    for path in gallery_files(folder.parent):
+        if not start_step or gallery_step(path) > start_step:
+            path.unlink()
+
+
+def gallery_files(run: Path) -> list[Path]:
+    """The gallery files of a run, by rising step."""
+    files = (run / GALLERY).glob("step_*.npz")
+    return sorted((path for path in files if path.stem[5:].isdecimal()), key=gallery_step)
+
+
+def gallery_step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends; if it fails, what was there stays."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl as a record; None if it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    step = record.get("step")
+    return record if type(step) is int and 0 <= step < 2**53 else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _top1(values: dict[str, float]) -> str:
+    top1 = next((value for key, value in values.items() if accuracy_name(key) == "top-1"), None)
+    return "" if top1 is None else f"top-1 {percent(top1)}"
+
+
+def _peak_memory() -> int:
+    """The most memory in use so far, in bytes: PyTorch's on the GPU if it is used, else the process's."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _is_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _silence_writer_thread() -> None:
+    """Keep the traceback of TensorBoard's writer thread off the console.
+
+    The thread dies of a failed write (full disk); the next call raises the same error, and that one is reported.
+    """
+    show = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            show(args)
+
+    threading.excepthook = hook

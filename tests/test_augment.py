@@ -1,0 +1,357 @@
+"""Augmentations: their distribution, their pixels, and that they depend on (seed, epoch, sample) alone."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from automix_dist import augment, beton
+from automix_dist.augment import AugmentKey, CropResizeDecoder, PaddedCropDecoder, RandomFlip
+
+COUNT = 24
+
+
+def picture(i: int) -> Image.Image:
+    """A smooth picture in one of three shapes."""
+    random = np.random.default_rng(i)
+    grid = Image.fromarray(random.integers(0, 256, (6, 6, 3), np.uint8))
+    return grid.resize([(90, 60), (60, 90), (70, 70)][i % 3], Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    (root / "all").mkdir()
+    for i in range(COUNT):
+        picture(i).save(root / "all" / f"{i:02d}.png")
+    return root
+
+
+def write(tree: Path, mode: str) -> Path:
+    out = tree.parent / f"{tree.name}_{mode}.beton"
+    beton.prepare(str(tree), out, write_mode=mode, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def raw_file(tree) -> Path:
+    return write(tree, "raw")
+
+
+@pytest.fixture(scope="module")
+def jpeg_file(tree) -> Path:
+    return write(tree, "jpg")
+
+
+def run(path: Path, operations: list, indices) -> tuple[np.ndarray, np.ndarray]:
+    """Images and status of some samples, through operations as a loader runs them."""
+    index = beton.read_index(path)
+    records, indices = index.records["image"], np.asarray(indices)
+    storage = (np.memmap(path, np.uint8, "r"), records["data_ptr"].copy(), index.sizes.copy())
+    size = operations[0].size
+    images, status = np.full((len(indices), size, size, 3), 77, np.uint8), np.zeros((len(indices), 1), np.int32)
+    operations[0].accept_globals(records, None)
+    operations[0].generate_code()(indices, (images, status), records, storage)
+    for operation in operations[1:]:
+        operation.generate_code()(images, None, indices)
+    return images, status[:, 0]
+
+
+def boxes(height: int, width: int, scale, ratio, count: int) -> np.ndarray:
+    """[count, 4] (top, left, height, width) of our random crops of samples 0 .. count - 1."""
+    keys = [augment.stream_key(5, 0, i, augment.CROP) for i in range(count)]
+    return np.array([augment.random_box(height, width, *scale, *ratio, np.uint64(key)) for key in keys])
+
+
+# ------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_hash_is_splitmix64():
+    # The published test values of splitmix64 for seed 1234567.
+    step = 0x9E3779B97F4A7C15
+    values = [int(augment.mix(np.uint64((1234567 + (i + 1) * step) % 2**64))) for i in range(3)]
+    assert values == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_uniforms_are_uniform_and_independent():
+    def draw(seed, epoch, operation, i):
+        return np.array(
+            [augment.uniform(np.uint64(augment.stream_key(seed, epoch, s, operation)), i) for s in range(4000)]
+        )
+
+    base = draw(1, 0, 1, 0)
+    assert base.min() >= 0 and base.max() < 1
+    histogram = np.histogram(base, 20, (0, 1))[0]
+    assert ((histogram - 200) ** 2 / 200).sum() < 43.8  # chi square, 19 degrees of freedom, 0.1 %
+    for other in (draw(2, 0, 1, 0), draw(1, 1, 1, 0), draw(1, 0, 2, 0), draw(1, 0, 1, 1), np.roll(base, 1)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (375, 500, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (500, 333, (0.5, 1.0), (3 / 4, 4 / 3)),
+        (64, 64, (0.2, 0.4), (0.5, 2.0)),
+        (100, 400, (0.9, 1.0), (3 / 4, 4 / 3)),  # no box fits: always the fallback
+        (400, 100, (0.1, 1.0), (3 / 4, 4 / 3)),  # often the fallback
+    ],
+)
+def test_random_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
+    count = 3000
+    ours = boxes(height, width, scale, ratio, count)
+    torch.manual_seed(0)
+    image = torch.zeros(1, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)])
+    assert (ours >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    bound = 1.95 * np.sqrt(2 / count)  # Kolmogorov-Smirnov, two samples, 0.1 %
+    for values in (
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 2],
+        lambda b: b[:, 3],
+        lambda b: b[:, 2] / b[:, 3],
+    ):
+        assert kolmogorov_smirnov(values(ours), values(theirs)) < bound
+
+
+def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
+    points = np.union1d(a, b)
+    return np.abs(
+        np.searchsorted(np.sort(a), points, "right") / len(a) - np.searchsorted(np.sort(b), points, "right") / len(b)
+    ).max()
+
+
+@pytest.mark.parametrize(("height", "width", "ratio", "box"), [
+    (256, 256, 224 / 256, (16, 16, 224, 224)),
+    (375, 500, 224 / 256, (23, 86, 328, 328)),
+    (32, 32, 1.0, (0, 0, 32, 32)),
+    (1, 9, 0.1, (0, 4, 1, 1)),
+])  # fmt: skip
+def test_centre_box(height, width, ratio, box):
+    assert augment.centre_box(height, width, ratio) == box
+
+
+def test_flips_half():
+    key = AugmentKey(3)
+    images = np.zeros((4000, 1, 2, 3), np.uint8)
+    images[:, :, 1] = 1
+    RandomFlip(key).generate_code()(images, None, np.arange(4000))
+    assert abs(images[:, 0, 0, 0].mean() - 0.5) < 0.03
+
+
+# ---------------------------------------------------------------------------------------------------------- pixels
+
+
+def test_crop_and_resize_is_opencvs_area_resize(raw_file):
+    size = 32
+    key = AugmentKey(5)
+    images, status = run(raw_file, [CropResizeDecoder(size, (0.08, 1.0), (3 / 4, 4 / 3), key=key)], range(COUNT))
+    assert (status == augment.OK).all()
+    for i in range(COUNT):
+        pixels = np.asarray(picture(i))
+        box = augment.random_box(
+            *pixels.shape[:2], 0.08, 1.0, 3 / 4, 4 / 3, np.uint64(augment.stream_key(5, 0, i, augment.CROP))
+        )
+        top, left, h, w = box
+        expected = cv2.resize(pixels[top : top + h, left : left + w], (size, size), interpolation=cv2.INTER_AREA)
+        assert np.abs(images[i].astype(int) - expected).max() <= 1, (i, box)
+
+
+def test_centre_crop_against_opencv_and_pillow(raw_file):
+    images, _ = run(raw_file, [CropResizeDecoder(28, (0.8, 0.8))], range(COUNT))
+    for i in range(COUNT):
+        pixels = picture(i)
+        top, left, h, w = augment.centre_box(pixels.height, pixels.width, 0.8)
+        crop = pixels.crop((left, top, left + w, top + h))
+        area = cv2.resize(np.asarray(crop), (28, 28), interpolation=cv2.INTER_AREA)
+        assert np.abs(images[i].astype(int) - area).max() <= 1
+        # Area averaging is Pillow's box filter up to how it weighs pixels on the edge of two boxes.
+        box = np.asarray(crop.resize((28, 28), Image.Resampling.BOX))
+        assert np.abs(images[i].astype(int) - box).mean() < 2
+
+
+def test_whole_image_at_its_own_size_is_a_copy(tmp_path):
+    beton.prepare("synthetic:9x48@3", tmp_path / "x.beton", progress=False)
+    images, _ = run(tmp_path / "x.beton", [CropResizeDecoder(48, (1.0, 1.0))], range(9))
+    source = beton.open_source("synthetic:9x48@3", "train")
+    assert all(np.array_equal(images[i], np.asarray(source.load(i))) for i in range(9))
+
+
+def test_jpeg_pixels_are_pillows_within_a_few_levels(jpeg_file):
+    images, status = run(jpeg_file, [CropResizeDecoder(70, (1.0, 1.0))], range(2, COUNT, 3))  # the 70 x 70 ones
+    assert (status == augment.OK).all()
+    for image, i in zip(images, range(2, COUNT, 3), strict=True):
+        buffer = io.BytesIO(beton._encode_jpeg(picture(i), 90))
+        error = np.abs(image.astype(int) - np.asarray(Image.open(buffer)))
+        assert error.max() <= 8  # FFCV decodes with libjpeg's fast transform, Pillow with the exact one
+        assert error.mean() < 1.5
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+@pytest.mark.parametrize("reflect", [False, True])
+def test_padded_crop(raw_file, jpeg_file, mode, reflect):
+    path, size, pad = (raw_file if mode == "raw" else jpeg_file), 64, 5
+    key = AugmentKey(9)
+    images, status = run(path, [PaddedCropDecoder(size, pad, reflect=reflect, key=key)], range(COUNT))
+    assert (status == augment.OK).all()
+    places = []
+    for i in range(COUNT):
+        whole = picture(i) if mode == "raw" else Image.open(io.BytesIO(beton._encode_jpeg(picture(i), 90)))
+        pixels = np.pad(np.asarray(whole), ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if reflect else "constant")
+        key_i = np.uint64(augment.stream_key(9, 0, i, augment.CROP))
+        top = int(augment.uniform(key_i, 0) * (pixels.shape[0] - size + 1))
+        left = int(augment.uniform(key_i, 1) * (pixels.shape[1] - size + 1))
+        error = np.abs(images[i].astype(int) - pixels[top : top + size, left : left + size])
+        assert error.max() <= (0 if mode == "raw" else 8)
+        places.append((top, left))
+    assert len(set(places)) > COUNT // 2
+
+
+@pytest.mark.parametrize("width", [8, 9])
+def test_flip_mirrors(width):
+    key, indices = AugmentKey(3), np.arange(50, 90)
+    before = np.random.default_rng(0).integers(0, 256, (40, 5, width, 3), np.uint8)
+    after = RandomFlip(key).generate_code()(before.copy(), None, indices)
+    mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(after, before, strict=True)]
+    kept = [np.array_equal(a, b) for a, b in zip(after, before, strict=True)]
+    assert all(m != k for m, k in zip(mirrored, kept, strict=True))
+    assert 10 < sum(mirrored) < 30
+
+
+# ------------------------------------------------------------------------------------------- a function of the key
+
+
+def test_pixels_depend_on_seed_epoch_and_sample_only(jpeg_file):
+    import numba
+
+    def pixels(indices, seed=1, epoch=0, threads=2):
+        key = AugmentKey(seed)
+        key.set_epoch(epoch)
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        try:
+            return run(
+                jpeg_file, [CropResizeDecoder(32, (0.08, 1.0), (3 / 4, 4 / 3), key=key), RandomFlip(key)], indices
+            )[0]
+        finally:
+            numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+
+    whole = pixels(range(COUNT))
+    assert np.array_equal(whole, pixels(range(COUNT), threads=1))
+    shuffled = np.random.default_rng(0).permutation(COUNT)
+    assert np.array_equal(whole[shuffled], pixels(shuffled))
+    assert np.array_equal(whole[5:6], pixels([5]))
+    assert np.array_equal(whole[[5, 5, 5]], pixels([5, 5, 5]))
+    for other in (pixels(range(COUNT), seed=2), pixels(range(COUNT), epoch=1)):
+        assert all(not np.array_equal(a, b) for a, b in zip(whole, other, strict=True))
+
+
+def test_no_epoch_and_no_crop_setting_compiles_again(raw_file):
+    def run_once(epoch, scale, pad):
+        key = AugmentKey(epoch)
+        key.set_epoch(epoch)
+        run(raw_file, [CropResizeDecoder(32, scale, (0.5, 2.0), key=key), RandomFlip(key)], range(4))
+        run(raw_file, [PaddedCropDecoder(32, pad, reflect=epoch % 2 == 0, key=key)], range(4))
+        run(raw_file, [CropResizeDecoder(24, scale)], range(4))
+
+    loops = (augment._crop_and_resize, augment._pad_and_crop, augment._flip)
+    run_once(0, (0.1, 1.0), 4)
+    compiled = [len(loop.signatures) for loop in loops]
+    for epoch in range(1, 4):
+        run_once(epoch, (0.1 * epoch, 0.9), epoch)
+    assert [len(loop.signatures) for loop in loops] == compiled
+
+
+def test_compiled_code_is_kept_on_disk(raw_file):
+    """A second process takes it from there: seconds per loader, rank and start."""
+    loops = (augment._crop_and_resize, augment._pad_and_crop, augment._flip)
+    run(raw_file, [CropResizeDecoder(24, (1.0, 1.0))], range(4))
+    assert all(type(loop._cache).__name__ == "FunctionCache" for loop in loops)
+    assert sum(loop.stats.cache_hits.total() + loop.stats.cache_misses.total() for loop in loops) > 0
+    assert list(Path(augment._crop_and_resize.stats.cache_path).glob("augment._crop_and_resize*.nbi"))
+
+
+def test_without_a_place_for_compiled_code_it_still_runs():
+    code = (
+        "from numba.core.caching import FunctionCache\n"
+        "def nowhere(*_): raise RuntimeError('cannot cache function: no locator available')\n"
+        "FunctionCache.__init__ = nowhere\n"
+        "from automix_dist import augment\n"
+        "assert augment.centre_box(4, 6, 0.5) == (1, 2, 2, 2)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_keeps_its_threads():
+    code = (
+        "import torch; torch.set_num_threads(3); from automix_dist import augment; assert torch.get_num_threads() == 3"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_damaged_samples_are_reported(jpeg_file, raw_file, tmp_path, sums):
+    for source, expected in ((jpeg_file, augment.UNREADABLE), (raw_file, augment.OK)):
+        path = tmp_path / source.name
+        path.write_bytes(source.read_bytes())
+        index = beton.read_index(path)
+        with open(path, "r+b") as file:
+            file.seek(int(index.records["image"]["data_ptr"][7]))
+            file.write(bytes(200))
+        decoder = CropResizeDecoder(32, (1.0, 1.0), sums=index.sums if sums else None)
+        _, status = run(path, [decoder], range(COUNT))
+        # Damaged raw pixels, and JPEGs whose damage decodes, are seen by their sum only.
+        assert status[7] == (augment.ALTERED if sums else expected)
+        assert np.count_nonzero(status) == (status[7] != augment.OK)
+
+
+# ----------------------------------------------------------------------------------------------------- FFCV itself
+
+
+@pytest.mark.slow
+def test_the_operations_run_in_ffcvs_own_loader(jpeg_file):
+    from ffcv.fields.decoders import IntDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+
+    key = AugmentKey(1)
+    sums = beton.read_index(jpeg_file).sums
+    operations = [CropResizeDecoder(32, (0.08, 1.0), (3 / 4, 4 / 3), key=key, sums=sums), RandomFlip(key)]
+    threads = torch.get_num_threads()
+    try:
+        loader = Loader(
+            str(jpeg_file),
+            batch_size=8,
+            num_workers=1,
+            order=OrderOption.SEQUENTIAL,
+            pipelines={"image": [*operations, ToTensor()], "label": [IntDecoder(), ToTensor()]},
+        )
+        images = np.concatenate([batch[0].numpy().copy() for batch in loader])
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(images, run(jpeg_file, operations, range(COUNT))[0])
+
+
+def test_a_pipeline_is_one_compiled_stage():
+    """FFCV 1.0.2 never returns when compiled and plain operations alternate; all of ours are compiled."""
+    from ffcv.pipeline.graph import INITIAL_STATE
+
+    key = AugmentKey(0)
+    crop = CropResizeDecoder(32, (0.5, 1.0), (1.0, 1.0), key=key)
+    for decoder in (crop, PaddedCropDecoder(32, 4, reflect=False, key=key)):
+        state, _ = decoder.declare_state_and_memory(INITIAL_STATE)
+        assert state.jit_mode
+        assert (state.shape, state.dtype) == ((32, 32, 3), np.uint8)
+        assert RandomFlip(key).declare_state_and_memory(state) == (state, None)

@@ -1,0 +1,242 @@
+"""The method's parts against independent formulas in float64, and the separation of its gradients."""
+
+import pytest
+import torch
+from tiny import CLASSES, micro_batch, rank_draws, tiny_config, tiny_model
+from torch import nn
+
+from automix_dist.automix import AutoMix, Losses, adjust_mask
+from automix_dist.config import AutoMixConfig
+from automix_dist.draws import MixDraw
+from automix_dist.mix_block import MixBlock, mask_loss
+from automix_dist.momentum import MomentumUpdate
+
+
+def step(model: AutoMix, config, mask_loss_weight: float = 0.1, size: int = 16) -> Losses:
+    return model(*micro_batch(0, 0, size), rank_draws(config, 0, 0, size), mask_loss_weight)
+
+
+def mask_by_definition(block: MixBlock, features, draw: MixDraw):
+    """The published order of operations: lambda as a last channel, one convolution per sample of the pair."""
+    lam = draw.lam.double()[:, None, None, None]
+    own, partner = features, features[draw.partner]
+    if block.lam_concat:
+        own = torch.cat([own, lam.expand_as(own[:, :1])], dim=1)
+        partner = torch.cat([partner, (1 - lam).expand_as(partner[:, :1])], dim=1)
+
+    def project(x, weight, bias):
+        return nn.functional.conv2d(x, weight.double()[:, :, None, None], bias if bias is None else bias.double())
+
+    query, key = (project(x, block.query_weight, block.query_bias) for x in (own, partner))
+    if block.norm is not None:
+        norm = block.norm.double()
+        query, key = norm(query), norm(key)
+    value = project(partner, block.value_weight, block.value_bias)
+    scores = torch.einsum("bdij,bdkl->bijkl", query, key) / block.width**0.5
+    batch, h, w = scores.shape[:3]
+    attention = scores.flatten(3).softmax(dim=-1).view(batch, h, w, h, w)
+    return torch.einsum("bijkl,bckl->bij", attention, value)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+@pytest.mark.parametrize("lam_concat", [True, False])
+def test_mix_block_is_the_published_attention(norm, lam_concat):
+    torch.manual_seed(0)
+    block = MixBlock(10, AutoMixConfig(norm=norm, lam_concat=lam_concat))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.4)
+    features = torch.randn(6, 10, 4, 5)
+    draws = [MixDraw(torch.rand(6), torch.randperm(6), "nearest") for _ in range(2)]
+    logits = block(features, *draws)
+    assert logits[0].requires_grad and not logits[1].requires_grad
+    for got, draw in zip(logits, draws, strict=True):
+        expected = mask_by_definition(block, features.double(), draw)
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+        block.float()
+
+
+def test_a_new_mix_block_mixes_evenly():
+    torch.manual_seed(0)
+    block = MixBlock(64, AutoMixConfig())
+    draw = MixDraw(torch.full((4,), 0.3), torch.tensor([1, 0, 3, 2]), "nearest")
+    masks = torch.sigmoid(block(torch.randn(4, 64, 7, 7), draw, draw)[0])
+    assert (masks - 0.5).abs().max() < 0.05
+    assert sum(p.numel() for p in MixBlock(256, AutoMixConfig()).parameters()) == 33_282
+    assert sum(p.numel() for p in MixBlock(1024, AutoMixConfig()).parameters()) == 526_338
+
+
+@pytest.mark.parametrize("form", ["l1", "sparsity", "l1_variance", "l2_variance"])
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.6])
+def test_mask_losses(form, margin):
+    mask = torch.rand(5, 8, 8, dtype=torch.float64)
+    lam = torch.full((5,), 0.8, dtype=torch.float64)
+    area, variance = mask.mean(), (mask - mask.mean()).square().mean()
+    off = (1 - area - 0.8).abs()
+    expected = {
+        "l1": max(off - margin, 0),
+        "sparsity": max((mask * (mask - 1)).abs().mean() - margin, 0),
+        "l1_variance": max(off - margin, 0) - 2 * variance,
+        "l2_variance": max(off**2 - margin**2, 0) - 2 * variance,
+    }[form]
+    got = mask_loss(form, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2)), lam, margin)
+    assert got.item() == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_query_and_mix_block_learn_from_their_own_losses_only():
+    """Another query encoder leaves the Mix Block's gradients as they are; without the Mix Block's losses the query
+    encoder's are the same; the momentum encoder has none."""
+    config = tiny_config()
+    whole, other_query, no_block_losses = (tiny_model(config) for _ in range(3))
+    with torch.no_grad():
+        for parameter in other_query.query.parameters():
+            parameter.mul_(1.5)
+    step(whole, config).total.backward()
+    step(other_query, config).total.backward()
+    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=False)
+    no_block_losses(*micro_batch(0, 0, 16), draws, 0.0).total.backward()
+
+    def gradients(model: AutoMix, part: str) -> list[torch.Tensor]:
+        return [p.grad for p in getattr(model, part).parameters()]
+
+    for one, other in zip(gradients(whole, "mix_block"), gradients(other_query, "mix_block"), strict=True):
+        assert one.any() and torch.equal(one, other)
+    for one, other in zip(gradients(whole, "query"), gradients(no_block_losses, "query"), strict=True):
+        assert one.any() and torch.equal(one, other)
+    assert not any(p.grad.any() for p in no_block_losses.mix_block.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in whole.momentum.parameters())
+
+
+def test_total_is_the_sum_of_its_parts():
+    config = tiny_config()
+    losses = step(tiny_model(config), config, 0.3)
+    parts = losses.clean + losses.mixed + losses.generator + 0.3 * losses.mask
+    torch.testing.assert_close(losses.total, parts)
+
+
+def test_switched_off_branch_still_trains_the_mix_block_on_its_masks():
+    config = tiny_config(automix={"mask_loss_margin": 0.0})
+    model = tiny_model(config)
+    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=False)
+    losses = model(*micro_batch(0, 0, 16), draws, 0.1)
+    losses.total.backward()
+    assert losses.generator == 0
+    assert model.mix_block.value_bias.grad.abs() > 0
+
+
+def test_mixed_loss_uses_the_drawn_lambda_and_both_labels():
+    config = tiny_config(automix={"label_smoothing": 0.1})
+    model = tiny_model(config)
+    logits, labels = torch.randn(6, CLASSES, dtype=torch.float64), torch.randint(0, CLASSES, (6,))
+    draw = MixDraw(torch.full((6,), 0.3), torch.randperm(6), "nearest")
+    smooth = 0.9 * nn.functional.one_hot(labels, CLASSES) + 0.1 / CLASSES
+    target = 0.3 * smooth + 0.7 * smooth[draw.partner]
+    expected = -(target * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(model._mixed_loss(logits, labels, draw).double(), expected, atol=1e-7, rtol=1e-6)
+
+
+def test_adjusted_masks_have_the_area_lambda():
+    own = torch.rand(8, 6, 6, dtype=torch.float64)
+    lam = torch.linspace(0.05, 0.95, 8, dtype=torch.float64)
+    adjusted = adjust_mask(own, lam)
+    torch.testing.assert_close(adjusted.mean(dim=(1, 2)), lam)
+    assert adjusted.min() >= 0 and adjusted.max() <= 1
+    area = own.mean(dim=(1, 2))
+    for i in range(8):  # shrinks the larger of the two, by a factor
+        part, whole = (adjusted[i], own[i]) if area[i] > lam[i] else (1 - adjusted[i], 1 - own[i])
+        torch.testing.assert_close(part / whole, torch.full_like(whole, (part / whole).mean()))
+
+
+@pytest.mark.parametrize("whose", ["classifier", "mix_block"])
+def test_mask_adjustment_aims_at_the_lambda_it_is_told(whose):
+    config = AutoMixConfig(mask_adjust=1.0, mask_adjust_lam=whose, lam_margin=0.0)
+    model = tiny_model(tiny_config())
+    model.config = config
+    draws = rank_draws(tiny_config(), 0, 0, 4)
+    draws = draws._replace(
+        mix_block=draws.mix_block._replace(lam=torch.full((4,), 0.9)),
+        classifier=MixDraw(torch.full((4,), 0.2), torch.tensor([1, 0, 3, 2]), "nearest"),
+    )
+    images = torch.stack([torch.full((3, 16, 16), float(i)) for i in range(4)])
+    mixed = model._blend_adjusted(torch.randn(4, 4, 4), images, draws)
+    share = {"classifier": 0.2, "mix_block": 0.9}[whose]
+    expected = share * images[:, 0].mean(dim=(1, 2)) + (1 - share) * images[[1, 0, 3, 2], 0].mean(dim=(1, 2))
+    torch.testing.assert_close(mixed[:, 0].mean(dim=(1, 2)), expected)
+
+
+def test_lambda_near_its_ends_is_plain_mixup_for_the_classifier():
+    config = tiny_config()
+    model = tiny_model(config)
+    images = torch.randn(4, 3, 16, 16)
+    draw = MixDraw(torch.tensor([0.05, 0.08, 0.5, 0.95]), torch.tensor([1, 2, 3, 0]), "nearest")
+    mixed, _, _ = model._blend(torch.randn(4, 4, 4) * 5, images, draw, lam_margin=0.08)
+    lam = draw.lam[:, None, None, None]
+    plain = lam * images + (1 - lam) * images[draw.partner]
+    for i, is_plain in enumerate([True, True, False, True]):
+        assert torch.allclose(mixed[i], plain[i], atol=1e-6) == is_plain
+
+
+def test_batchnorm_statistics_are_updated_in_the_published_order():
+    """Query: clean, then mixed. Momentum: clean (the feature pass), then mixed. Two updates each."""
+    config = tiny_config()
+    model = tiny_model(config)
+    step(model, config)
+    for encoder in (model.query, model.momentum):
+        assert encoder.backbone.stem[1].num_batches_tracked == 2
+        assert encoder.backbone.top[1].num_batches_tracked == 2
+
+
+def test_two_hundred_momentum_updates_against_float64():
+    config = tiny_config()
+    model = tiny_model(config)
+    update = MomentumUpdate(model)
+    expected = {n: p.detach().double().clone() for n, p in model.momentum.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(200):
+        coefficient = 0.99 + 0.00999 * i / 200
+        with torch.no_grad():
+            for p in model.query.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        query = dict(model.query.named_parameters())
+        for name in expected:
+            expected[name] = coefficient * expected[name] + (1 - coefficient) * query[name].detach().double()
+        update(coefficient)
+    for name, parameter in model.momentum.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_evaluation_changes_nothing_and_answers_with_all_heads():
+    config = tiny_config()
+    model = tiny_model(config).eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    images, _ = micro_batch(0, 0, 8)
+    with torch.no_grad():
+        logits = model(images)
+        mask, mixed = model(images, None, rank_draws(config, 0, 0, 8))
+    assert [tuple(each.shape) for each in logits] == [(8, CLASSES)] * 4
+    assert mask.shape == (8, 16, 16) and mixed.shape == (8, 3, 16, 16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+def test_uint8_and_normalised_float_images_train_alike():
+    config = tiny_config()
+    images, labels = micro_batch(0, 0, 16)
+    models = [tiny_model(config) for _ in range(2)]
+    mean, std = (v[:, None, None] for v in (models[0].mean, models[0].std))
+    floats = (images.permute(0, 3, 1, 2) / 255 - mean) / std
+    totals = [
+        m(x, labels, rank_draws(config, 0, 0, 16), 0.1).total for m, x in zip(models, (images, floats), strict=True)
+    ]
+    torch.testing.assert_close(*totals, atol=1e-5, rtol=1e-5)
+
+
+def test_draws_list_every_source_of_randomness():
+    """Two forwards with the same draws give the same losses, whatever the state of the global generators."""
+    config = tiny_config(automix={"upsampling": ["nearest", "bilinear"]})
+    totals = []
+    for seed in (1, 2):
+        model = tiny_model(config)
+        torch.manual_seed(seed)
+        totals.append(step(model, config).total)
+    assert torch.equal(*totals)

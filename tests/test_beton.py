@@ -1,0 +1,621 @@
+"""Writing, describing and checking .beton files."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from automix_dist import beton
+from automix_dist.beton import BetonError
+
+
+def write(source, out, **options) -> beton.Manifest:
+    return beton.prepare(str(source), out, progress=False, **options)
+
+
+def stored(path: Path, i: int) -> bytes:
+    """The bytes of image number i as they lie in the file."""
+    index = beton.read_index(path)
+    start = int(index.records["image"]["data_ptr"][i])
+    return path.read_bytes()[start : start + int(index.sizes[i])]
+
+
+def raw_pixels(path: Path, i: int) -> np.ndarray:
+    image = beton.read_index(path).records["image"][i]
+    assert image["mode"] == beton.RAW
+    return np.frombuffer(stored(path, i), np.uint8).reshape(image["height"], image["width"], 3)
+
+
+def photo(seed: int, width: int = 60, height: int = 40) -> Image.Image:
+    """A smooth picture with a few shapes, which JPEG keeps well."""
+    random = np.random.default_rng(seed)
+    image = Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    ImageDraw.Draw(image).ellipse([5, 5, width // 2, height // 2], fill=tuple(random.integers(0, 256, 3).tolist()))
+    return image
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def make_tree(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A tree of two classes with 6 JPEGs each."""
+    files = {f"{name}/{i}.jpg": jpeg(photo(10 * k + i), quality=92) for k, name in enumerate("ab") for i in range(6)}
+    return make_tree(tmp_path_factory.mktemp("photos"), files)
+
+
+@pytest.fixture(scope="module")
+def mixed_file(photos, tmp_path_factory) -> Path:
+    """A .beton file of both storage modes; tests copy it before they damage it."""
+    out = tmp_path_factory.mktemp("mixed") / "mixed.beton"
+    manifest = write(photos, out, write_mode="proportion")
+    assert (manifest.count, manifest.jpeg_count) == (12, 6)
+    return out
+
+
+@pytest.fixture
+def copy(mixed_file, tmp_path) -> Path:
+    target = tmp_path / "copy.beton"
+    target.write_bytes(mixed_file.read_bytes())
+    beton.manifest_path(target).write_bytes(beton.manifest_path(mixed_file).read_bytes())
+    return target
+
+
+# -------------------------------------------------------------------------------------------------- the file format
+
+
+def test_layout_is_ffcvs():
+    from ffcv import types
+    from ffcv.fields import IntField, RGBImageField
+
+    assert types.CURRENT_VERSION == beton.FFCV_VERSION
+    assert types.HeaderType == beton.HEADER
+    assert types.ALLOC_TABLE_TYPE == beton.ALLOCATION
+    assert types.FieldDescType.itemsize == beton.FIELD.itemsize
+    assert [types.FieldDescType.fields[n][1] for n in beton.FIELD.names] == [
+        beton.FIELD.fields[n][1] for n in beton.FIELD.names
+    ]
+    ours, theirs = beton.RECORD, types.get_metadata_type([RGBImageField(), IntField()])
+    assert ours.itemsize == theirs.itemsize
+    assert [ours.fields[n] for n in ours.names] == [theirs.fields[n] for n in theirs.names]
+    assert [types.TYPE_ID_HANDLER[t] for t, _ in beton.FIELDS] == [RGBImageField, IntField]
+
+
+def test_ffcvs_reader_reads_it(mixed_file):
+    from ffcv.reader import Reader
+
+    reader, index = Reader(str(mixed_file)), beton.read_index(mixed_file)
+    assert reader.field_names == ["image", "label"]
+    assert reader.num_samples == 12
+    assert reader.page_size == beton.PAGE
+    assert np.array_equal(reader.metadata["f0"].tolist(), index.records["image"].tolist())
+    assert np.array_equal(reader.metadata["f1"], index.records["label"])
+    assert np.array_equal(reader.alloc_table["size"], index.sizes)
+
+
+@given(st.lists(st.integers(1, 3 * beton.PAGE), min_size=1, max_size=40), st.integers(0, 10 * beton.PAGE))
+def test_no_image_crosses_a_page(sizes, end):
+    page, images = beton.PAGE, []
+    for size in sizes:
+        start, unit = beton._place(end, size)
+        assert start >= end
+        assert start % beton.ALIGNMENT == 0
+        images.append((start, size))
+        end, page = start + size, max(page, unit)
+    assert all(start // page == (start + size - 1) // page for start, size in images)
+
+
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_sum_sees_any_changed_byte(data, draw):
+    place = draw.draw(st.integers(0, len(data) - 1))
+    value = draw.draw(st.integers(0, 255).filter(lambda v: v != data[place]))
+    assert beton.word_sum(data) != beton.word_sum(data[:place] + bytes([value]) + data[place + 1 :])
+
+
+def test_import_is_light():
+    code = "import sys, automix_dist.beton; assert not {'torch', 'ffcv', 'numba', 'sklearn'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+def test_digits(tmp_path):
+    train, val = write("digits", tmp_path / "t.beton"), write("digits", tmp_path / "v.beton", split="val")
+    assert (train.count, val.count) == (1442, 355)
+    assert train.classes == val.classes == list("0123456789")
+    assert all(abs(4 * v - t) <= 4 for t, v in zip(train.class_counts, val.class_counts, strict=True))
+    assert train.height_range == train.width_range == (32, 32)
+    seen = {
+        raw_pixels(tmp_path / name, i).tobytes() for name, n in (("t.beton", 50), ("v.beton", 50)) for i in range(n)
+    }
+    assert len(seen) == 100
+
+    from sklearn.datasets import load_digits
+
+    first = Image.fromarray(np.round(load_digits().images[0] * 255 / 16).astype(np.uint8))
+    expected = np.asarray(first.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
+    assert np.array_equal(raw_pixels(tmp_path / "t.beton", 0), expected)
+
+
+def test_same_file_for_any_number_of_workers(photos, tmp_path):
+    sums = {write(photos, tmp_path / f"{w}.beton", write_mode="smart", workers=w).checksum for w in (1, 2, 5)}
+    assert len(sums) == 1
+    assert write("digits", tmp_path / "a.beton", workers=1).checksum == write("digits", tmp_path / "b.beton").checksum
+
+
+def test_image_folder_orders_as_torchvision(photos, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    root = make_tree(
+        tmp_path / "tree",
+        {f"{c}/{n}": jpeg(photo(1)) for c in ("b", "A", "a10", "a9") for n in ("2.JPG", "x/1.jpeg", "10.jpg")},
+    )
+    (root / "a9" / "notes.txt").write_text("not an image")
+    reference, source = ImageFolder(str(root)), beton.open_source(str(root), "train")
+    assert source.classes == reference.classes
+    assert [(source.name(i), int(label)) for i, label in enumerate(source.labels)] == reference.samples
+
+
+def test_folder_with_train_and_val(tmp_path):
+    make_tree(tmp_path, {"train/a/1.png": jpeg(photo(1)), "val/a/1.png": jpeg(photo(2)), "val/a/2.png": jpeg(photo(3))})
+    assert write(f"imagefolder:{tmp_path}", tmp_path / "t.beton").count == 1
+    assert write(tmp_path, tmp_path / "v.beton", split="val").count == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("digit", "did you mean digits"),
+        ("/no/such/folder", "existing folder"),
+        ("imagefolder:/no/such/folder", "no such folder"),
+        ("digits:8", "no argument"),
+        ("synthetic:", "COUNT"),
+        ("synthetic:0", "COUNT"),
+        ("synthetic:5x0", "COUNT"),
+        ("cifar10:/no/such", r"cifar-10-batches-py.*https://"),
+        ("cifar100:/no/such", r"cifar-100-python.*https://"),
+    ],
+)
+def test_bad_sources(source, message, tmp_path):
+    with pytest.raises(BetonError, match=message):
+        write(source, tmp_path / "x.beton")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_without_images(tmp_path):
+    with pytest.raises(BetonError, match="no subfolders"):
+        write(tmp_path, tmp_path / "x.beton")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BetonError, match="empty has no images"):
+        write(tmp_path, tmp_path / "x.beton")
+
+
+def test_cifar_from_local_files(tmp_path, monkeypatch):
+    import torchvision
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    batch = {"data": pixels, "labels": list(range(10)) * 2}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"thing {i}" for i in range(10)]}))
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    manifest = write(f"cifar10:{tmp_path}", tmp_path / "x.beton")
+    assert (manifest.count, manifest.classes[3]) == (100, "thing 3")
+    assert np.array_equal(raw_pixels(tmp_path / "x.beton", 25), pixels[5].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_synthetic_is_deterministic_and_learnable(tmp_path):
+    train, val = (beton.open_source("synthetic:60x48@3", split) for split in ("train", "val"))
+    again = beton.open_source("synthetic:60x48@3", "train")
+    assert np.array_equal(np.asarray(train.load(7)), np.asarray(again.load(7)))
+    assert not np.array_equal(np.asarray(train.load(7)), np.asarray(val.load(7)))
+    colours, val_colours = (np.array([np.asarray(s.load(i)).mean((0, 1)) for i in range(60)]) for s in (train, val))
+    centres = np.array([colours[train.labels == c].mean(0) for c in range(3)])
+    nearest = ((val_colours[:, None] - centres) ** 2).sum(-1).argmin(1)
+    assert (nearest == val.labels).mean() > 0.9
+
+
+def test_synthetic_weighs_as_imagenet(tmp_path):
+    manifest = write("synthetic:24", tmp_path / "x.beton", write_mode="jpg")
+    assert 80_000 < manifest.file_size / manifest.count < 120_000  # ImageNet's mean is about 110 KB
+    assert manifest.height_range == manifest.width_range == (333, 500)
+
+
+# ---------------------------------------------------------------------------------------------- what images become
+
+
+def exotic_images() -> dict[str, bytes]:
+    """One image file of each kind that needs care."""
+    base = photo(3)
+    gradient = np.linspace(0, 65535, 40 * 60).astype(np.uint16).reshape(40, 60)
+    alpha = base.convert("RGBA")
+    alpha.putalpha(Image.fromarray(np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))))
+    palette = base.quantize(16)
+    frames = [photo(i) for i in range(3)]
+    kinds = {
+        "gray.jpg": ("JPEG", base.convert("L"), {}),
+        "cmyk.jpg": ("JPEG", base.convert("CMYK"), {}),
+        "progressive.jpg": ("JPEG", base, {"progressive": True}),
+        "unsampled.jpg": ("JPEG", base, {"subsampling": 0}),
+        "rotated.jpg": ("JPEG", base, {"exif": _rotated()}),
+        "gray.png": ("PNG", base.convert("L"), {}),
+        "gray_alpha.png": ("PNG", base.convert("LA"), {}),
+        "alpha.png": ("PNG", alpha, {}),
+        "sixteen.png": ("PNG", Image.fromarray(gradient), {}),
+        "palette.png": ("PNG", palette, {}),
+        "palette_alpha.png": ("PNG", palette, {"transparency": 3}),
+        "one_bit.png": ("PNG", base.convert("1"), {}),
+        "animated.png": ("PNG", frames[0], {"save_all": True, "append_images": frames[1:]}),
+        "animated.webp": ("WEBP", frames[0], {"save_all": True, "append_images": frames[1:], "lossless": True}),
+        "pages.tiff": ("TIFF", frames[0], {"save_all": True, "append_images": frames[1:]}),
+        "plain.bmp": ("BMP", base, {}),
+        "two.jpg": ("MPO", frames[0], {"save_all": True, "append_images": frames[1:]}),
+    }
+    files = {}
+    for name, (form, image, options) in kinds.items():
+        buffer = io.BytesIO()
+        image.save(buffer, form, **options)
+        files[name] = buffer.getvalue()
+    return files
+
+
+def _rotated() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees to show
+    return exif
+
+
+@pytest.fixture(scope="module")
+def exotic(tmp_path_factory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("exotic"), {f"all/{name}": data for name, data in exotic_images().items()})
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+def test_images_are_read_as_torchvision_reads_them(exotic, tmp_path):
+    from torchvision.datasets.folder import default_loader
+
+    write(exotic, tmp_path / "x.beton")
+    source = beton.open_source(str(exotic), "train")
+    assert len(source.labels) == len(exotic_images())
+    for i in range(len(source.labels)):
+        expected = np.asarray(default_loader(source.name(i)))
+        assert np.array_equal(raw_pixels(tmp_path / "x.beton", i), expected), source.name(i)
+        assert expected.shape == (40, 60, 3)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")
+def test_which_jpegs_are_kept(exotic, tmp_path):
+    manifest = write(exotic, tmp_path / "x.beton", write_mode="jpg")
+    assert manifest.jpeg_count == manifest.count
+    source = beton.open_source(str(exotic), "train")
+    kept = {
+        Path(source.name(i)).name for i in range(manifest.count) if stored(tmp_path / "x.beton", i) == source.load(i)
+    }
+    assert kept == {"gray.jpg", "progressive.jpg", "unsampled.jpg", "rotated.jpg", "two.jpg"}  # CMYK had to change
+    beton.verify(tmp_path / "x.beton")
+
+
+def test_a_jpeg_that_the_decoder_complains_about_is_encoded_anew(tmp_path):
+    # Pillow reads it without a word; FFCV's decoder reports junk before the end marker, which training takes as damage.
+    data = jpeg(photo(5))
+    make_tree(tmp_path, {"a/odd.jpg": data[:-2] + b"\x00\x11\x22\x33\x44\x55" + data[-2:], "a/plain.jpg": data})
+    write(tmp_path, tmp_path / "x.beton", write_mode="jpg")
+    assert stored(tmp_path / "x.beton", 0) != (tmp_path / "a/odd.jpg").read_bytes()
+    assert stored(tmp_path / "x.beton", 1) == data
+    beton.verify(tmp_path / "x.beton")
+
+
+def test_max_resolution(photos, tmp_path):
+    small = write(photos, tmp_path / "s.beton", max_resolution=30)
+    assert (small.height_range, small.width_range) == ((20, 20), (30, 30))
+    source = beton.open_source(str(photos), "train")
+    image = Image.open(source.name(0)).convert("RGB").resize((30, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(raw_pixels(tmp_path / "s.beton", 0), np.asarray(image))
+    large = write(photos, tmp_path / "l.beton", max_resolution=60, write_mode="jpg")
+    assert large.width_range == (60, 60)
+    assert stored(tmp_path / "l.beton", 0) == source.load(0)
+    reduced = write(photos, tmp_path / "j.beton", max_resolution=30, write_mode="jpg", quality=50)
+    finer = write(photos, tmp_path / "f.beton", max_resolution=30, write_mode="jpg", quality=95)
+    assert reduced.jpeg_count == finer.jpeg_count == 12
+    assert reduced.file_size < finer.file_size
+
+
+def test_smart_mode_compresses_what_compresses_well(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    make_tree(tmp_path, {"a/noise.jpg": jpeg(noise, quality=95), "a/smooth.jpg": jpeg(photo(1, 300, 200))})
+    assert write(tmp_path, tmp_path / "x.beton", write_mode="smart").jpeg_count == 1
+    modes = beton.read_index(tmp_path / "x.beton").records["image"]["mode"]
+    assert modes.tolist() == [beton.RAW, beton.JPEG]
+
+
+def test_an_image_larger_than_a_page(tmp_path):
+    make_tree(tmp_path, {"a/1.jpg": jpeg(photo(1)), "a/2.jpg": jpeg(photo(2, 2000, 1500)), "a/3.jpg": jpeg(photo(3))})
+    write(tmp_path, tmp_path / "x.beton")
+    from ffcv.reader import Reader
+
+    assert Reader(str(tmp_path / "x.beton")).page_size == 2 * beton.PAGE
+    beton.verify(tmp_path / "x.beton")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "train or val"),
+        ({"write_mode": "jpeg"}, "raw, jpg"),
+        ({"max_resolution": 0}, "1 to 65535"),
+        ({"quality": 0}, "1 to 100"),
+        ({"workers": -1}, "workers"),
+    ],
+)
+def test_bad_options(options, message, tmp_path):
+    with pytest.raises(BetonError, match=message):
+        write("digits", tmp_path / "x.beton", **options)
+
+
+def test_output_must_be_a_beton_file(tmp_path):
+    with pytest.raises(BetonError, match=r"ends in \.beton"):
+        write("digits", tmp_path / "digits")
+
+
+# ------------------------------------------------------------------------------------------------------ broken images
+
+
+@pytest.fixture
+def damaged_tree(tmp_path) -> Path:
+    good = jpeg(photo(1, 200, 150))
+    return make_tree(
+        tmp_path / "tree",
+        {
+            "a/good.jpg": good,
+            "a/truncated.jpg": good[: len(good) // 2],
+            "b/empty.jpg": b"",
+            "b/good.jpg": good,
+            "b/text.png": b"<html>404</html>",
+            "b/zeros.jpg": bytes(5000),
+        },
+    )
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_broken_images_are_listed_and_fail(damaged_tree, tmp_path, mode):
+    with pytest.raises(BetonError) as error:
+        write(damaged_tree, tmp_path / "x.beton", write_mode=mode)
+    text = str(error.value)
+    assert "4 of 6 images" in text
+    assert "--skip-broken" in text
+    assert all(
+        str(damaged_tree / name) in text for name in ("a/truncated.jpg", "b/empty.jpg", "b/text.png", "b/zeros.jpg")
+    )
+    assert "good.jpg" not in text
+    assert [p.name for p in tmp_path.iterdir()] == ["tree"]
+
+
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_skip_broken_leaves_them_out_and_says_so(damaged_tree, tmp_path, mode):
+    manifest = write(damaged_tree, tmp_path / "x.beton", write_mode=mode, skip_broken=True)
+    assert (manifest.count, manifest.class_counts) == (2, [1, 1])
+    assert [Path(p).name for p in manifest.skipped] == ["truncated.jpg", "empty.jpg", "text.png", "zeros.jpg"]
+    assert beton.verify(tmp_path / "x.beton") == manifest
+    assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [0, 1]
+
+
+def test_nothing_but_broken_images_fails_always(tmp_path):
+    make_tree(tmp_path, {"a/1.jpg": b"x"})
+    with pytest.raises(BetonError, match="every one"):
+        write(tmp_path, tmp_path / "x.beton", skip_broken=True)
+
+
+# ------------------------------------------------------------------------------------------------ interrupted writing
+
+SLOW_WRITER = """
+import sys
+from pathlib import Path
+from automix_dist import beton
+beton.prepare("synthetic:100000x64@10", Path(sys.argv[1]), workers=1, progress=False)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path, how, existed):
+    out = tmp_path / "x.beton"
+    before = write("digits", out) if existed else None
+    writer = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, str(out)], stderr=subprocess.DEVNULL)
+    unfinished = tmp_path / "x.beton.partial"
+    while not (unfinished.exists() and unfinished.stat().st_size > 200_000):
+        assert writer.poll() is None
+        time.sleep(0.02)
+    with pytest.raises(BetonError, match="another process"):
+        write("digits", out)
+    writer.send_signal(how)
+    assert writer.wait(timeout=30) != 0
+    if existed:
+        assert beton.verify(out) == before
+    else:
+        assert not out.exists()
+        with pytest.raises(BetonError, match="does not exist"):
+            beton.check(out)
+    write("digits", out)
+    beton.verify(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_killed_between_file_and_manifest(copy):
+    beton.manifest_path(copy).unlink()
+    with pytest.raises(BetonError, match=r"no manifest.*interrupted"):
+        beton.check(copy)
+
+
+def test_a_full_disk_gives_one_message(tmp_path):
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom automix_dist import beton\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))\n"
+        "try: beton.prepare('digits', Path(sys.argv[1]), progress=False)\n"
+        "except beton.BetonError as error: print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.beton")], capture_output=True, text=True)
+    assert run.stdout.startswith(f"cannot write {tmp_path}/x.beton: File too large"), run
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BetonError, match="cannot write"):
+        write("digits", tmp_path / "file" / "x.beton")
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+def edit(path: Path, offset: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def header_field(name: str) -> int:
+    return beton.HEADER.fields[name][1]
+
+
+def tables_start(path: Path) -> int:
+    return int(np.fromfile(path, beton.HEADER, 1)["alloc_table_ptr"][0])
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "a few bytes": lambda path: path.write_bytes(path.read_bytes()[:10]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "one byte more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "text": lambda path: path.write_bytes((b"not a beton " * path.stat().st_size)[: path.stat().st_size]),
+    "wrong version": lambda path: edit(path, header_field("version"), b"\x07"),
+    "wrong number of fields": lambda path: edit(path, header_field("num_fields"), b"\x05"),
+    "page size": lambda path: edit(path, header_field("page_size"), b"\x01"),
+    "too many samples": lambda path: edit(path, header_field("num_samples"), b"\xff\xff\xff\xff\xff\xff\xff\x7f"),
+    "no samples": lambda path: edit(path, header_field("num_samples"), bytes(8)),
+    "table past the end": lambda path: edit(path, header_field("alloc_table_ptr"), (2**40).to_bytes(8, "little")),
+    "table at 2**64 - 1": lambda path: edit(path, header_field("alloc_table_ptr"), b"\xff" * 8),
+    "field name": lambda path: edit(path, beton.HEADER.itemsize + 1, b"I"),
+    "image pointer past the end": lambda path: edit(path, 24 + 2 * 1041 + 5, (2**50).to_bytes(8, "little")),
+    "image size": lambda path: edit(path, 24 + 2 * 1041 + 1, b"\xff\xff\xff\xff"),
+    "label": lambda path: edit(path, 24 + 2 * 1041 + 16, b"\x09"),
+    "table": lambda path: edit(path, tables_start(path) + 8, b"\xff" * 8),
+    "sum": lambda path: edit(path, tables_start(path) - 3, b"\x5a\xa5"),
+    "no manifest": lambda path: beton.manifest_path(path).unlink(),
+    "manifest is text": lambda path: beton.manifest_path(path).write_text("count: 3"),
+    "manifest is empty": lambda path: beton.manifest_path(path).write_text(""),
+    "manifest is a list": lambda path: beton.manifest_path(path).write_text("[1]"),
+    "manifest is binary": lambda path: beton.manifest_path(path).write_bytes(b"\xff\xfe\x00\x80"),
+    "manifest lacks keys": lambda path: beton.manifest_path(path).write_text('{"format_version": 1}'),
+    "manifest of the future": lambda path: beton.manifest_path(path).write_text('{"format_version": 99}'),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_check_refuses_damaged_files(copy, damage):
+    DAMAGES[damage](copy)
+    with pytest.raises(BetonError) as error:
+        beton.check(copy)
+    assert str(copy) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "prepare" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "damage", [d for d in DAMAGES if "manifest" not in d and d not in ("sum", "label", "page size")]
+)
+def test_the_index_alone_refuses_what_would_crash(copy, damage):
+    """Even where the manifest agrees with the damage, nothing outside of the file would be touched."""
+    DAMAGES[damage](copy)
+    with pytest.raises(BetonError):
+        beton.read_index(copy)
+
+
+def test_the_manifest_of_another_file_is_refused(copy, mixed_file, photos, tmp_path):
+    other = tmp_path / "other.beton"
+    write(photos, other, write_mode="raw")
+    copy.write_bytes(other.read_bytes())
+    with pytest.raises(BetonError, match="its manifest says"):
+        beton.check(copy)
+    digits = write("digits", other)
+    relabelled = bytearray(other.read_bytes())
+    relabelled[24 + 2 * 1041 + 16] ^= 1  # the same size, another label
+    other.write_bytes(relabelled)
+    assert other.stat().st_size == digits.file_size
+    with pytest.raises(BetonError, match="not the file that its manifest describes"):
+        beton.check(other)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(BetonError, match="does not exist; write it with automix prepare"):
+        beton.check(tmp_path / "x.beton")
+
+
+@pytest.mark.parametrize("i", [0, 1], ids=["raw", "jpeg"])
+def test_verify_names_damaged_images(copy, i):
+    start = int(beton.read_index(copy).records["image"]["data_ptr"][i])
+    edit(copy, start + 300, b"\x5a\xa5\x5a")
+    beton.check(copy)  # does not read the images
+    with pytest.raises(BetonError, match=rf"1 of 12 images are damaged \({i}\)"):
+        beton.verify(copy)
+
+
+def test_verify_sees_what_lies_between_images(copy):
+    index = beton.read_index(copy)
+    starts, sizes = index.records["image"]["data_ptr"], index.sizes
+    gap = next(int(s + n) for s, n, after in zip(starts, sizes, starts[1:], strict=False) if after - s - n >= 16)
+    edit(copy, gap + 9, b"\x01")
+    with pytest.raises(BetonError, match="outside of its images"):
+        beton.verify(copy)
+
+
+def test_manifest_tells_how_the_file_was_made(mixed_file, photos):
+    manifest = beton.read_manifest(mixed_file)
+    assert manifest == beton.check(mixed_file) == beton.verify(mixed_file, progress=False)
+    assert manifest.source == str(photos)
+    assert manifest.options == {"write_mode": "proportion", "max_resolution": None, "quality": 90, "skip_broken": False}
+    assert (manifest.classes, manifest.class_counts, manifest.jpeg_count) == (["a", "b"], [6, 6], 6)
+    assert (manifest.height_range, manifest.width_range) == ((40, 40), (60, 60))
+    assert manifest.file_size == mixed_file.stat().st_size
+    assert manifest.checksum == subprocess.check_output(["sha256sum", mixed_file], text=True).split()[0]
+    assert {"python", "pillow", "numpy", "automix-dist"} <= set(manifest.versions)
+    assert json.loads(beton.manifest_path(mixed_file).read_text())["count"] == 12
+
+
+def test_cores_follow_affinity_and_quota(tmp_path, monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    for text, expected in (("max 100000", cores), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", cores)):
+        (tmp_path / "cpu.max").write_text(text)
+        monkeypatch.setattr(beton, "CPU_QUOTA", tmp_path / "cpu.max")
+        assert beton.usable_cores() == expected
+    monkeypatch.setattr(beton, "CPU_QUOTA", tmp_path / "none")
+    assert beton.usable_cores() == cores

@@ -1,0 +1,278 @@
+"""Checkpoints under mishaps: killed writers, damaged files, full disks. Whole ones survive, broken ones are passed over."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import _CONTEXT, run_ranks
+from test_engine import assert_same, engine_steps, save_after, start_engine, train_plain, whole_parameters
+from tiny import tiny_config
+
+from automix_dist import checkpoint
+from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, verify
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """A run with checkpoints of steps 2 and 4, each written by two ranks."""
+    folder = tmp_path_factory.mktemp("run")
+    run_ranks(2, save_two, tiny_config(engine={"zero_stage": 2}), folder)
+    return folder
+
+
+def save_two(config, folder: Path) -> None:
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    for first, last in ((0, 2), (2, 4)):
+        engine_steps(config, process, model, engine, first, last)
+        assert checkpoints.save(engine, {"step": last}, {}) is not None
+
+
+def damage_truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 2 // 3] ^= 1
+    path.write_bytes(data)
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard_00000.safetensors", "shard_00001.safetensors"])
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_empty, Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(two_steps, tmp_path, name, damage):
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    damage(run / "checkpoints" / "step_00000004" / name)
+    said = []
+    assert newest(run, said.append).step == 2
+    assert len(said) == 1 and f"step_00000004/{name}" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m | {"format": 99}, "format 99"),
+        (lambda m: {k: v for k, v in m.items() if k != "files"}, "files"),
+        (lambda m: [], "manifest"),
+    ],
+)
+def test_manifests_of_another_making_are_refused(two_steps, tmp_path, change, message):
+    folder = tmp_path / "step_00000004"
+    shutil.copytree(two_steps / "checkpoints" / "step_00000004", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(change(manifest)))
+    with pytest.raises(CheckpointError, match=message):
+        verify(folder)
+
+
+def test_all_ranks_agree_on_the_whole_one(two_steps, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(two_steps, run)
+    damage_flip(run / "checkpoints" / "step_00000004" / "shard_00001.safetensors")
+    assert run_ranks(2, agreed_step, tiny_config(engine={"zero_stage": 2}), run) == [2, 2]
+
+
+def agreed_step(config, run: Path) -> int:
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(run, config.checkpoint, process, print)
+    return checkpoints.load(engine, checkpoints.agree_on_newest())["step"]
+
+
+KILL_POINTS = ["save_file", "_sha256", "_fsync", "_fsync#2", "_fsync#3", "_commit", "rename"]
+
+
+def save_and_die(config, folder: Path, point: str) -> None:
+    """Save step 2 whole; die by SIGKILL at a point of saving step 4."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", CUDA_VISIBLE_DEVICES="")
+    os.environ.pop("LOCAL_RANK", None)
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    engine_steps(config, process, model, engine, 0, 2)
+    assert checkpoints.save(engine, {"step": 2}, {}) is not None
+    name, _, number = point.partition("#")
+    owner = Path if name == "rename" else checkpoint
+    original, calls = getattr(owner, name), []
+
+    def deadly(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == int(number or 1):
+            if name == "save_file":  # a torn file rather than none
+                Path(arguments[1]).write_bytes(b"torn")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, deadly)
+    engine_steps(config, process, model, engine, 2, 4)
+    checkpoints.save(engine, {"step": 4}, {})
+
+
+@pytest.mark.parametrize("point", KILL_POINTS)
+def test_killed_while_saving_leaves_the_one_before(point, tmp_path):
+    config = tiny_config()
+    writer = _CONTEXT.Process(target=save_and_die, args=(config, tmp_path, point))
+    writer.start()
+    writer.join(timeout=120)
+    assert writer.exitcode == -signal.SIGKILL
+    assert committed(tmp_path / "checkpoints") == [2]
+    assert newest(tmp_path).step == 2
+    # The next run picks it up, saves the step again, and clears the leftovers away.
+    (parameters,) = run_ranks(1, resume_and_prune, config, tmp_path)
+    assert_same(parameters, train_plain(config, ranks=1, steps=4))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def resume_and_prune(config, folder: Path) -> dict[str, torch.Tensor]:
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    step = checkpoints.load(engine, checkpoints.agree_on_newest())["step"]
+    engine_steps(config, process, model, engine, step, 4)
+    assert checkpoints.save(engine, {"step": 4}, {}) is not None
+    checkpoints.prune(None)
+    state = load_module_state(newest(folder), "")
+    return {name: state[name] for name, _ in engine.module.named_parameters()}
+
+
+def rank_one_dies(config, folder: Path, results) -> None:
+    """Rank 1 is killed while it writes its shard; rank 0 has long finished its own."""
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    engine_steps(config, process, model, engine, 0, 2)
+    assert checkpoints.save(engine, {"step": 2}, {}) is not None
+    engine_steps(config, process, model, engine, 2, 4)
+    if process.rank == 1:
+        checkpoint.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    checkpoints.save(engine, {"step": 4}, {})
+
+
+def test_one_killed_rank_publishes_nothing(tmp_path):
+    """DeepSpeed's `latest` would point at a checkpoint that lacks this rank's shard."""
+    with pytest.raises(AssertionError, match="rank 0 of 2 failed"):
+        run_ranks(2, rank_one_dies, tiny_config(engine={"zero_stage": 2}), tmp_path, None, timeout=60)
+    assert committed(tmp_path / "checkpoints") == [2]
+    assert newest(tmp_path).step == 2
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A real file system of 600 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill_the_disk(config, folder: Path) -> tuple[list, list, list]:
+    process, model, engine = start_engine(config)
+    said = []
+    checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
+    engine_steps(config, process, model, engine, 0, 2)
+    outcomes = [checkpoints.save(engine, {"step": 2}, {}) is not None]
+    ballast = folder / "ballast"
+    if process.is_main:
+        with pytest.raises(OSError):
+            ballast.write_bytes(bytes(1 << 20))
+    process.barrier()
+    engine_steps(config, process, model, engine, 2, 4)
+    outcomes.append(checkpoints.save(engine, {"step": 4}, {}) is not None)
+    visible = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    process.barrier()
+    if process.is_main:
+        ballast.unlink()
+    process.barrier()
+    outcomes.append(checkpoints.save(engine, {"step": 4}, {}) is not None)
+    return outcomes, visible, said
+
+
+def test_a_full_disk_keeps_the_old_ones_and_training_goes_on(small_disk):
+    for outcomes, visible, said in run_ranks(2, fill_the_disk, tiny_config(), small_disk):
+        assert outcomes == [True, False, True]
+        assert visible == ["step_00000002"]
+        assert "step 4 NOT written" in said[0] and "o space left" in said[0]
+    assert newest(small_disk).step == 4
+
+
+def save_where_it_cannot(config, run: Path) -> tuple[float | None, list]:
+    process, _, engine = start_engine(config)
+    said = []
+    return Checkpoints(run, config.checkpoint, process, said.append).save(engine, {"step": 1}, {}), said
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    ((seconds, said),) = run_ranks(1, save_where_it_cannot, tiny_config(), tmp_path)
+    assert seconds is None and "NOT written" in said[0]
+
+
+def prune_many(config, folder: Path) -> list[list[int]]:
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    kept = []
+    for step in range(1, 6):
+        assert checkpoints.save(engine, {"step": step}, {}) is not None
+        checkpoints.prune(best_step=2 if step >= 2 else None)
+        kept.append(sorted(committed(checkpoints.root)))
+    return kept
+
+
+def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
+    (kept,) = run_ranks(1, prune_many, tiny_config(checkpoint={"keep_last": 2}), tmp_path)
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
+
+
+def test_another_model_is_refused_by_name(two_steps):
+    config = tiny_config(automix={"norm": "batch"})
+    with pytest.raises(AssertionError, match=r"CheckpointError.*does not fit this model.*mix_block.norm"):
+        run_ranks(1, agreed_step, config, two_steps)
+    config = tiny_config(automix={"reduction": 3})
+    with pytest.raises(AssertionError, match=r"CheckpointError.*mix_block.query_weight has shape"):
+        run_ranks(1, agreed_step, config, two_steps)
+
+
+def test_shards_hold_every_tensor_once(tmp_path):
+    """No element is written twice, none is missing, whatever the stage and the number of ranks."""
+    for stage in range(4):
+        folder = tmp_path / str(stage)
+        config = tiny_config(batch_size=24, engine={"zero_stage": stage})
+        run_ranks(3, save_after, config, folder, 1)
+        saved = newest(folder)
+        elements = 0
+        for name in ("shard_00000", "shard_00001", "shard_00002"):
+            from safetensors import safe_open
+
+            with safe_open(saved.folder / f"{name}.safetensors", "pt") as file:
+                elements += sum(file.get_slice(k).get_shape()[0] for k in file.keys() if k.startswith("param/"))
+        whole = load_module_state(saved, "")
+        expected = sum(t.numel() for n, t in train_plain(config, 3, 0).items())
+        assert elements == expected and len(whole) > 0
+
+
+def test_nothing_is_unpickled():
+    """What we load, we load as tensors and JSON."""
+    sources = Path(checkpoint.__file__).parent.glob("*.py")
+    assert not [p.name for p in sources if "import pickle" in p.read_text() or "torch.load(" in p.read_text()]
+
+
+def test_whole_parameters_helper_sees_what_the_engine_has(tmp_path):
+    """The tests' own way of reading shards, against ZeRO 0 where the weights are simply there."""
+    ((through, direct),) = run_ranks(1, read_both_ways, tiny_config(), tmp_path)
+    assert_same(through, direct, tolerance=0.0)
+
+
+def read_both_ways(config, folder: Path) -> tuple[dict, dict]:
+    process, model, engine = start_engine(config)
+    engine_steps(config, process, model, engine, 0, 2)
+    direct = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return whole_parameters(engine, folder, process, config), direct

@@ -1,0 +1,503 @@
+"""Loaders: order, shares, position, exact evaluation, and that nothing hangs, leaks or is overwritten."""
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from automix_dist import beton, data
+from automix_dist.beton import BetonError
+from automix_dist.config import ConfigError, DataConfig
+from automix_dist.data import Batch, EvalLoader, LoaderError, TrainLoader, epoch_order, rank_batches
+
+CPU = torch.device("cpu")
+COUNT = 53
+RESIZED = DataConfig(image_size=24, crop="resized", workers=1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """53 images of 32 x 32 in 5 classes, half of them JPEG."""
+    out = tmp_path_factory.mktemp("data") / "small.beton"
+    beton.prepare(f"synthetic:{COUNT}x32@5", out, write_mode="proportion", progress=False)
+    return out
+
+
+def train_loader(path, config=RESIZED, *, seed=1, batch_size=8, rank=0, world_size=1, accumulation_steps=1, device=CPU):
+    return TrainLoader(
+        path,
+        config,
+        seed=seed,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        accumulation_steps=accumulation_steps,
+        device=device,
+    )
+
+
+def eval_loader(path, config=RESIZED, *, batch_size=8, rank=0, world_size=1, device=CPU):
+    return EvalLoader(path, config, batch_size=batch_size, rank=rank, world_size=world_size, device=device)
+
+
+def by_sample(batches) -> dict[int, np.ndarray]:
+    """The pixels of each sample of some batches."""
+    return {int(i): image.numpy() for b in batches for i, image in zip(b.indices, b.images, strict=True)}
+
+
+def same(a, b) -> bool:
+    """Whether two sequences of batches are equal in everything."""
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "automix-loader"]
+
+
+# ---------------------------------------------------------------------------------------------------- order and shares
+
+counts, seeds, epochs = st.integers(1, 400), st.integers(0, 2**63 - 1), st.integers(0, 10_000)
+
+
+@given(counts, seeds, epochs)
+def test_an_epoch_is_a_permutation(count, seed, epoch):
+    order = epoch_order(count, seed, epoch)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(count))
+    assert np.array_equal(order, epoch_order(count, seed, epoch))
+
+
+def test_orders_differ_and_never_change():
+    orders = [tuple(epoch_order(100, seed, epoch)) for seed in range(20) for epoch in range(20)]
+    assert len(set(orders)) == 400
+    # Old runs are resumed by new versions: these numbers may not change.
+    assert epoch_order(10, 0, 0).tolist() == [0, 7, 8, 2, 5, 9, 4, 6, 3, 1]
+    assert epoch_order(10, 123456789, 7).tolist() == [9, 2, 4, 0, 1, 5, 7, 8, 3, 6]
+
+
+def test_every_place_is_equally_likely():
+    places = np.array([np.argsort(epoch_order(10, 3, epoch)) for epoch in range(3000)])
+    counts = np.array([np.bincount(column, minlength=10) for column in places.T])
+    assert ((counts - 300) ** 2 / 300).sum() < 149.4  # chi square, 100 cells, 0.1 %
+
+
+@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 6), st.integers(0, 300))
+def test_shares_cut_one_global_stream(world_size, accumulation_steps, micro, extra):
+    batch_size = world_size * accumulation_steps * micro
+    order = epoch_order(batch_size + extra, 1, 0)
+    steps = len(order) // batch_size
+    shares = [rank_batches(order, batch_size, accumulation_steps, world_size, rank) for rank in range(world_size)]
+    assert all(share.shape == (steps, accumulation_steps, micro) for share in shares)
+    joined = np.stack(shares, axis=2).reshape(steps, batch_size)
+    assert np.array_equal(joined.ravel(), order[: steps * batch_size])
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_the_same_stream_for_any_world_size(path, accumulation_steps):
+    def stream(world_size):
+        loaders = [
+            train_loader(path, rank=rank, world_size=world_size, accumulation_steps=accumulation_steps)
+            for rank in range(world_size)
+        ]
+        micro_batches = zip(*[loader.epoch(2) for loader in loaders], strict=True)
+        return [torch.cat(parts) for batches in micro_batches for parts in zip(*batches, strict=True)]
+
+    whole = stream(1)
+    for world_size in (2, 4):
+        assert all(torch.equal(a, b) for a, b in zip(stream(world_size), whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RESIZED,
+        DataConfig(image_size=32, crop="padded", workers=1),
+        DataConfig(image_size=30, crop="padded", pad=2, pad_mode="reflect", workers=1),
+        DataConfig(image_size=32, crop="none", workers=1),
+        DataConfig(image_size=32, crop="none", flip=False, workers=1),
+    ],
+    ids=["resized", "padded", "reflected", "none", "none without flip"],
+)
+def test_the_same_pixels_for_any_batch_size_and_workers(path, config):
+    batches = list(train_loader(path, config).epoch(0))
+    base = by_sample(batches)
+    assert len(base) == COUNT // 8 * 8
+    labels = beton.read_index(path).records["label"]
+    assert all(np.array_equal(b.labels, labels[b.indices]) for b in batches)
+    assert all(
+        (b.images.dtype, b.labels.dtype, b.indices.dtype) == (torch.uint8, torch.int64, torch.int64) for b in batches
+    )
+    assert batches[0].images.shape == (8, config.image_size, config.image_size, 3)
+    for other in (
+        by_sample(train_loader(path, config, batch_size=53).epoch(0)),
+        by_sample(train_loader(path, replace(config, workers=0, batches_ahead=1), batch_size=6).epoch(0)),
+    ):
+        common = base.keys() & other.keys()
+        assert len(common) >= 40
+        assert all(np.array_equal(base[i], other[i]) for i in common)
+    if config.flip:
+        another_epoch = by_sample(train_loader(path, config).epoch(1))
+        common = base.keys() & another_epoch.keys()
+        assert any(not np.array_equal(base[i], another_epoch[i]) for i in common)
+
+
+def test_the_same_stream_for_any_number_of_threads(path):
+    code = f"""
+import hashlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import *
+for workers in (1, 2, 4):
+    digest = hashlib.sha256()
+    for batch in train_loader({str(path)!r}, replace(RESIZED, workers=workers)).epoch(0):
+        for tensor in batch:
+            digest.update(tensor.numpy().tobytes())
+    print(digest.hexdigest())
+"""
+    env = {**os.environ, "NUMBA_NUM_THREADS": "4"}
+    digests = subprocess.check_output([sys.executable, "-c", code], env=env, text=True).split()
+    assert len(digests) == 3
+    assert len(set(digests)) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- position
+
+
+def test_resume_at_every_step_of_an_epoch(path):
+    whole = list(train_loader(path, accumulation_steps=2).epoch(3))
+    loader = train_loader(path, accumulation_steps=2)
+    assert loader.steps_per_epoch == 6
+    for step in range(7):
+        assert same(loader.epoch(3, start_step=step), whole[2 * step :])
+    for step in (-1, 8):
+        with pytest.raises(ValueError, match="start_step"):
+            loader.epoch(3, start_step=step)
+
+
+def test_skipped_images_are_not_read(path, tmp_path):
+    """Resuming behind damaged images does not notice them."""
+    loader = train_loader(path)
+    first = epoch_order(COUNT, 1, 0)[:8]
+    copy = damage(path, tmp_path, [int(i) for i in first])
+    assert same(train_loader(copy).epoch(0, start_step=1), loader.epoch(0, start_step=1))
+    with pytest.raises(LoaderError):
+        next(train_loader(copy).epoch(0))
+
+
+def test_the_epochs_of_one_loader_do_not_disturb_each_other(path):
+    loader = train_loader(path)
+    expected = [list(loader.epoch(e)) for e in range(2)]
+    pairs = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
+    assert same([a for a, _ in pairs], expected[0])
+    assert same([b for _, b in pairs], expected[1])
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("world_size", range(1, 6))
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 100])
+def test_evaluation_sees_every_image_once(path, world_size, batch_size):
+    loaders = [eval_loader(path, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+    for _ in range(2):
+        batches = [list(loader) for loader in loaders]
+        assert [len(b) for b in batches] == [len(loader) for loader in loaders]
+        seen = torch.cat([b.indices for rank in batches for b in rank])
+        assert torch.equal(seen.sort().values, torch.arange(COUNT))
+        assert all(
+            torch.equal(b.indices % world_size, torch.full_like(b.indices, r))
+            for r, rank in enumerate(batches)
+            for b in rank
+        )
+
+
+def test_a_rank_without_images_evaluates_nothing(path, tmp_path):
+    beton.prepare("synthetic:3x8@3", tmp_path / "tiny.beton", progress=False)
+    loader = eval_loader(tmp_path / "tiny.beton", DataConfig(image_size=8), rank=4, world_size=5)
+    assert (len(loader), list(loader)) == (0, [])
+    assert loader.blank().shape == (1, 8, 8, 3)
+
+
+def test_evaluation_pixels(path):
+    source = beton.open_source(f"synthetic:{COUNT}x32@5", "train")
+    raw = range(0, COUNT, 2)  # the others are JPEG
+    as_is = by_sample(eval_loader(path, DataConfig(image_size=32, crop="padded", eval_crop_ratio=1.0)))
+    assert all(np.array_equal(as_is[i], np.asarray(source.load(i))) for i in raw)
+    cropped = by_sample(eval_loader(path, DataConfig(image_size=24, eval_crop_ratio=0.75)))
+    assert all(np.array_equal(cropped[i], np.asarray(source.load(i))[4:28, 4:28]) for i in raw)
+
+
+# ---------------------------------------------------------------------------------------------- what FFCV gets wrong
+
+
+def test_batches_can_be_kept(path):
+    """FFCV overwrites a batch as soon as the next but one is asked for."""
+    loader = train_loader(path, replace(RESIZED, batches_ahead=1))
+    kept = list(loader.epoch(0))
+    copies = []
+    for batch in loader.epoch(0):
+        copies.append(Batch(*(tensor.clone() for tensor in batch)))
+        time.sleep(0.01)  # a training step, during which the loader works ahead
+    assert same(kept, copies)
+    kept[0].images.zero_()
+    assert same(kept[1:], copies[1:])
+
+
+def test_leaving_epochs_early_leaks_no_thread(path):
+    """FFCV leaves a thread and its buffers behind each time."""
+    gc.collect()
+    before = len(loader_threads())
+    loader, evaluation = train_loader(path), eval_loader(path)
+    for epoch in range(10):
+        for _ in loader.epoch(epoch):
+            break
+        for _ in evaluation:
+            break
+    assert len(loader_threads()) == before + 2
+    assert same(loader.epoch(0), train_loader(path).epoch(0))
+    loader.close()
+    del evaluation
+    gc.collect()
+    deadline = time.time() + 10
+    while len(loader_threads()) > before and time.time() < deadline:
+        time.sleep(0.01)
+    assert len(loader_threads()) <= before
+    with pytest.raises(LoaderError, match="closed"):
+        next(loader.epoch(0))
+    loader.close()
+
+
+def damage(path: Path, folder: Path, samples: list[int]) -> Path:
+    """A copy of a file in which some images are not what was written."""
+    copy = folder / "damaged.beton"
+    shutil.copy(path, copy)
+    shutil.copy(beton.manifest_path(path), beton.manifest_path(copy))
+    index = beton.read_index(copy)
+    with open(copy, "r+b") as file:
+        for i in samples:
+            file.seek(int(index.records["image"]["data_ptr"][i]) + 50)
+            file.write(b"damage")
+    return copy
+
+
+@pytest.mark.parametrize("sample", [6, 7], ids=["raw", "jpeg"])
+def test_a_damaged_sample_is_an_error_with_its_number(path, tmp_path, sample):
+    """FFCV trains on whatever the decoder left in the buffer."""
+    copy = damage(path, tmp_path, [sample])
+    for batches in (train_loader(copy, batch_size=53).epoch(0), iter(eval_loader(copy))):
+        with pytest.raises(LoaderError, match=rf"damaged\.beton: sample {sample}: its bytes have changed on disk"):
+            list(batches)
+
+
+def test_a_failing_operation_reaches_the_consumer(path, monkeypatch):
+    """FFCV waits forever."""
+    loader = train_loader(path)
+
+    def boom(*_):
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(loader._pipeline, "_decode", boom)
+    with pytest.raises(ZeroDivisionError, match="boom"):
+        next(loader.epoch(0))
+    monkeypatch.undo()
+    assert len(list(loader.epoch(0))) == 6  # the loader is still good
+
+
+def test_a_stuck_loader_is_reported(path, monkeypatch):
+    loader = train_loader(path)
+    next(loader.epoch(0))
+    monkeypatch.setattr(data, "STALL_SECONDS", 0.3)
+    with (
+        data._COMPILED_LOOPS,
+        pytest.raises(
+            LoaderError, match=r"no batch from .*small\.beton for 0\.3 s; its thread stands at .*data\.py:\d+ in _read"
+        ),
+    ):
+        next(loader.epoch(0))
+    assert len(list(loader.epoch(0))) == 6
+
+
+def test_a_process_with_a_stuck_loader_can_end(path):
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import *
+loader = train_loader({str(path)!r})
+data.STALL_SECONDS, data.EXIT_SECONDS = 0.3, 0.5
+with data._COMPILED_LOOPS:
+    try:
+        next(loader.epoch(0))
+    except LoaderError:
+        print("reported")
+    sys.exit(7)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout.strip()) == (7, "reported"), run.stderr
+
+
+def test_a_process_can_end_in_the_middle_of_an_epoch(path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import *
+batches = [train_loader({str(path)!r}, DataConfig(image_size=2000), batch_size=8).epoch(e) for e in range(2)]
+for epoch in batches:
+    next(epoch)
+sys.exit(7)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (7, "")
+
+
+def test_two_loaders_may_work_at_once(path):
+    """numba's workqueue layer, the fallback where neither TBB nor OpenMP is found, aborts on concurrent loops."""
+    code = f"""
+import sys, threading
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import *
+loaders = [train_loader({str(path)!r}, replace(RESIZED, workers=2)) for _ in range(2)]
+for pair in zip(*[loader.epoch(e) for e in range(20) for loader in loaders], strict=True):
+    pass
+import numba
+print(numba.threading_layer())
+"""
+    env = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True).strip() == "workqueue"
+
+
+def test_torch_keeps_its_threads(path):
+    threads = torch.get_num_threads()
+    list(train_loader(path).epoch(0))
+    assert torch.get_num_threads() == threads
+
+
+def test_workers_follow_affinity_and_local_ranks(path, monkeypatch):
+    import numba
+
+    most = numba.config.NUMBA_NUM_THREADS
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert data.count_workers(DataConfig()) == min(most, beton.usable_cores())
+    assert data.count_workers(DataConfig(workers=1)) == 1
+    monkeypatch.setenv("LOCAL_SIZE", "1000")
+    assert data.count_workers(DataConfig()) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert data.count_workers(DataConfig()) == min(most, beton.usable_cores())
+    with pytest.raises(ConfigError, match=rf"data\.workers = {most + 1}.*{most} core"):
+        train_loader(path, replace(RESIZED, workers=most + 1))
+
+
+def test_one_core_of_many(path):
+    """FFCV 1.0.2 asks for all of the machine's cores and fails when the process may use fewer."""
+    code = f"""
+import os, sys
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import *
+loader = train_loader({str(path)!r}, replace(RESIZED, workers=0))
+assert data.count_workers(replace(RESIZED, workers=0)) == 1
+assert len(list(loader.epoch(0))) == 6
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_construction_is_cheap_for_large_sets(tmp_path):
+    """FFCV's bookkeeping costs 450 bytes and 4 microseconds for each image, in every process."""
+    out = large_file(tmp_path / "large.beton", 200_000)
+    code = f"""
+import resource, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_data import *
+from automix_dist import augment
+start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loader = train_loader({str(out)!r}, DataConfig(image_size=1, crop="none"))
+print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    seconds, kib = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert seconds < 1
+    assert kib < 60_000  # 300 bytes each, most of them for checking the index once
+
+
+def large_file(path: Path, count: int) -> Path:
+    """A sound file of `count` images of one pixel, put together from arrays: one by one it would take long."""
+    head = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
+    start = beton._align(head + count * beton.RECORD.itemsize, beton.ALIGNMENT)
+    records, table = np.zeros(count, beton.RECORD), np.zeros(count, beton.ALLOCATION)
+    records["image"]["mode"], records["image"]["width"], records["image"]["height"] = beton.RAW, 1, 1
+    records["image"]["data_ptr"] = start + beton.ALIGNMENT * np.arange(count)
+    table["sample_id"], table["ptr"], table["size"] = np.arange(count), records["image"]["data_ptr"], 3
+    sums_start = start + beton.ALIGNMENT * count
+    with open(path, "wb") as file:
+        file.write(beton._head(beton.PAGE, count, sums_start + 8 * count) + records.tobytes())
+        file.seek(sums_start)
+        file.write(np.zeros(count, np.uint64).tobytes() + table.tobytes())
+    small = path.with_name("one.beton")
+    manifest = beton.prepare("synthetic:1x1@1", small, progress=False)
+    index = beton.read_index(path)
+    manifest = replace(manifest, count=count, file_size=path.stat().st_size, index_checksum=index.checksum)
+    beton._write_synced(beton.manifest_path(path), beton.json.dumps(beton.dataclasses.asdict(manifest)))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        (RESIZED, {"batch_size": 54}, r"54.*at most 53"),
+        (RESIZED, {"batch_size": 9, "world_size": 2}, r"batch_size = 9: expected a multiple of 2 rank"),
+        (RESIZED, {"batch_size": 10, "accumulation_steps": 4}, r"4 micro"),
+        (DataConfig(image_size=24, crop="none"), {}, r"data\.image_size = 24.*32.*data\.crop=none"),
+        (DataConfig(image_size=41, crop="padded"), {}, r"data\.image_size = 41.*32 \+ 2 x data\.pad \(4\)"),
+        (DataConfig(image_size=32, crop="padded", pad=32, pad_mode="reflect"), {}, r"data\.pad = 32.*32"),
+    ],
+)
+def test_settings_that_do_not_fit(path, config, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        train_loader(path, config, **arguments)
+
+
+def test_files_are_checked_before_they_are_mapped(path, tmp_path):
+    torn = tmp_path / "torn.beton"
+    torn.write_bytes(path.read_bytes()[:5000])
+    shutil.copy(beton.manifest_path(path), beton.manifest_path(torn))
+    for load in (train_loader, eval_loader):
+        with pytest.raises(BetonError, match="torn"):
+            load(torn)
+        with pytest.raises(BetonError, match="does not exist"):
+            load(tmp_path / "none.beton")
+
+
+# ---------------------------------------------------------------------------------------------------------------- GPU
+
+
+@pytest.mark.gpu
+def test_gpu_batches_are_those_of_the_cpu(path):
+    device = torch.device("cuda", torch.cuda.current_device())
+    expected = list(train_loader(path).epoch(0))
+    loader = train_loader(path, device=device)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            kept = []
+            for batch in loader.epoch(0):
+                busy = torch.randn(2000, 2000, device=device)
+                for _ in range(5):
+                    busy = busy @ busy  # keeps the stream behind the host, as training does
+                kept.append(Batch(*(tensor + 0 for tensor in batch)))
+        stream.synchronize()
+        assert all(tensor.is_cuda for batch in kept for tensor in batch)
+        assert same([Batch(*(tensor.cpu() for tensor in batch)) for batch in kept], expected)

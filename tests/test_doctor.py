@@ -1,0 +1,240 @@
+"""What `automix doctor` says of this machine, and of machines that lack something."""
+
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from automix_dist import doctor
+from automix_dist.config import Config, DataConfig
+from automix_dist.doctor import Check, diagnose, print_table
+
+
+def found(name: str, config: Config | None = None) -> Check:
+    return next(check for check in diagnose(config) if check.name == name)
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def bare_path(tmp_path, monkeypatch) -> Path:
+    """A machine whose PATH holds only the programs that a test puts into this folder, and /bin/sh for them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    return folder
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Make packages look as if they were not installed."""
+
+    def hide(*names: str) -> None:
+        real = metadata.version
+
+        def version(name: str) -> str:
+            if name in names:
+                raise metadata.PackageNotFoundError(name)
+            return real(name)
+
+        monkeypatch.setattr(metadata, "version", version)
+
+    return hide
+
+
+def test_this_machine_can_train():
+    checks = diagnose()
+    missing = [check.name for check in checks if check.found == "not installed"]
+    if missing:
+        pytest.skip(f"not installed here: {', '.join(missing)}")
+    assert [check for check in checks if check.status == "fail"] == []
+    names = [check.name for check in checks]
+    assert names[: 1 + len(doctor.PACKAGES)] == ["Python", *doctor.PACKAGES]
+    assert len(names) == len(set(names))
+    assert all(check.mend for check in checks if check.status == "warn")
+    assert found("torch").found == metadata.version("torch")
+
+
+def test_nothing_heavy_is_imported():
+    script = "import sys; from automix_dist.doctor import diagnose; diagnose(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    if shutil.which("nvidia-smi") is None:
+        assert not {"torch", "deepspeed", "ffcv", "timm", "triton"} & set(done.stdout.split())
+
+
+def test_missing_packages_are_named(without):
+    without(*doctor.PACKAGES, "automix-dist")
+    for name in doctor.PACKAGES:
+        check = found(name)
+        assert (check.status, check.found) == ("fail", "not installed")
+        assert "pip install" in check.mend
+
+
+def test_without_packaging_versions_are_not_compared(monkeypatch):
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    assert found("packaging").status == "fail"
+
+
+@pytest.mark.parametrize(
+    "installed, status, part",
+    [
+        ("2.15.0", "ok", "2.15.0"),
+        ("2.15.0+cu130", "ok", "2.15.0+cu130"),
+        ("2.14.1", "warn", "2.14.1; tested with 2.15.0"),
+        ("2.5.0", "fail", "2.5.0, but <3,>=2.11 is needed"),
+    ],
+)
+def test_versions_against_pins_and_ranges(tmp_path, monkeypatch, installed, status, part):
+    (tmp_path / "constraints.txt").write_text("# pins\nnumpy==2.4.6\ntorch==2.15.0  # with CUDA\ntimm>=1\n")
+    monkeypatch.setattr(doctor, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(metadata, "version", lambda name: installed)
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch<3,>=2.11", 'ruff>=0.12; extra == "dev"'])
+    check = found("torch")
+    assert (check.status, check.found) == (status, part)
+    assert bool(check.mend) == (status != "ok")
+
+
+def test_a_package_of_another_platform_is_not_missed(monkeypatch, without):
+    without("triton")
+    monkeypatch.setattr(metadata, "requires", lambda name: ['triton>=3; platform_system == "Plan9"'])
+    assert found("triton") == Check("triton", "ok", "not needed on this platform")
+
+
+def test_what_building_ffcv_needs(bare_path, without):
+    without("ffcv")
+    for name, package in (
+        ("C++ compiler", "g++"),
+        ("pkg-config", "pkg-config"),
+        ("OpenCV", "libopencv-dev"),
+        ("libturbojpeg", "libturbojpeg0-dev"),
+    ):
+        check = found(name)
+        assert check.status == "fail"
+        assert check.mend.endswith(f"apt-get install -y {package}")
+
+
+def test_libraries_that_pkg_config_knows(bare_path, without):
+    without("ffcv")
+    program(
+        bare_path, "pkg-config", '[ "$2" = libturbojpeg ] && echo 3.0.1 && exit 0; [ "$1" = --version ] && echo 2.1'
+    )
+    assert found("pkg-config").found == "2.1"
+    assert found("libturbojpeg") == Check("libturbojpeg", "ok", "3.0.1")
+    assert found("OpenCV").status == "fail"
+
+
+def test_a_gpu_that_torch_cannot_use(bare_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine's torch can use a GPU")
+    program(bare_path, "nvidia-smi", "echo 'NVIDIA H200, 143771 MiB, 580.1'; echo 'NVIDIA H200, 143771 MiB, 580.1'")
+    assert found("GPU").found == "2 x NVIDIA H200, 143771 MiB, 580.1"
+    check = found("torch on the GPU")
+    assert check.status == "warn" and check.mend
+
+
+def test_a_driver_that_does_not_answer(bare_path, monkeypatch):
+    program(bare_path, "nvidia-smi", "exit 9")
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0" or exists(path))
+    assert found("GPU").status == "fail"
+
+
+def test_few_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        check = found("open files")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (check.status, check.found) == ("warn", "limit 256")
+    assert check.mend.startswith("ulimit -n")
+
+
+def test_fewer_cores_than_the_machine_has():
+    usable = os.sched_getaffinity(0)
+    if len(usable) < 2:
+        pytest.skip("needs two cores")
+    os.sched_setaffinity(0, {min(usable)})
+    try:
+        check = found("CPU cores")
+    finally:
+        os.sched_setaffinity(0, usable)
+    assert check.status == "warn" and check.found == f"1 of {os.cpu_count()} usable here"
+
+
+def test_small_shared_memory_and_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "SHM_NEEDED", 2**60)
+    monkeypatch.setattr(doctor, "DISK_NEEDED", 2**60)
+    assert "--shm-size" in found("/dev/shm").mend
+    folder = tmp_path / "not" / "there"
+    assert found(f"disk at {folder}", Config(output=str(folder))).status == "warn"
+    assert not folder.parent.exists()
+
+
+def test_an_output_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):
+        assert found(f"disk at {folder}", Config(output=str(folder))).status == "fail"
+
+
+def test_host_names(monkeypatch):
+    def addresses(*found: str):
+        return lambda *_: [(0, 0, 0, "", (address, 0)) for address in found]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(socket, "getaddrinfo", addresses("127.0.1.1", "::1"))
+    assert "several" in found("host name").mend
+    monkeypatch.setattr(socket, "getaddrinfo", addresses("127.0.1.1", "10.0.0.7"))
+    assert found("host name") == Check("host name", "ok", "node7 is 10.0.0.7, 127.0.1.1")
+
+    def nothing(*_):
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nothing)
+    assert found("host name").status == "warn"
+
+
+def test_data_files(tmp_path):
+    torn = tmp_path / "torn.beton"
+    torn.write_bytes(b"not much")
+    config = Config(data=DataConfig(train=str(tmp_path / "none.beton"), val=str(torn)))
+    for key in ("data.train", "data.val"):
+        check = found(key, config)
+        assert check.status == "fail" and str(tmp_path) in check.found
+    assert found("data.val", Config()).found == "not set"
+
+
+def test_a_good_data_file(tmp_path):
+    beton = pytest.importorskip("automix_dist.beton")
+    beton.prepare("synthetic:20x8@5", tmp_path / "set.beton", workers=1, progress=False)
+    check = found("data.train", Config(data=DataConfig(train=str(tmp_path / "set.beton"))))
+    assert (check.status, check.found) == ("ok", f"{tmp_path}/set.beton: 20 images, 5 classes")
+
+
+def test_table(capsys):
+    checks = [Check("Python", "ok", "3.11.7"), Check("open files", "warn", "limit 256", "ulimit -n 4096")]
+    assert print_table(checks) == 0
+    assert capsys.readouterr().out == (
+        "ok    Python      3.11.7\n"
+        "warn  open files  limit 256\n"
+        "                  -> ulimit -n 4096\n"
+        "\n"
+        "Ready to train; worth a look: open files.\n"
+    )
+    assert print_table([*checks, Check("torch", "fail", "not installed", "pip install torch")]) == 1
+    assert capsys.readouterr().out.endswith("\n\nNot ready to train: torch.\n")
+    assert print_table(checks[:1]) == 0
+    assert capsys.readouterr().out.endswith("\n\nReady to train.\n")
