@@ -27,6 +27,7 @@ setup(
         "accelerate>=1.15,<2",
         "ffcv>=1.0.2,<2",
         "timm>=1.0.31,<2",
+        "numba>=0.60",
         "numpy>=2.0,<3",
         "packaging>=24",
         "pillow>=11",

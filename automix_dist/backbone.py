@@ -128,8 +128,8 @@ def create_backbone(config: ModelConfig, feature: int, image_size: int) -> Backb
     if image_size % h or image_size % w:
         raise ConfigError(
             f"data.image_size = {image_size}: feature {index} ({names[index]}) of {config.backbone} is {h} x {w} "
-            f"there, and a mask of this size cannot be enlarged by a whole factor; use a size that is a multiple of it, or "
-            f"another automix.feature"
+            f"there, and a mask of this size cannot be enlarged by a whole factor; use a size that is a multiple of "
+            f"it, or another automix.feature"
         )
     if h * w < 4:
         raise ConfigError(

@@ -328,7 +328,8 @@ class Config:
         if rest or size < 2:
             raise ConfigError(
                 f"batch_size = {self.batch_size} cannot be shared by {world_size} rank(s) x "
-                f"engine.accumulation_steps = {self.engine.accumulation_steps}: expected a multiple of {parts} that leaves at least 2 images each"
+                f"engine.accumulation_steps = {self.engine.accumulation_steps}: expected a multiple of {parts} that "
+                f"leaves at least 2 images each"
             )
         return size
 

@@ -42,6 +42,7 @@ fi
 
 # Python packages, pinned in constraints.txt; the stamp tells whether anything has changed since they were installed.
 stamp=".venv/.installed${extras:+-dev}"
+[ -n "$extras" ] || [ ! -f "$stamp-dev" ] || stamp="$stamp-dev" # what the tests need includes the rest
 wanted=$({ pwd; "$python" --version; cat constraints.txt setup.py pyproject.toml; } | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "Installing Python packages into .venv (about 6 GB; several minutes the first time)"

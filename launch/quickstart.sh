@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a trained classifier: installs what is missing, writes a real dataset (the handwritten digits
 # that come with scikit-learn), trains AutoMix on it, evaluates, exports, and draws what happened.
-# Interrupted (Ctrl-C, SIGTERM), it saves; started again, it continues. Arguments are settings: section.key=value.
+# Interrupted (Ctrl-C, SIGTERM), it saves; started again, it continues. Arguments are settings: section.key=value;
+# AUTOMIX_RUN names another folder for the run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh
 automix=.venv/bin/automix
-run=runs/digits_automix_resnet10
+run=${AUTOMIX_RUN:-runs/digits_automix_resnet10}
 
 for split in train val; do
     [ -f "data/digits_$split.beton.json" ] || "$automix" prepare digits "data/digits_$split.beton" --split "$split" --write-mode raw

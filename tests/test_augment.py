@@ -70,9 +70,6 @@ def boxes(height: int, width: int, scale, ratio, count: int) -> np.ndarray:
     return np.array([augment.random_box(height, width, *scale, *ratio, np.uint64(key)) for key in keys])
 
 
-# ------------------------------------------------------------------------------------------------- random numbers
-
-
 def test_hash_is_splitmix64():
     # The published test values of splitmix64 for seed 1234567.
     step = 0x9E3779B97F4A7C15
@@ -147,9 +144,6 @@ def test_flips_half():
     images[:, :, 1] = 1
     RandomFlip(key).generate_code()(images, None, np.arange(4000))
     assert abs(images[:, 0, 0, 0].mean() - 0.5) < 0.03
-
-
-# ---------------------------------------------------------------------------------------------------------- pixels
 
 
 def test_crop_and_resize_is_opencvs_area_resize(raw_file):
@@ -228,9 +222,6 @@ def test_flip_mirrors(width):
     assert 10 < sum(mirrored) < 30
 
 
-# ------------------------------------------------------------------------------------------- a function of the key
-
-
 def test_pixels_depend_on_seed_epoch_and_sample_only(jpeg_file):
     import numba
 
@@ -298,9 +289,6 @@ def test_torch_keeps_its_threads():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---------------------------------------------------------------------------------------------------------- damage
-
-
 @pytest.mark.parametrize("sums", [True, False])
 def test_damaged_samples_are_reported(jpeg_file, raw_file, tmp_path, sums):
     for source, expected in ((jpeg_file, augment.UNREADABLE), (raw_file, augment.OK)):
@@ -315,9 +303,6 @@ def test_damaged_samples_are_reported(jpeg_file, raw_file, tmp_path, sums):
         # Damaged raw pixels, and JPEGs whose damage decodes, are seen by their sum only.
         assert status[7] == (augment.ALTERED if sums else expected)
         assert np.count_nonzero(status) == (status[7] != augment.OK)
-
-
-# ----------------------------------------------------------------------------------------------------- FFCV itself
 
 
 @pytest.mark.slow

@@ -7,12 +7,13 @@ import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -84,9 +85,6 @@ def copy(mixed_file, tmp_path) -> Path:
     return target
 
 
-# -------------------------------------------------------------------------------------------------- the file format
-
-
 def test_layout_is_ffcvs():
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
@@ -138,9 +136,6 @@ def test_sum_sees_any_changed_byte(data, draw):
 def test_import_is_light():
     code = "import sys, automix_dist.beton; assert not {'torch', 'ffcv', 'numba', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- sources
 
 
 def test_digits(tmp_path):
@@ -214,6 +209,55 @@ def test_folders_without_images(tmp_path):
         write(tmp_path, tmp_path / "x.beton")
 
 
+def make_shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset(tmp_path):
+    pictures = [jpeg(photo(i)) for i in range(5)]
+    make_shard(
+        tmp_path / "s-1.tar", {"a/03.jpg": pictures[3], "a/03.cls": b"2", "a/04.cls": b"0\n", "a/04.JPEG": pictures[4]}
+    )
+    members = {
+        f"{i:02d}.{kind}": data
+        for i in range(3)
+        for kind, data in (("jpg", pictures[i]), ("cls", b"1"), ("json", b"{}"))
+    }
+    make_shard(tmp_path / "s-0.tar", members)
+    for source in (f"webdataset:{tmp_path}", f"webdataset:{tmp_path}/s-*.tar"):
+        manifest = write(source, tmp_path / "x.beton", write_mode="jpg", workers=3)
+        assert (manifest.count, manifest.classes, manifest.class_counts) == (5, ["0", "1", "2"], [1, 3, 1])
+        assert [stored(tmp_path / "x.beton", i) for i in range(5)] == pictures
+        assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [1, 1, 1, 2, 0]
+    assert beton.open_source(source, "train").name(3) == f"{tmp_path}/s-1.tar:a/03.jpg"
+
+
+def test_webdataset_that_cannot_be_used(tmp_path):
+    shard, picture = tmp_path / "s.tar", jpeg(photo(0))
+    with pytest.raises(BetonError, match="no such"):
+        write(f"webdataset:{tmp_path}", tmp_path / "x.beton")
+    for members, message in (
+        ({"1.jpg": picture}, "sample '/1' lacks"),
+        ({"1.cls": b"0"}, "sample '/1' lacks"),
+        ({"1.jpg": picture, "1.cls": b"cat"}, "is not a readable"),
+        ({"1.jpg": picture, "1.cls": b"-1"}, "class numbers from 0 on"),
+        ({"1.txt": b"hello"}, "expected images"),
+    ):
+        make_shard(shard, members)
+        with pytest.raises(BetonError, match=message):
+            write(f"webdataset:{tmp_path}", tmp_path / "x.beton")
+    shard.write_bytes(b"nonsense" * 1000)
+    with pytest.raises(BetonError, match="is not a readable"):
+        write(f"webdataset:{tmp_path}", tmp_path / "x.beton")
+    make_shard(shard, {"1.jpg": picture, "1.cls": b"0", "2.jpg": picture[:100], "2.cls": b"0"})
+    with pytest.raises(BetonError, match=r"1 of 2 images.*\n.*s\.tar:2\.jpg"):
+        write(f"webdataset:{tmp_path}", tmp_path / "x.beton")
+
+
 def test_cifar_from_local_files(tmp_path, monkeypatch):
     import torchvision
 
@@ -246,9 +290,6 @@ def test_synthetic_weighs_as_imagenet(tmp_path):
     manifest = write("synthetic:24", tmp_path / "x.beton", write_mode="jpg")
     assert 80_000 < manifest.file_size / manifest.count < 120_000  # ImageNet's mean is about 110 KB
     assert manifest.height_range == manifest.width_range == (333, 500)
-
-
-# ---------------------------------------------------------------------------------------------- what images become
 
 
 def exotic_images() -> dict[str, bytes]:
@@ -332,6 +373,15 @@ def test_a_jpeg_that_the_decoder_complains_about_is_encoded_anew(tmp_path):
     beton.verify(tmp_path / "x.beton")
 
 
+def test_without_ffcv_jpegs_cannot_be_kept(photos, tmp_path, monkeypatch):
+    beton._libffcv.cache_clear()
+    monkeypatch.setattr(beton.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BetonError, match="FFCV is not installed"):
+        write(photos, tmp_path / "x.beton", write_mode="jpg")
+    assert write(photos, tmp_path / "x.beton", write_mode="raw").count == 12
+    assert write("digits", tmp_path / "x.beton", write_mode="jpg").jpeg_count == 1442
+
+
 def test_max_resolution(photos, tmp_path):
     small = write(photos, tmp_path / "s.beton", max_resolution=30)
     assert (small.height_range, small.width_range) == ((20, 20), (30, 30))
@@ -384,9 +434,6 @@ def test_output_must_be_a_beton_file(tmp_path):
         write("digits", tmp_path / "digits")
 
 
-# ------------------------------------------------------------------------------------------------------ broken images
-
-
 @pytest.fixture
 def damaged_tree(tmp_path) -> Path:
     good = jpeg(photo(1, 200, 150))
@@ -432,8 +479,6 @@ def test_nothing_but_broken_images_fails_always(tmp_path):
         write(tmp_path, tmp_path / "x.beton", skip_broken=True)
 
 
-# ------------------------------------------------------------------------------------------------ interrupted writing
-
 SLOW_WRITER = """
 import sys
 from pathlib import Path
@@ -473,6 +518,13 @@ def test_killed_between_file_and_manifest(copy):
         beton.check(copy)
 
 
+def test_killed_between_a_new_file_and_its_manifest(copy, photos, tmp_path):
+    write(photos, tmp_path / "new.beton", write_mode="proportion", quality=91, max_resolution=59)
+    os.replace(tmp_path / "new.beton", copy)
+    with pytest.raises(BetonError, match="manifest"):
+        beton.check(copy)
+
+
 def test_a_full_disk_gives_one_message(tmp_path):
     code = (
         "import resource, sys\nfrom pathlib import Path\nfrom automix_dist import beton\n"
@@ -489,9 +541,6 @@ def test_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BetonError, match="cannot write"):
         write("digits", tmp_path / "file" / "x.beton")
-
-
-# ------------------------------------------------------------------------------------------------------ damaged files
 
 
 def edit(path: Path, offset: int, data: bytes) -> None:
@@ -528,6 +577,7 @@ DAMAGES = {
     "image size": lambda path: edit(path, 24 + 2 * 1041 + 1, b"\xff\xff\xff\xff"),
     "label": lambda path: edit(path, 24 + 2 * 1041 + 16, b"\x09"),
     "table": lambda path: edit(path, tables_start(path) + 8, b"\xff" * 8),
+    "JPEG past the end": lambda path: edit(path, tables_start(path) + 24 + 16, b"\xff\xff\xff\xff"),
     "sum": lambda path: edit(path, tables_start(path) - 3, b"\x5a\xa5"),
     "no manifest": lambda path: beton.manifest_path(path).unlink(),
     "manifest is text": lambda path: beton.manifest_path(path).write_text("count: 3"),
@@ -558,6 +608,30 @@ def test_the_index_alone_refuses_what_would_crash(copy, damage):
     DAMAGES[damage](copy)
     with pytest.raises(BetonError):
         beton.read_index(copy)
+
+
+@given(st.data())
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_damage_to_the_index_gets_past_it(copy, mixed_file, draw):
+    """Random bytes anywhere in the index: `check` refuses, and what the index alone lets pass stays inside the file."""
+    whole = mixed_file.read_bytes()
+    index = beton.read_index(mixed_file)
+    head = 24 + 2 * 1041 + 12 * beton.RECORD.itemsize
+    places = st.integers(0, head - 1) | st.integers(tables_start(mixed_file) - 96, len(whole) - 1)
+    place = draw.draw(places)
+    data = draw.draw(st.binary(min_size=1, max_size=8))[: len(whole) - place]
+    damaged = whole[:place] + data + whole[place + len(data) :]
+    copy.write_bytes(damaged)
+    if damaged == whole:
+        return
+    with pytest.raises(BetonError):
+        beton.check(copy)
+    try:
+        index = beton.read_index(copy)
+    except BetonError:
+        return
+    starts = index.records["image"]["data_ptr"].astype(object)
+    assert all(s > 0 and s + n <= len(whole) for s, n in zip(starts, index.sizes.astype(object), strict=True))
 
 
 def test_the_manifest_of_another_file_is_refused(copy, mixed_file, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints under mishaps: killed writers, damaged files, full disks. Whole ones survive, broken ones are passed over."""
+"""Checkpoints under mishaps: killed writers, damaged files, full disks. Whole ones stay, broken ones are skipped."""
 
 import json
 import os
@@ -253,7 +253,7 @@ def test_shards_hold_every_tensor_once(tmp_path):
             from safetensors import safe_open
 
             with safe_open(saved.folder / f"{name}.safetensors", "pt") as file:
-                elements += sum(file.get_slice(k).get_shape()[0] for k in file.keys() if k.startswith("param/"))
+                elements += sum(file.get_slice(k).get_shape()[0] for k in list(file.keys()) if k.startswith("param/"))
         whole = load_module_state(saved, "")
         expected = sum(t.numel() for n, t in train_plain(config, 3, 0).items())
         assert elements == expected and len(whole) > 0

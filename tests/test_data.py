@@ -68,8 +68,6 @@ def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "automix-loader"]
 
 
-# ---------------------------------------------------------------------------------------------------- order and shares
-
 counts, seeds, epochs = st.integers(1, 400), st.integers(0, 2**63 - 1), st.integers(0, 10_000)
 
 
@@ -173,9 +171,6 @@ for workers in (1, 2, 4):
     assert len(set(digests)) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- position
-
-
 def test_resume_at_every_step_of_an_epoch(path):
     whole = list(train_loader(path, accumulation_steps=2).epoch(3))
     loader = train_loader(path, accumulation_steps=2)
@@ -203,9 +198,6 @@ def test_the_epochs_of_one_loader_do_not_disturb_each_other(path):
     pairs = list(zip(loader.epoch(0), loader.epoch(1), strict=True))
     assert same([a for a, _ in pairs], expected[0])
     assert same([b for _, b in pairs], expected[1])
-
-
-# --------------------------------------------------------------------------------------------------------- evaluation
 
 
 @pytest.mark.parametrize("world_size", range(1, 6))
@@ -238,9 +230,6 @@ def test_evaluation_pixels(path):
     assert all(np.array_equal(as_is[i], np.asarray(source.load(i))) for i in raw)
     cropped = by_sample(eval_loader(path, DataConfig(image_size=24, eval_crop_ratio=0.75)))
     assert all(np.array_equal(cropped[i], np.asarray(source.load(i))[4:28, 4:28]) for i in raw)
-
-
-# ---------------------------------------------------------------------------------------------- what FFCV gets wrong
 
 
 def test_batches_can_be_kept(path):
@@ -452,9 +441,6 @@ def large_file(path: Path, count: int) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------- errors
-
-
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
@@ -480,9 +466,6 @@ def test_files_are_checked_before_they_are_mapped(path, tmp_path):
             load(torn)
         with pytest.raises(BetonError, match="does not exist"):
             load(tmp_path / "none.beton")
-
-
-# ---------------------------------------------------------------------------------------------------------------- GPU
 
 
 @pytest.mark.gpu

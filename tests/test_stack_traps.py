@@ -35,7 +35,7 @@ def test_bfloat16_keeps_weights_and_statistics_in_float32(stage):
 
 
 def momentum_moves(config) -> float:
-    process, model, engine = start_engine(config)
+    _, model, _ = start_engine(config)
     model.autocast = torch.bfloat16
     before = model.momentum.head_one.weight.detach().clone()
     with torch.no_grad():

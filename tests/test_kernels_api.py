@@ -1,0 +1,174 @@
+"""The public operations: what they refuse, which implementation they pick, and the torch operators behind them.
+
+Without a GPU the operators compute the definitions, which is what is compared here.
+"""
+
+import pytest
+import torch
+from automix_kernels import api, reference
+
+pytest.importorskip("triton")
+from automix_kernels import mask_blend, mix_attention, momentum
+
+pytestmark = pytest.mark.skipif(api.INTERPRETED, reason="in the interpreter these operators run the Triton code")
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def attention_arguments(batch=3, positions=6, channels=8):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "projection": torch.randn(batch, positions, channels, generator=generator),
+        "value": torch.randn(batch, positions, generator=generator),
+        "partner": torch.randperm(batch, generator=generator),
+        "lam": torch.rand(batch, generator=generator),
+        "query_lambda": torch.randn(channels, generator=generator),
+        "query_bias": torch.randn(channels, generator=generator),
+        "value_lambda": torch.randn(1, generator=generator),
+        "value_bias": torch.randn(1, generator=generator),
+    }
+
+
+def blend_arguments(batch=3, mode="nearest"):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "logits": torch.randn(batch, 3, 2, generator=generator),
+        "images": torch.randint(0, 256, (batch, 6, 8, 3), generator=generator, dtype=torch.uint8),
+        "partner": torch.randperm(batch, generator=generator),
+        "lam": torch.rand(batch, generator=generator),
+        "mean": MEAN,
+        "std": STD,
+        "mode": mode,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"projection": torch.zeros(3, 6)}, ValueError, r"projection must have shape \[any, any, any\], got \[3, 6\]"),
+        ({"value": torch.zeros(3, 5)}, ValueError, r"value must have shape \[3, 6\], got \[3, 5\]"),
+        ({"partner": torch.zeros(3, dtype=torch.int32)}, TypeError, "partner must be torch.int64, got torch.int32"),
+        ({"lam": torch.zeros(2)}, ValueError, r"lam must have shape \[3\], got \[2\]"),
+        ({"lam": 0.5}, TypeError, "lam must be a tensor, got float"),
+        ({"lam": torch.zeros(3, requires_grad=True)}, ValueError, "lam gets no gradient"),
+        ({"query_bias": torch.zeros(9)}, ValueError, r"query_bias must have shape \[8\], got \[9\]"),
+        ({"value_bias": torch.zeros(1, dtype=torch.int64)}, TypeError, "value_bias must be of a floating-point type"),
+        ({"value": torch.zeros(3, 6, device="meta")}, ValueError, "value must be on cpu like the first argument"),
+        ({"implementation": "cuda"}, ValueError, "implementation must be 'auto', 'triton' or 'reference'"),
+        ({"implementation": "triton"}, RuntimeError, "tensors are on cpu.*engine.kernels=reference"),
+    ],
+)
+def test_mix_attention_refuses(change, error, message):
+    with pytest.raises(error, match=message):
+        api.mix_attention(**{**attention_arguments(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(3, 6)}, ValueError, "logits must have shape"),
+        ({"images": torch.zeros(3, 3, 6, 8, dtype=torch.uint8)}, ValueError, r"\[3, any, any, 3\], got \[3, 3, 6, 8\]"),
+        ({"images": torch.zeros(2, 3, 6, 8)}, ValueError, r"images must have shape \[3, 3, any, any\]"),
+        ({"images": torch.zeros(3, 3, 6, 8, requires_grad=True)}, ValueError, "images gets no gradient"),
+        ({"mode": "bicubic"}, ValueError, "mode must be 'nearest' or 'bilinear', got 'bicubic'"),
+        ({"lam_margin": 0.6}, ValueError, r"lam_margin must lie in \[0, 0.5\], got 0.6"),
+        ({"dtype": torch.uint8}, TypeError, "dtype must be a floating-point type"),
+        ({"std": torch.ones(1)}, ValueError, r"std must have shape \[3\]"),
+        ({"implementation": "triton"}, RuntimeError, "tensors are on cpu"),
+    ],
+)
+def test_mask_blend_refuses(change, error, message):
+    with pytest.raises(error, match=message):
+        api.mask_blend(**{**blend_arguments(), **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([torch.zeros(2)], [], 0.9), ValueError, "as many sources as targets"),
+        (([torch.zeros(2)], [torch.zeros(3)], 0.9), ValueError, r"sources\[0\] must have shape \[2\], got \[3\]"),
+        (([torch.zeros(2)], [torch.zeros(2)], 1.5), ValueError, r"coefficient must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_momentum_update_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        api.momentum_update(*arguments)
+    with pytest.raises(RuntimeError, match="tensors are on cpu"):
+        api.momentum_update([torch.zeros(2)], [torch.zeros(2)], 0.9, implementation="triton")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_cpu_tensors_take_the_definitions(implementation):
+    arguments = attention_arguments()
+    actual = api.mix_attention(**arguments, implementation=implementation)
+    assert torch.equal(actual, reference.mix_attention(**arguments))
+    arguments = blend_arguments()
+    for ours, theirs in zip(
+        api.mask_blend(**arguments, implementation=implementation), reference.mask_blend(**arguments), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    targets, sources = [torch.ones(3)], [torch.zeros(3)]
+    api.momentum_update(targets, sources, 0.9, implementation=implementation)
+    torch.testing.assert_close(targets[0], torch.full((3,), 0.9))
+    api.momentum_update([], [], 0.9, implementation=implementation)
+
+
+def test_float64_stays_in_plain_pytorch():
+    arguments = {k: v.double() if v.is_floating_point() else v for k, v in attention_arguments().items()}
+    assert api.mix_attention(**arguments).dtype == torch.float64
+
+
+@pytest.mark.parametrize("with_offset", [True, False])
+def test_opcheck_of_attention(with_offset):
+    arguments = list(attention_arguments().values())
+    if not with_offset:
+        arguments[4:] = [None, None, None, arguments[7]]
+    leaves = [a.requires_grad_() if i in (0, 1, 4, 5, 6, 7) and a is not None else a for i, a in enumerate(arguments)]
+    torch.library.opcheck(mix_attention.mix_attention, leaves)
+    detached = [None if a is None else a.detach() for a in leaves]
+    logits, *saved = mix_attention.mix_attention(*detached)
+    torch.library.opcheck(mix_attention.mix_attention_backward, (logits, *detached[:6], *saved))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_opcheck_of_blend(mode):
+    logits, *rest = blend_arguments(mode=mode).values()
+    torch.library.opcheck(mask_blend.mask_blend, (logits.requires_grad_(), *rest, 0.1, torch.bfloat16))
+    images, partner, lam, _, std, mode = rest
+    for grads in (
+        (torch.randn(3, 3, 6, 8), torch.randn(3), torch.randn(3)), (None, torch.randn(3), None)
+    ):  # fmt: skip
+        arguments = (*grads, logits.detach(), images, partner, lam, std, mode, 0.1)
+        torch.library.opcheck(mask_blend.mask_blend_backward, arguments)
+
+
+def test_opcheck_of_momentum():
+    targets = [torch.randn(3), torch.randn(4)]
+    sources = [torch.randn(3), torch.randn(4).bfloat16()]
+    torch.library.opcheck(momentum.momentum_update, (targets, sources, 0.9))
+
+
+def block(operators, projection, value, partner, lam, parameters, images):
+    """Attention, blend and a loss, over the operators or over the definitions."""
+    attention, blend = operators
+    logits = attention(projection, value, partner, lam, *parameters)
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    outputs = blend(logits.view(3, 3, 2), images, partner, lam, MEAN, STD, "bilinear", 0.0, torch.float32)
+    return sum(output.square().sum() for output in outputs)
+
+
+OPERATORS = (mix_attention.mix_attention, mask_blend.mask_blend)
+PUBLIC = (api.mix_attention, api.mask_blend)
+
+
+@pytest.mark.parametrize("operators", [OPERATORS, PUBLIC], ids=["operators", "public"])
+def test_compiles_into_one_graph(operators):
+    projection, value, partner, lam, *parameters = attention_arguments().values()
+    images = blend_arguments()["images"]
+    leaves = [projection, value, *parameters]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(block(PUBLIC, projection, value, partner, lam, parameters, images), leaves)
+    actual = torch.autograd.grad(compiled(operators, projection, value, partner, lam, parameters, images), leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,381 @@
+"""The Triton kernels against float64, compiled on a GPU or in Triton's interpreter on the CPU.
+
+The rule: inputs are drawn in the type under test and promoted for the oracle; a kernel's largest error may not exceed
+that of the same formula in plain PyTorch in that type, twice over, plus the rounding of its result. Every output buffer
+holds NaN before a kernel writes it.
+
+The interpreter has to be chosen when the process starts: test_kernels_interpreter.py runs this file so.
+"""
+
+import pytest
+import torch
+from automix_kernels import api, reference
+
+DEVICE = "cpu" if api.INTERPRETED else "cuda"
+if not api.HAS_TRITON or not (api.INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("needs a GPU, or the interpreter (test_kernels_interpreter.py)", allow_module_level=True)
+
+pytestmark = [] if api.INTERPRETED else pytest.mark.gpu
+# The interpreter's product of bfloat16 operands is wrong.
+DTYPES = [torch.float32, torch.float16] if api.INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406], device=DEVICE), torch.tensor([0.229, 0.224, 0.225], device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """New memory holds NaN, so that an element no kernel writes cannot pass for a right one."""
+
+    def poison(function):
+        def wrapper(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def generator(seed=0):
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def assert_within_budget(actual, eager, exact, name, summands=0.0):
+    """actual may err twice as much as eager does, plus two roundings at the size of the largest exact value.
+
+    `summands`: the norm of what one number is the sum of, where its parts cancel.
+    """
+    assert actual.isfinite().all(), name
+    error = (actual.double() - exact).abs().max()
+    eager_error = (eager.double() - exact).abs().max()
+    rounding = 2 * torch.finfo(eager.dtype).eps * max(exact.abs().max(), summands)
+    assert error <= 2 * eager_error + rounding, f"{name}: {error:.3g} > 2 * {eager_error:.3g} + {rounding:.3g}"
+
+
+def eager_attention(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias):
+    """The definition in the inputs' own type."""
+    dtype = projection.dtype
+    queries = projection
+    if query_lambda is not None:
+        queries = queries + (lam[:, None, None] * query_lambda).to(dtype)
+    if query_bias is not None:
+        queries = queries + query_bias.to(dtype)
+    scores = torch.bmm(queries, projection[partner].transpose(1, 2)) * projection.shape[2] ** -0.5
+    logits = torch.bmm(scores.softmax(dim=2), value[partner].unsqueeze(2)).squeeze(2)
+    if value_lambda is not None:
+        logits = logits + ((1 - lam)[:, None] * value_lambda).to(dtype)
+    if value_bias is not None:
+        logits = logits + value_bias.to(dtype)
+    return logits
+
+
+def run(function, tensors, grad):
+    """Output and gradients of every floating-point leaf that requires one."""
+    output = function(*tensors)
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))], output
+
+
+def copies(tensors, dtype=None):
+    """Fresh leaves; `dtype` replaces every floating-point type."""
+    return [
+        None if t is None else t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype)
+        .requires_grad_(t.requires_grad)
+        for t in tensors
+    ]  # fmt: skip
+
+
+def check_attention(tensors, seed=1):
+    """All of forward and backward within the budget, by way of the Triton operator; returns our results."""
+    batch, positions, _ = tensors[0].shape
+    grad = torch.randn(batch, positions, device=DEVICE, generator=generator(seed))
+    actual, output = run(lambda *a: api.mix_attention(*a, implementation="triton"), tensors, grad)
+    assert "automix_mix_attention" in output.grad_fn.name()
+    eager, _ = run(eager_attention, copies(tensors), grad)
+    exact, _ = run(reference.mix_attention, copies(tensors, torch.float64), grad.double())
+    names = ["logits"] + [
+        name
+        for name, t in zip(
+            ("projection", "value", "", "", "query_lambda", "query_bias", "value_lambda", "value_bias"),
+            tensors, strict=True,
+        ) if t is not None and t.requires_grad
+    ]  # fmt: skip
+    for name, ours, theirs, truth in zip(names, actual, eager, exact, strict=True):
+        assert_within_budget(ours, theirs, truth, name, grad.norm() if name in ("value_lambda", "value_bias") else 0.0)
+    return actual
+
+
+def attention_tensors(batch, positions, channels, dtype, partner=None, lam=None, parameters=(1, 1, 1, 1), scale=1.0):
+    g = generator()
+    if partner is None:
+        partner = torch.randperm(batch, generator=g, device=DEVICE)
+    sizes = (channels, channels, 1, 1)
+    return [
+        (scale * torch.randn(batch, positions, channels, device=DEVICE, generator=g)).to(dtype).requires_grad_(),
+        torch.randn(batch, positions, device=DEVICE, generator=g).to(dtype).requires_grad_(),
+        torch.as_tensor(partner, device=DEVICE),
+        torch.rand(batch, device=DEVICE, generator=g) if lam is None else torch.tensor(lam, device=DEVICE),
+        *(
+            torch.randn(size, device=DEVICE, generator=g).requires_grad_() if wanted else None
+            for size, wanted in zip(sizes, parameters, strict=True)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "positions", "channels"),
+    [(3, 49, 128), (2, 196, 192), (2, 64, 200), (3, 60, 16), (2, 37, 512), (2, 13, 17), (2, 289, 32), (1, 1, 16)],
+)
+def test_attention_shapes(batch, positions, channels, dtype):
+    check_attention(attention_tensors(batch, positions, channels, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("partner", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 1, 2, 3]])
+def test_attention_partners_may_repeat(partner, dtype):
+    check_attention(attention_tensors(4, 20, 32, dtype, partner))
+
+
+def test_attention_duplicates_beyond_one_block_of_columns():
+    check_attention(attention_tensors(3, 289, 16, torch.float16, [1, 1, 0]))
+
+
+@pytest.mark.parametrize("parameters", [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_attention_optional_parameters(parameters, dtype):
+    check_attention(attention_tensors(2, 33, 24, dtype, parameters=parameters))
+
+
+@pytest.mark.parametrize("lam", [[0.0, 1.0], [1.0, 1.0]])
+def test_attention_lambda_at_its_ends(lam):
+    check_attention(attention_tensors(2, 21, 16, torch.float32, lam=lam))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_extreme_scores(dtype):
+    """Scores of about +-1e4 leave one position with all the weight; nothing overflows."""
+    tensors = attention_tensors(2, 30, 64, dtype, scale=100.0)
+    scores = tensors[0].detach()[0].float() @ tensors[0].detach()[1].float().T / 8
+    assert scores.abs().max() > 1e4
+    check_attention(tensors)
+
+
+def test_attention_extreme_values():
+    tensors = attention_tensors(2, 30, 32, torch.float16)
+    tensors[1] = (1e4 * tensors[1].detach().sign()).requires_grad_()
+    check_attention(tensors)
+
+
+def test_attention_float16_keeps_tiny_gradients():
+    """Gradients that float16 cannot hold, of a loss averaged over a large batch, survive inside the kernel."""
+    tensors = attention_tensors(2, 40, 32, torch.float16)
+    grad = 1e-8 * torch.randn(2, 40, device=DEVICE, generator=generator(3))
+    (actual,) = torch.autograd.grad(api.mix_attention(*tensors, implementation="triton"), tensors[4], grad)
+    exact_tensors = copies(tensors, torch.float64)
+    (exact,) = torch.autograd.grad(reference.mix_attention(*exact_tensors), exact_tensors[4], grad.double())
+    assert (actual - exact).norm() <= 2e-3 * exact.norm()
+
+
+def test_attention_reads_slices_in_place():
+    """A projection and a value that are columns of one wider product, and a weight that is a column of a matrix."""
+    tensors = attention_tensors(3, 20, 24, torch.float32)
+    dense = check_attention(tensors)
+    wide = torch.randn(3, 20, 32, device=DEVICE, generator=generator(5))
+    wide[:, :, :24], wide[:, :, 24] = tensors[0].detach(), tensors[1].detach()
+    weight = torch.randn(24, 5, device=DEVICE, generator=generator(6))
+    weight[:, -1] = tensors[4].detach()
+    sliced = [wide[:, :, :24].requires_grad_(), wide[:, :, 24].requires_grad_(), *tensors[2:]]
+    sliced[4] = weight[:, -1].requires_grad_()
+    assert not any(sliced[i].is_contiguous() for i in (0, 1, 4))
+    for ours, expected in zip(check_attention(sliced), dense, strict=True):
+        assert torch.equal(ours, expected)
+    transposed = [tensors[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), *tensors[1:]]
+    for ours, expected in zip(check_attention(transposed), dense, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_attention_gives_the_same_bits_twice():
+    for dtype in DTYPES:
+        tensors = attention_tensors(4, 50, 48, dtype, [1, 1, 0, 2])
+        for first, second in zip(check_attention(tensors), check_attention(tensors), strict=True):
+            assert torch.equal(first, second)
+
+
+def blend_inputs(batch, cells, factors, kind, seed=0):
+    g = generator(seed)
+    size = tuple(n * f for n, f in zip(cells, factors, strict=True))
+    logits = (3 * torch.randn(batch, *cells, device=DEVICE, generator=g)).requires_grad_()
+    if kind == "uint8":
+        images = torch.randint(0, 256, (batch, *size, 3), device=DEVICE, generator=g, dtype=torch.uint8)
+    else:
+        images = torch.randn(batch, 3, *size, device=DEVICE, generator=g)
+        if kind == "channels_last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        if kind == "strided":
+            images = images.flip(3).transpose(2, 3).contiguous().transpose(2, 3)
+    partner = torch.randperm(batch, generator=g, device=DEVICE).roll(1)
+    return logits, images, partner, torch.rand(batch, device=DEVICE, generator=g)
+
+
+def eager_blend(logits, images, partner, lam, mode, lam_margin, dtype):
+    """The definition with the pixels in `dtype`."""
+    normalized = reference.normalize(images, MEAN, STD, dtype)
+    mask = reference._mask(logits, lam, tuple(normalized.shape[2:]), mode, lam_margin)
+    mixed = torch.lerp(normalized, normalized[partner], mask.unsqueeze(1).to(dtype))
+    return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
+
+
+def check_blend(logits, images, partner, lam, mode, lam_margin=0.0, dtype=torch.float32, wanted=(1, 1, 1)):
+    def grads_of(outputs, leaf):
+        used = [(o, g.to(o.dtype)) for o, g, want in zip(outputs, grads, wanted, strict=True) if want]
+        return torch.autograd.grad([o for o, _ in used], leaf, [g for _, g in used])[0]
+
+    actual = api.mask_blend(logits, images, partner, lam, MEAN, STD, mode, lam_margin, dtype, implementation="triton")
+    assert "automix_mask_blend" in actual[0].grad_fn.name()
+    assert actual[0].is_contiguous(memory_format=torch.channels_last) and actual[0].dtype == dtype
+    assert actual[1].dtype == actual[2].dtype == torch.float32
+    grads = [torch.randn(o.shape, device=DEVICE, generator=generator(7)) for o in actual]
+    logits_eager, logits_exact = logits.detach().requires_grad_(), logits.detach().double().requires_grad_()
+    eager = eager_blend(logits_eager, images, partner, lam, mode, lam_margin, dtype)
+    exact_images = images if images.dtype == torch.uint8 else images.double()
+    # The comparison with the margin is one of float32 numbers.
+    exact_lam = lam.double().masked_fill(reference._is_plain(lam, lam_margin) & (lam_margin > 0), -1.0)
+    exact = list(eager_exact(logits_exact, exact_images, partner, lam, exact_lam, mode))
+    for name, ours, theirs, truth in zip(("mixed", "mean", "square mean"), actual, eager, exact, strict=True):
+        assert_within_budget(ours, theirs, truth, name)
+    ours = grads_of(actual, logits)
+    assert_within_budget(ours, grads_of(eager, logits_eager), grads_of(exact, logits_exact), "logits")
+    return [*(output.detach() for output in actual), ours]
+
+
+def eager_exact(logits, images, partner, lam, marked_lam, mode):
+    """float64; images marked by a lambda of -1 have the constant mask."""
+    mean, std = MEAN.double(), STD.double()
+    normalized = reference.normalize(images, mean, std, torch.float64)
+    mask = reference.upsample_mask(logits, tuple(normalized.shape[2:]), mode)
+    mask = torch.where((marked_lam < 0)[:, None, None], (1 - lam.double())[:, None, None], mask)
+    mixed = torch.lerp(normalized, normalized[partner], mask.unsqueeze(1))
+    return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("kind", ["uint8", "channels_last", "planar", "strided"])
+@pytest.mark.parametrize(
+    ("cells", "factors"),
+    [((4, 4), (4, 4)), ((3, 5), (5, 3)), ((2, 7), (16, 2)), ((3, 3), (1, 1)), ((1, 2), (7, 33))],
+)
+def test_blend_shapes(cells, factors, kind, mode):
+    check_blend(*blend_inputs(3, cells, factors, kind), mode)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blend_low_precision_output(dtype, mode):
+    check_blend(*blend_inputs(3, (3, 2), (4, 6), "uint8"), mode, dtype=dtype)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)])
+def test_blend_gradient_of_each_output(wanted, mode):
+    check_blend(*blend_inputs(2, (3, 4), (4, 4), "uint8"), mode, wanted=wanted)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_blend_margin(mode):
+    """0.08 itself is inside the margin, its neighbour is not; samples inside have no gradient."""
+    logits, images, partner, _ = blend_inputs(6, (2, 3), (4, 4), "uint8")
+    lam = torch.tensor([0.08, 0.0, 0.92, 1.0, 0.0801, 0.5], device=DEVICE)
+    *_, grad = check_blend(logits, images, partner, lam, mode, 0.08)
+    assert not grad[:4].any() and grad[4:].any(dim=(1, 2)).all()
+    *_, grad = check_blend(logits, images, partner, lam, mode, 0.0)
+    assert grad.any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_blend_extreme_logits(mode):
+    logits, *rest = blend_inputs(2, (3, 3), (4, 4), "uint8")
+    check_blend((1e4 * logits.detach().sign()).requires_grad_(), *rest, mode)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_blend_of_one_image_with_itself(mode):
+    logits, images, partner, lam = blend_inputs(1, (3, 3), (4, 4), "uint8")
+    mixed, *_ = check_blend(logits, images, partner, lam, mode)
+    torch.testing.assert_close(mixed, reference.normalize(images, MEAN, STD), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_blend_gives_the_same_bits_twice(mode):
+    inputs = blend_inputs(3, (3, 5), (5, 3), "uint8")
+    for first, second in zip(check_blend(*inputs, mode), check_blend(*inputs, mode), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_a_gradient_in_another_layout():
+    """The mixed images' gradient may arrive planar."""
+    logits, images, partner, lam = blend_inputs(2, (3, 3), (4, 4), "uint8")
+    mixed, *_ = api.mask_blend(logits, images, partner, lam, MEAN, STD, "nearest", implementation="triton")
+    grad = torch.randn(mixed.shape, device=DEVICE, generator=generator(2))
+    (planar,) = torch.autograd.grad(mixed, logits, grad.contiguous(), retain_graph=True)
+    (channels_last,) = torch.autograd.grad(mixed, logits, grad.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(planar, channels_last)
+
+
+@pytest.mark.parametrize("coefficient", [0.999, 0.3, 0.0, 1.0])
+def test_momentum(coefficient):
+    g = generator()
+    sizes = [(1,), (7,), (3, 5, 2), (9001,), (0,), (2, 8192)]
+    types = [torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32, torch.float32]
+    targets = [torch.randn(size, device=DEVICE, generator=g) for size in sizes]
+    sources = [torch.randn(size, device=DEVICE, generator=g).to(t) for size, t in zip(sizes, types, strict=True)]
+    unaligned = torch.randn(101, device=DEVICE, generator=g)
+    targets, sources = [*targets, unaligned[1:51].clone()], [*sources, unaligned[51:]]
+    expected = [t.double().lerp(s.double(), 1 - coefficient) for t, s in zip(targets, sources, strict=True)]
+    eager = [t.lerp(s.float(), 1 - coefficient) for t, s in zip(targets, sources, strict=True)]
+    for _ in range(2):  # the second time over the kept table
+        updated = targets
+        before = [t.clone() for t in targets]
+        api.momentum_update(updated, sources, coefficient, implementation="triton")
+        for ours, theirs, exact in zip(updated, eager, expected, strict=True):
+            if ours.numel():
+                assert_within_budget(ours, theirs, exact, "target")
+        for target, old in zip(targets, before, strict=True):
+            target.copy_(old)
+
+
+@pytest.mark.skipif(api.INTERPRETED, reason="the interpreter is no GPU")
+def test_capture_in_a_cuda_graph():
+    """Forward and backward of the block, replayed on new inputs, without a wait for the host."""
+    projection, value, partner, lam, *parameters = attention_tensors(4, 49, 64, torch.bfloat16)
+    _, images, _, _ = blend_inputs(4, (7, 7), (4, 4), "uint8")
+    leaves = [projection, value, *parameters]
+
+    def step():
+        logits = api.mix_attention(projection, value, partner, lam, *parameters, implementation="triton")
+        mixed, mean, _ = api.mask_blend(
+            logits.view(4, 7, 7), images, partner, lam, MEAN, STD, "nearest", 0.08, torch.bfloat16,
+            implementation="triton",
+        )  # fmt: skip
+        return [mixed, *torch.autograd.grad(mixed.float().square().mean() + mean.sum(), leaves)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        projection.copy_(torch.randn_like(projection))
+        partner.copy_(partner.roll(1))
+    graph.replay()
+    for ours, expected in zip(replayed, step(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif(api.INTERPRETED, reason="inductor compiles for a GPU here")
+def test_inductor_keeps_the_operators_whole():
+    tensors = attention_tensors(4, 49, 64, torch.bfloat16)
+    compiled = torch.compile(api.mix_attention, fullgraph=True)
+    assert torch.equal(compiled(*tensors), api.mix_attention(*tensors))

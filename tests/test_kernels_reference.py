@@ -1,0 +1,151 @@
+"""The definitions themselves: gradients, the written-out backward passes, and the properties the algebra rests on."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from automix_kernels import reference
+
+IDENTITY_MEAN, IDENTITY_STD = torch.zeros(3), torch.ones(3)
+
+
+def attention_inputs(batch, positions, channels, partner, offsets=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = [normal(batch, positions, channels), normal(batch, positions)]
+    parameters = [normal(channels), normal(channels), normal(1), normal(1)] if offsets else [None] * 4
+    return *tensors, torch.tensor(partner), torch.rand(batch, generator=generator, dtype=torch.float64), *parameters
+
+
+def require_grads(tensors):
+    return [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+@pytest.mark.parametrize("partner", [[2, 0, 1], [1, 1, 0], [0, 1, 2]])
+@pytest.mark.parametrize("offsets", [True, False])
+def test_gradcheck_of_attention(partner, offsets):
+    projection, value, partner, lam, *parameters = attention_inputs(3, 5, 4, partner, offsets)
+    leaves = [t for t in require_grads([projection, value, *parameters]) if t is not None]
+    assert torch.autograd.gradcheck(
+        lambda *_: reference.mix_attention(projection, value, partner, lam, *parameters), leaves
+    )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_gradcheck_of_blend(mode, kind):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor([0.3, 0.02, 0.9], dtype=torch.float64)
+    if kind == "uint8":
+        images = torch.randint(0, 256, (3, 6, 6, 3), generator=generator, dtype=torch.uint8)
+    else:
+        images = torch.randn(3, 3, 6, 6, generator=generator, dtype=torch.float64)
+    mean, std = torch.rand(2, 3, generator=generator, dtype=torch.float64) + 0.1
+    assert torch.autograd.gradcheck(
+        lambda x: reference.mask_blend(x, images, torch.tensor([1, 2, 2]), lam, mean, std, mode, 0.05, torch.float64),
+        [logits],
+    )
+
+
+@pytest.mark.parametrize("partner", [[2, 0, 1, 3], [1, 1, 1, 0]])
+@pytest.mark.parametrize("offsets", [True, False])
+def test_attention_backward_as_written_out(partner, offsets):
+    projection, value, partner, lam, *parameters = attention_inputs(4, 7, 6, partner, offsets)
+    logits, *saved = reference.mix_attention_forward(projection, value, partner, lam, *parameters)
+    grad_logits = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grads = reference.mix_attention_backward(grad_logits, projection, value, partner, lam, *parameters[:2], *saved)
+    leaves = [t for t in require_grads([projection, value, *parameters]) if t is not None]
+    expected_logits = reference.mix_attention(projection, value, partner, lam, *parameters)
+    expected = torch.autograd.grad(expected_logits, leaves, grad_logits)
+    torch.testing.assert_close(logits, expected_logits.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads[:2], expected[:2], rtol=1e-12, atol=1e-12)
+    if offsets:
+        torch.testing.assert_close(grads[2], torch.stack(expected[2:4]), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads[3], torch.cat(expected[4:6]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_blend_backward_as_written_out(mode, wanted):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    images = torch.randint(0, 256, (4, 6, 8, 3), generator=generator, dtype=torch.uint8)
+    partner, lam = torch.tensor([1, 0, 0, 3]), torch.tensor([0.2, 0.08, 0.92, 0.5], dtype=torch.float64)
+    mean, std = torch.rand(2, 3, generator=generator, dtype=torch.float64) + 0.1
+    arguments = (images, partner, lam, mean, std, mode, 0.1, torch.float64)
+    outputs = reference.mask_blend(logits, *arguments)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) if w else None
+             for o, w in zip(outputs, wanted, strict=True)]  # fmt: skip
+    used = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    (expected,) = torch.autograd.grad([o for o, _ in used], logits, [g for _, g in used])
+    actual = reference.mask_blend_backward(*grads, logits.detach(), images, partner, lam, std, mode, 0.1)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert not actual[1].any() and not actual[2].any()  # within the margin: no gradient
+
+
+def test_key_side_lambda_and_bias_cancel():
+    """Lambda and bias on the keys add a constant to each softmax row: the published form gives the same logits."""
+    projection, value, partner, lam, *parameters = attention_inputs(3, 6, 8, [1, 2, 0])
+    query_lambda, query_bias, value_lambda, value_bias = parameters
+    queries = projection + lam[:, None, None] * query_lambda + query_bias
+    keys = projection[partner] + (1 - lam)[:, None, None] * query_lambda + query_bias
+    values = value[partner] + (1 - lam)[:, None] * value_lambda + value_bias
+    weights = (queries @ keys.transpose(1, 2) / 8**0.5).softmax(dim=2)
+    expected = (weights @ values.unsqueeze(2)).squeeze(2)
+    actual = reference.mix_attention(projection, value, partner, lam, *parameters)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_ignores_autocast():
+    projection, value, partner, lam, *_ = attention_inputs(2, 5, 4, [1, 0], offsets=False)
+    arguments = (projection.float(), value.float(), partner, lam.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = reference.mix_attention(*arguments)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, reference.mix_attention(*arguments))
+
+
+@pytest.mark.parametrize("factor", [1, 3, 16, 41, 47])
+def test_nearest_upsampling_repeats_cells(factor):
+    logits = torch.randn(2, 5, 3)
+    mask = reference.upsample_mask(logits, (5 * factor, 3 * factor), "nearest")
+    expected = logits.repeat_interleave(factor, 1).repeat_interleave(factor, 2).sigmoid()
+    torch.testing.assert_close(mask, expected, rtol=1e-6, atol=0)
+
+
+def test_bilinear_upsampling_comes_before_the_sigmoid():
+    logits = 10 * torch.randn(1, 4, 4)
+    mask = reference.upsample_mask(logits, (16, 16), "bilinear")
+    expected = F.interpolate(logits[None], size=(16, 16), mode="bilinear", align_corners=False)[0].sigmoid()
+    assert torch.equal(mask, expected)
+
+
+def test_normalisation_matches_its_formula():
+    images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    normalized = reference.normalize(images, mean, std)
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normalized.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_lambda_at_the_margin_is_plain_mixup():
+    images = torch.rand(3, 3, 4, 4)
+    partner, lam = torch.tensor([1, 2, 0]), torch.tensor([0.08, 0.92, 0.5])
+    mixed, mean, square_mean = reference.mask_blend(
+        torch.randn(3, 2, 2), images, partner, lam, IDENTITY_MEAN, IDENTITY_STD, "nearest", 0.08
+    )
+    weight = (1 - lam)[:2, None, None, None]
+    torch.testing.assert_close(mixed[:2], (1 - weight) * images[:2] + weight * images[partner[:2]])
+    torch.testing.assert_close(mean[:2], 1 - lam[:2])
+    torch.testing.assert_close(square_mean[:2], (1 - lam[:2]) ** 2)
+
+
+def test_momentum_update_moves_by_its_share():
+    targets = [torch.full((3,), 2.0), torch.zeros(2, 2)]
+    sources = [torch.ones(3), torch.ones(2, 2, dtype=torch.bfloat16)]
+    reference.momentum_update(targets, sources, 0.75)
+    assert torch.equal(targets[0], torch.full((3,), 1.75)) and torch.equal(targets[1], torch.full((2, 2), 0.25))

@@ -1,0 +1,128 @@
+"""What is installed, what is pinned, and that the two agree; and the walls between the files."""
+
+import ast
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+
+# An import may only point to a lower row (docs/architecture.md).
+ROWS = {
+    0: ["config", "schedules", "draws", "provenance", "run_log"],
+    1: ["backbone", "mix_block", "distributed", "beton", "augment"],
+    2: ["automix", "momentum", "data", "optimizer", "engine_state", "checkpoint"],
+    3: ["evaluate", "trainer", "report", "export", "doctor"],
+    4: ["cli", "__main__"],
+}
+# Files in one row that stand on each other, in this order.
+SAME_ROW = {
+    ("schedules", "config"), ("draws", "config"), ("run_log", "config"),
+    ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
+    ("trainer", "evaluate"), ("__main__", "cli"),
+}  # fmt: skip
+OWNERS = {
+    "ffcv": {"beton", "augment", "data"},
+    "timm": {"backbone"},
+    "deepspeed": {"distributed"},
+    "accelerate": {"distributed", "run_log"},
+    "triton": set(),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    return {path.stem: ast.parse(path.read_text()) for path in (ROOT / "automix_dist").glob("*.py")}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_file_has_a_row():
+    assert {name for row in ROWS.values() for name in row} == modules().keys() - {"__init__"}
+
+
+def test_imports_point_downwards():
+    row_of = {name: row for row, names in ROWS.items() for name in names}
+    for name, tree in modules().items():
+        for target in imported(tree):
+            parts = target.split(".")
+            if parts[0] != "automix_dist" or len(parts) < 2 or parts[1] not in row_of or name == "__init__":
+                continue
+            downwards = row_of[parts[1]] < row_of[name] or (name, parts[1]) in SAME_ROW
+            assert downwards, f"{name}.py (row {row_of[name]}) imports {parts[1]}.py (row {row_of[parts[1]]})"
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_each_big_library_is_imported_only_where_it_belongs(library):
+    users = {name for name, tree in modules().items() if any(t.split(".")[0] == library for t in imported(tree))}
+    assert users <= OWNERS[library]
+
+
+def test_kernels_know_torch_and_triton_only():
+    for path in (ROOT / "kernels").glob("*.py"):
+        roots = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+        foreign = roots - {"torch", "triton", "automix_kernels"} - sys.stdlib_module_names
+        assert not foreign, f"{path.name} imports {foreign}"
+
+
+def test_kernels_folder_hides_no_package():
+    """A kernels/__init__.py would hide the package `kernels` of that name from every library, in any checkout."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def requirements() -> list[Requirement]:
+    """install_requires and the dev extra, read from setup.py without running it."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    call = next(node for node in calls if any(k.arg == "install_requires" for k in node.keywords))
+    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")}
+    return [Requirement(each) for each in values["install_requires"] + values["extras_require"]["dev"]]
+
+
+def test_pins_lie_within_the_ranges():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    for requirement in requirements():
+        assert requirement.name in pins, f"{requirement.name} is not pinned in constraints.txt"
+        assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} excludes the pinned version"
+
+
+def test_imports_are_declared():
+    declared = {each.name for each in requirements()}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "automix_dist": None, "automix_kernels": None}
+    names |= {"cv2": None, "llvmlite": None}  # FFCV asks for the one, numba for the other
+    for name, tree in modules().items():
+        for root in {target.split(".")[0] for target in imported(tree)} - sys.stdlib_module_names:
+            package = names.get(root, root)
+            assert package is None or package in declared, f"{name}.py imports {root}, which setup.py does not ask for"
+
+
+@pytest.mark.slow
+def test_wheel_holds_both_packages(tmp_path):
+    import subprocess
+
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"automix_dist/automix.py", "automix_dist/cli.py", "automix_kernels/api.py"} <= names
+    assert not any(name.startswith(("kernels/", "tests/")) for name in names)
+
+
+def test_ruff_is_content():
+    import subprocess
+
+    assert "ruff" in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", str(ROOT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,274 @@
+"""The command `automix` as a user runs it: real processes, real .beton files of the embedded digits, real signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from automix_dist.checkpoint import newest
+from automix_dist.cli import EXIT_STOPPED, main
+
+ROOT = Path(__file__).parent.parent
+AUTOMIX = [sys.executable, "-m", "automix_dist"]
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "automix_dist"]
+
+
+def run(*arguments: str, command: list[str] = AUTOMIX, code: int = 0) -> subprocess.CompletedProcess:
+    result = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    for split in ("train", "val"):
+        run("prepare", "digits", folder / f"{split}.beton", "--split", split, "--write-mode", "raw")
+    return folder
+
+
+@pytest.fixture
+def settings(digits, tmp_path) -> Path:
+    """A config file for four short epochs of a small network."""
+    values = yaml.safe_load((ROOT / "configs" / "digits" / "automix_resnet10.yaml").read_text())
+    values |= {"output": str(tmp_path / "run"), "epochs": 4, "batch_size": 96, "eval_every_epochs": 2}
+    values["data"] |= {"train": str(digits / "train.beton"), "val": str(digits / "val.beton")}
+    values["model"]["timm_kwargs"] = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
+    values["checkpoint"] = {"every_epochs": 1, "keep_last": 10}
+    values["log"] = {"every_steps": 5}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def shards(folder: Path) -> list[str]:
+    """The checksums of the newest checkpoint's files: weights, optimizer, momentum encoder, BatchNorm statistics."""
+    return [entry["sha256"] for entry in newest(folder).manifest["files"]]
+
+
+def interrupt(settings: Path, output: Path, number: int, after_step: int, *extra: str) -> None:
+    """Train until metrics show `after_step`, send a signal, and expect a saved, orderly stop."""
+    process = subprocess.Popen(
+        [*AUTOMIX, "train", str(settings), f"output={output}", "log.every_steps=1", "--resume", *extra],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").exists() and any(r["step"] >= after_step for r in records(output, "train")):
+            break
+        time.sleep(0.02)
+    process.send_signal(number)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == EXIT_STOPPED, errors
+    assert "continue with --resume" in errors
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp_path):
+    run("train", settings, f"output={tmp_path / 'through'}")
+    broken = tmp_path / "broken"
+    for number, after_step in ((signal.SIGINT, 7), (signal.SIGTERM, 20), (signal.SIGUSR1, 33)):
+        interrupt(settings, broken, number, after_step)
+        stopped = newest(broken).step
+        assert after_step <= stopped < 60
+    resumed = run("train", settings, f"output={broken}", "--resume")
+    assert f"resuming from {broken}/checkpoints/step_{stopped:08d}, step {stopped}" in resumed.stderr
+    assert shards(broken) == shards(tmp_path / "through")
+    assert newest(broken).manifest["state"] == newest(tmp_path / "through").manifest["state"]
+
+    evals = [[(r["step"], r["top1_query"]) for r in records(f, "eval")] for f in (broken, tmp_path / "through")]
+    assert evals[0] == evals[1] and len(evals[0]) == 2
+    steps = [r["step"] for r in records(broken, "train")]
+    assert steps == sorted(set(steps))
+
+    again = run("train", settings, f"output={broken}", "--resume")  # a finished run is not disturbed
+    assert "done: 60 steps" in again.stderr
+    assert shards(broken) == shards(tmp_path / "through")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_stop_together_resume_and_evaluate_exactly(settings, tmp_path):
+    output = tmp_path / "run"
+    process = subprocess.Popen(
+        [*torchrun(2), "train", str(settings), "engine.zero_stage=2", "log.every_steps=1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    while process.poll() is None and not ((output / "metrics.jsonl").exists() and records(output, "train")):
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGTERM)  # one rank only: the other must learn of it
+    errors = process.communicate(timeout=120)[1]
+    assert "stopped by SIGTERM" in errors, errors
+    stopped = newest(output)
+    assert stopped.manifest["world_size"] == 2 and len(stopped.manifest["files"]) == 2
+
+    run("train", settings, "engine.zero_stage=2", "--resume", command=torchrun(2))
+    assert newest(output).step == 60
+    one = json.loads(run("eval", output).stdout)
+    two = json.loads(run("eval", output, command=torchrun(2)).stdout)
+    assert one["images"] == two["images"] == 355
+    for key, value in one.items():
+        if key.startswith("top"):
+            assert value * 355 == pytest.approx(round(value * 355))  # an exact count
+            assert two[key] == value
+    assert records(output, "eval")[-1]["top1_query"] == one["top1_query"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(settings, tmp_path):
+    output = tmp_path / "run"
+    run("train", settings, "epochs=4", "engine.zero_stage=3", "checkpoint.every_steps=10", command=torchrun(2))
+    for step in (20, 30, 40, 45, 50, 60):
+        path = output / "checkpoints" / f"step_{step:08d}"
+        if path.exists():
+            subprocess.run(["rm", "-r", str(path)], check=True)
+    resumed = run("train", settings, "engine.zero_stage=0", "--resume")
+    assert "step 15" in resumed.stderr and "engine.zero_stage: 3 -> 0" in resumed.stderr
+    assert newest(output).step == 60
+    losses = [r["loss"] for r in records(output, "train")]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_is_not_overwritten_by_accident(settings, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "step_00000007").mkdir(parents=True)
+    result = run("train", settings, code=1)
+    assert "holds a run already (checkpoint of step 7)" in result.stderr and "--resume" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def failing(capsys, *arguments: str) -> str:
+    """Run a command that must fail in this process; its message. No traceback, a non-zero exit."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(map(str, arguments)))
+    assert caught.value.code not in (0, None)
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert re.match(r"automix: error: [^\n]+\n$", errors), errors
+    return errors
+
+
+def test_mistakes_in_the_config_are_one_line(settings, capsys):
+    assert "did you mean" in failing(capsys, "train", settings.with_name("confg.yaml"))
+    assert "optimizer.lr?" in failing(capsys, "train", settings, "optimizer.lrr=1")
+    assert "resnet18" in failing(capsys, "train", settings, "model.backbone=resnet81")
+    message = failing(capsys, "train", settings, "batch_size=4000")
+    assert "4000" in message and "1442" in message
+    assert "exclude" in failing(capsys, "train", settings, "--resume", "--overwrite")
+    assert "data.val" in failing(capsys, "train", settings, "data.val=")
+    if not torch.cuda.is_available():
+        assert "no GPU" in failing(capsys, "train", settings, "engine.device=cuda")
+        assert "needs a GPU" in failing(capsys, "train", settings, "engine.kernels=triton")
+
+
+def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
+    assert "does not exist" in failing(capsys, "train", settings, f"data.train={tmp_path / 'no.beton'}")
+    torn = tmp_path / "torn.beton"
+    torn.write_bytes((digits / "train.beton").read_bytes()[:100_000])
+    torn.with_name("torn.beton.json").write_bytes((digits / "train.beton.json").read_bytes())
+    assert "torn.beton" in failing(capsys, "train", settings, f"data.train={torn}")
+    assert "torn.beton" in failing(capsys, "verify", torn)
+
+
+def test_an_output_folder_that_cannot_be_written(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("train", settings, f"output={tmp_path / 'file' / 'run'}", code=1)
+    assert "cannot write to output" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(settings):
+    result = run("train", settings, "batch_size=4000", "--debug", code=2)
+    assert "Traceback" in result.stderr and "automix: error: batch_size = 4000" in result.stderr
+
+
+def test_print_config_is_a_config(settings, tmp_path):
+    printed = run("train", settings, "--print-config", "seed=7").stdout
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = run("train", tmp_path / "printed.yaml", "--print-config").stdout
+    assert again == printed and yaml.safe_load(printed)["seed"] == 7
+
+
+def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
+    assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no whole checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
+    failing(capsys, "report", tmp_path / "nowhere")
+
+
+def test_help_and_mistakes_answer_at_once():
+    """Nothing heavy is imported before it is needed."""
+    code = "import sys\nfrom automix_dist import cli\ncli._parser()\n"
+    code += "heavy = {'torch', 'deepspeed', 'ffcv', 'timm', 'accelerate', 'numba'} & sys.modules.keys()\n"
+    code += "assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_changes_that_a_checkpoint_cannot_survive(settings, tmp_path):
+    run("train", settings, "epochs=1", "optimizer.warmup_epochs=0")
+    refused = run("train", settings, "--resume", "batch_size=48", code=2)
+    assert "batch_size: 96 -> 48" in refused.stderr
+    told = run("train", settings, "--resume", "epochs=1", "optimizer.warmup_epochs=0", "optimizer.lr=0.01")
+    assert "optimizer.lr: 0.05 -> 0.01" in told.stderr
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_longer_finite_ends_the_run_with_its_reason(settings, tmp_path):
+    result = run("train", settings, "optimizer.lr=1e30", "optimizer.min_lr=0", "optimizer.mix_lr=1e30", code=1)
+    assert "loss no longer finite" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_full_disk_while_training(settings, tmp_path):
+    """The run goes on without a checkpoint, says so, and fails at its end because the last one is missing."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        result = run("train", settings, f"output={disk / 'run'}", "epochs=2", "log.tensorboard=false", code=1)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert "NOT written" in result.stderr and "the last checkpoint, of step 30, could not be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_promise(tmp_path):
+    """The README's first command, as it stands there: 97 % and everything it leaves behind."""
+    output = tmp_path / "quickstart"
+    began = time.monotonic()
+    environment = {k: v for k, v in os.environ.items() if k not in ("DS_ACCELERATOR", "OMP_NUM_THREADS")}
+    (ROOT / "data").mkdir(exist_ok=True)
+    result = subprocess.run(
+        ["bash", "launch/quickstart.sh"],
+        cwd=ROOT,
+        env=environment | {"AUTOMIX_RUN": str(output)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    top1 = records(output, "eval")[-1]["top1_query"]
+    assert top1 >= 0.97, f"top-1 {top1:.2%} after {time.monotonic() - began:.0f} s"
+    for name in ("report.html", "summary.png", "model.safetensors", "config.yaml", "environment.json", "metrics.jsonl"):
+        assert (output / name).stat().st_size > 0, name
