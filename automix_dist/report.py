@@ -290,7 +290,8 @@ def _numbers(run: _Run) -> list[tuple[str, str, str]]:
     for name, key in (("Query top-1", query), ("Momentum top-1", momentum)):
         last = (percent(top1[key][-1][0]), f"{key}, last") if key else (_NOTHING, "no evaluation yet")
         numbers.append((name, *last))
-    best = max(((value, -step, key) for key, values in top1.items() for value, step in values), default=None)
+    fixed = {"top1_query": top1["top1_query"]} if "top1_query" in top1 else top1  # no choosing among heads
+    best = max(((value, -step, key) for key, values in fixed.items() for value, step in values), default=None)
     if best:
         numbers.append(("Best top-1", percent(best[0]), f"{best[2]}, step {-best[1]:,}"))
     total = run.started_with("total_steps")

@@ -111,13 +111,13 @@ class RunLog:
         self._describe()
 
     def evaluation(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Record the results of an evaluation and show them on the console."""
+        """Record the results of an evaluation and show its top-1 accuracies on the console."""
         if not self.is_main:
             return
         self._record("eval", step, epoch, values)
         self._progress["accuracy"] = _top1(values)
-        shown = [f"{key} {percent(value) if accuracy_name(key) else f'{value:.4g}'}" for key, value in values.items()]
-        self.message(f"{self._place(step)}: {', '.join(shown)}")
+        shown = [f"{key.removeprefix('top1_')} {percent(value)}" for key, value in values.items() if "top1" in key]
+        self.message(f"{self._place(step)}  top-1: {', '.join(shown)}")
         self._restart_clock()
 
     def event(self, kind: str, step: int, **values: Any) -> None:

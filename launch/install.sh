@@ -47,7 +47,7 @@ wanted=$({ pwd; "$python" --version; cat constraints.txt setup.py pyproject.toml
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "Installing Python packages into .venv (about 6 GB; several minutes the first time)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --upgrade pip
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".$extras"
+    .venv/bin/python -m pip install --quiet --quiet --upgrade pip
+    .venv/bin/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".$extras"
     printf '%s\n' "$wanted" > "$stamp"
 fi

@@ -261,7 +261,7 @@ def test_progress_on_a_terminal(tmp_path):
     assert process.wait(60) == 0
     lines = said.decode().replace("\r", "\n").splitlines()
     assert "a line from elsewhere" in [line.strip() for line in lines]
-    assert any(line.startswith("step 30/40  epoch 3/4: top1_query 90.00 %, loss_query 0.25") for line in lines)
+    assert any(line.startswith("step 30/40  epoch 3/4  top-1: query 90.00 %") for line in lines)
     bars = [line for line in lines if "|" in line]
     assert bars[0].startswith("epoch 2/4  50% |") and "20/40" in bars[0]
     assert bars[-1].startswith("epoch 4/4 100% |") and "40/40" in bars[-1]
