@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     export.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
 
+    checkpoint = command("checkpoint", _checkpoint, "look after a run's checkpoints")
+    checkpoint.add_argument("action", choices=["list", "verify", "to-safetensors"])
+    checkpoint.add_argument("run_folder", type=Path, metavar="RUN")
+    checkpoint.add_argument("--out", type=Path, help="to-safetensors: the file to write")
+    checkpoint.add_argument("--step", type=int, help="to-safetensors: of the checkpoint (default: the newest)")
+
     report = command("report", _report, "write a page of a run's curves, numbers and mixed samples")
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="default: RUN/report.html")
@@ -420,6 +426,41 @@ def _export(options: argparse.Namespace) -> int:
         f"{'clean' if options.head == 'one' else 'mixed'} images; load it with:\n{code}"
     )
     return 0
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from automix_dist.checkpoint import CheckpointError, committed, load_module_state, verify
+
+    root = options.run_folder / "checkpoints"
+    steps = sorted(committed(root))
+    if not steps:
+        raise CheckpointError(f"{options.run_folder} has no checkpoint")
+    if options.action == "to-safetensors":
+        from safetensors.torch import save_file
+
+        if options.out is None:
+            raise CommandError("to-safetensors needs --out FILE.safetensors")
+        saved = _find_checkpoint(options.run_folder, options.step, best=False)
+        save_file(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
+        print(
+            f"{options.out}: weights and statistics of query encoder, momentum encoder and Mix Block, step {saved.step}"
+        )
+        return 0
+    broken, best_step = 0, None
+    for step in reversed(steps):
+        try:
+            manifest = verify(root / f"step_{step:08d}", checksums=options.action == "verify").manifest
+        except CheckpointError as error:
+            broken += 1
+            print(f"step {step}: broken: {error}")
+            continue
+        best_step = best_step or manifest["state"].get("best_step")  # the newest knows
+        size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
+        best = "  best" if step == best_step else ""
+        print(
+            f"step {step}: {size:,.1f} MiB from {manifest['world_size']} rank(s), ZeRO {manifest['zero_stage']}{best}"
+        )
+    return EXIT_FAILED if broken else 0
 
 
 def _report(options: argparse.Namespace) -> int:

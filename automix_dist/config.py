@@ -259,13 +259,16 @@ class CheckpointConfig:
     """Save a checkpoint after every so many steps too; 0 = do not."""
     keep_last: int = 2
     """How many of the newest checkpoints to keep."""
+    keep_every_steps: int = 0
+    """Keep every checkpoint whose step is a multiple of this too; 0 = none."""
     keep_best: bool = True
-    """Keep the one with the best validation top-1 as well."""
+    """Save whenever the validation top-1 is the best so far, and keep that one as well."""
 
     def __post_init__(self):
         _require(self.every_epochs >= 0, "checkpoint.every_epochs", self.every_epochs, "0 or more")
         _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "1 or more")
+        _require(self.keep_every_steps >= 0, "checkpoint.keep_every_steps", self.keep_every_steps, "0 or more")
 
 
 @dataclass(frozen=True)

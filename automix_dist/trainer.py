@@ -148,7 +148,8 @@ class Trainer:
         if position.evaluated_step != position.step and (last or epoch % self.config.eval_every_epochs == 0):
             self._evaluate(epoch)
         every = self.config.checkpoint.every_epochs
-        if position.saved_step != position.step and (last or (every and epoch % every == 0)):
+        new_best = self.config.checkpoint.keep_best and position.best_step == position.step
+        if position.saved_step != position.step and (last or new_best or (every and epoch % every == 0)):
             self._save(must=last)
 
     def _evaluate(self, epoch: int) -> None:

@@ -230,6 +230,9 @@ def prune_many(config, folder: Path) -> list[list[int]]:
 def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
     (kept,) = run_ranks(1, prune_many, tiny_config(checkpoint={"keep_last": 2}), tmp_path)
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
+    config = tiny_config(checkpoint={"keep_last": 1, "keep_every_steps": 3, "keep_best": False})
+    (kept,) = run_ranks(1, prune_many, config, tmp_path / "every")
+    assert kept == [[1], [2], [3], [3, 4], [3, 5]]
 
 
 def test_another_model_is_refused_by_name(two_steps):

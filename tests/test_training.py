@@ -45,7 +45,7 @@ def settings(digits, tmp_path) -> Path:
     values |= {"output": str(tmp_path / "run"), "epochs": 4, "batch_size": 96, "eval_every_epochs": 2}
     values["data"] |= {"train": str(digits / "train.beton"), "val": str(digits / "val.beton")}
     values["model"]["timm_kwargs"] = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
-    values["checkpoint"] = {"every_epochs": 1, "keep_last": 10}
+    values["checkpoint"] = {"every_epochs": 3, "keep_last": 10}
     values["log"] = {"every_steps": 5}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -98,6 +98,10 @@ def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp
     assert evals[0] == evals[1] and len(evals[0]) == 2
     steps = [r["step"] for r in records(broken, "train")]
     assert steps == sorted(set(steps))
+
+    best = newest(broken).manifest["state"]["best_step"]
+    listed = run("checkpoint", "verify", broken).stdout
+    assert f"step {best}:" in listed and listed.count("  best") == 1
 
     again = run("train", settings, f"output={broken}", "--resume")  # a finished run is not disturbed
     assert "done: 60 steps" in again.stderr
