@@ -1,12 +1,46 @@
-"""The public operations: checks their arguments once and picks an implementation."""
+"""The public operations: each checks its arguments once and picks an implementation.
+
+    implementation = "auto"       Triton for tensors on a GPU where it can run what is asked, else plain PyTorch
+                     "triton"     Triton, or an error that says why it cannot run
+                     "reference"  the definitions in reference.py
+
+The Triton kernels are torch operators (automix::mix_attention, automix::mask_blend, automix::momentum_update and two
+backward passes), so that torch.compile keeps them whole. On CPU tensors the same operators compute the definitions; in
+a process with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and so does implementation="triton".
+"""
+
+import importlib.util
 
 import torch
-from torch import Tensor
-
 from automix_kernels import reference
 from automix_kernels.reference import normalize, upsample_mask
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = False
+if HAS_TRITON:
+    import triton
+    from automix_kernels import mask_blend as triton_mask_blend
+    from automix_kernels import mix_attention as triton_mix_attention
+    from automix_kernels import momentum as triton_momentum
+
+    INTERPRETED = triton.knobs.runtime.interpret
+    for operator, launch, definition in (
+        (triton_mix_attention.mix_attention, triton_mix_attention.launch_forward, reference.mix_attention_forward),
+        (
+            triton_mix_attention.mix_attention_backward,
+            triton_mix_attention.launch_backward,
+            reference.mix_attention_backward,
+        ),
+        (triton_mask_blend.mask_blend, triton_mask_blend.launch_forward, reference.mask_blend),
+        (triton_mask_blend.mask_blend_backward, triton_mask_blend.launch_backward, reference.mask_blend_backward),
+        (triton_momentum.momentum_update, triton_momentum.launch, reference.momentum_update),
+    ):
+        operator.register_kernel("cpu")(launch if INTERPRETED else definition)
 
 __all__ = ["mask_blend", "mix_attention", "momentum_update", "normalize", "upsample_mask"]
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def mix_attention(
@@ -21,10 +55,63 @@ def mix_attention(
     *,
     implementation: str = "auto",
 ) -> Tensor:
-    """Mask logits of each image with its partner: see `reference.mix_attention`."""
-    return reference.mix_attention(
-        projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias
+    """Mask logits of each image with its partner: cross-attention with a value of one channel.
+
+    With y = projection, v = value, p = partner[b] and l = lam[b]:
+
+        S[b, i, j]   = (y[b, i] + l * query_lambda + query_bias) . y[p, j] / sqrt(D)
+        logits[b, i] = sum_j softmax_j(S[b, i, j]) * v[p, j] + (1 - l) * value_lambda + value_bias
+
+    Differentiable in everything but partner and lam. The same inputs give the same bits every time.
+
+    Args:
+        projection: [B, N, D] float32, bfloat16 or float16 (float64 in plain PyTorch). A slice of a wider tensor is
+            fine; fastest where its row stride is a multiple of 16 elements.
+        value: [B, N], any of these dtypes.
+        partner: [B] int64 in 0..B-1, not checked; repetitions are allowed.
+        lam: [B] float32.
+        query_lambda, query_bias: [D] or None.
+        value_lambda, value_bias: [1] or None.
+        implementation: "auto", "triton" or "reference".
+
+    Returns:
+        [B, N] float32 (float64 for a float64 projection).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device; a lam that requires a gradient.
+        RuntimeError: implementation="triton" where Triton cannot run.
+    """
+    _check("projection", projection, (None, None, None))
+    batch, positions, channels = projection.shape
+    device = projection.device
+    _check("value", value, (batch, positions), device=device)
+    _check("partner", partner, (batch,), (torch.int64,), device)
+    _check("lam", lam, (batch,), device=device)
+    _check_no_grad("lam", lam)
+    for name, tensor, size in (
+        ("query_lambda", query_lambda, channels),
+        ("query_bias", query_bias, channels),
+        ("value_lambda", value_lambda, 1),
+        ("value_bias", value_bias, 1),
+    ):
+        if tensor is not None:
+            _check(name, tensor, (size,), device=device)
+    obstacle = _dtype_obstacle("projection", projection) or _dtype_obstacle("value", value)
+    if not _takes_triton(implementation, device, obstacle):
+        return reference.mix_attention(
+            projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias
+        )
+    logits, _, _, _ = triton_mix_attention.mix_attention(
+        projection,
+        value,
+        partner.contiguous(),
+        lam.float().contiguous(),
+        None if query_lambda is None else query_lambda.contiguous(),
+        None if query_bias is None else query_bias.contiguous(),
+        value_lambda,
+        value_bias,
     )
+    return logits
 
 
 def mask_blend(
@@ -40,12 +127,170 @@ def mask_blend(
     *,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed images, and the per-image means of the mask and of its square: see `reference.mask_blend`."""
-    return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype)
+    """Mix each image with its partner under the upsampled mask m: n(x) + (n(x[partner]) - n(x)) * m.
+
+    m = sigmoid(upsample(logits)); n() is the normalisation of uint8 pixels. Where lam <= lam_margin or
+    lam >= 1 - lam_margin (and lam_margin > 0) the mask is the constant 1 - lam, without gradient.
+    Differentiable in the logits only. The same inputs give the same bits every time.
+
+    Args:
+        logits: [B, h, w] float32, bfloat16 or float16 (float64 in plain PyTorch), mask logits of the partner.
+        images: [B, H, W, 3] uint8, or [B, 3, H, W] floating point, normalised already, in either memory layout.
+            The kernel takes H and W that are whole multiples of h and w.
+        partner: [B] int64 in 0..B-1, not checked.
+        lam: [B] float32.
+        mean, std: [3] float32 on the [0, 1] scale; used for uint8 images.
+        mode: "nearest", or "bilinear" (corners not aligned).
+        lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, 0 to 0.5; 0 = never.
+        dtype: of the mixed images.
+        implementation: "auto", "triton" or "reference".
+
+    Returns:
+        mixed [B, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of m squared.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or mode; images or lam that require a gradient.
+        RuntimeError: implementation="triton" where Triton cannot run.
+    """
+    _check("logits", logits, (None, None, None))
+    batch, h, w = logits.shape
+    device = logits.device
+    if images.dtype == torch.uint8:
+        _check("images", images, (batch, None, None, 3), (torch.uint8,), device)
+        height, width = images.shape[1:3]
+        _check("mean", mean, (3,), device=device)
+        _check("std", std, (3,), device=device)
+    else:
+        _check("images", images, (batch, 3, None, None), device=device)
+        height, width = images.shape[2:]
+    _check("partner", partner, (batch,), (torch.int64,), device)
+    _check("lam", lam, (batch,), device=device)
+    _check_no_grad("images", images)
+    _check_no_grad("lam", lam)
+    if mode not in ("nearest", "bilinear"):
+        raise ValueError(f"mode must be 'nearest' or 'bilinear', got {mode!r}")
+    if not 0 <= lam_margin <= 0.5:
+        raise ValueError(f"lam_margin must lie in [0, 0.5], got {lam_margin}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type, got {dtype}")
+    obstacle = _dtype_obstacle("logits", logits)
+    if images.is_floating_point():
+        obstacle = obstacle or _dtype_obstacle("images", images)
+    if dtype not in _KERNEL_DTYPES:
+        obstacle = obstacle or f"it cannot write {dtype}"
+    if height % h or width % w:
+        obstacle = obstacle or f"images of {height} x {width} are no whole multiple of a {h} x {w} map"
+    if not _takes_triton(implementation, device, obstacle):
+        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype)
+    return triton_mask_blend.mask_blend(
+        logits,
+        images,
+        partner.contiguous(),
+        lam.float().contiguous(),
+        mean.float().contiguous(),
+        std.float().contiguous(),
+        mode,
+        lam_margin,
+        dtype,
+    )
 
 
 def momentum_update(
     targets: list[Tensor], sources: list[Tensor], coefficient: float, *, implementation: str = "auto"
 ) -> None:
-    """target <- coefficient * target + (1 - coefficient) * source, in place."""
-    reference.momentum_update(targets, sources, coefficient)
+    """target <- coefficient * target + (1 - coefficient) * source, in place, for each pair of tensors.
+
+    "auto" is torch._foreach_lerp_ on every device: it moves the same bytes in as few launches, and the Triton kernel
+    replaces it when a measurement shows a gain.
+
+    Args:
+        targets: tensors of a floating-point type; float32 and contiguous for Triton.
+        sources: tensors of the targets' shapes; float32, bfloat16 or float16 and contiguous for Triton.
+        coefficient: 0 to 1, what is kept of the target.
+        implementation: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: lists of different lengths, tensors of different shapes, a coefficient outside [0, 1].
+        RuntimeError: implementation="triton" where Triton cannot run.
+    """
+    if len(targets) != len(sources):
+        raise ValueError(f"as many sources as targets are needed, got {len(sources)} and {len(targets)}")
+    if not 0 <= coefficient <= 1:
+        raise ValueError(f"coefficient must lie in [0, 1], got {coefficient}")
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target.shape != source.shape:
+            raise ValueError(f"sources[{i}] must have shape {list(target.shape)}, got {list(source.shape)}")
+    if not targets:
+        return
+    if implementation == "auto":
+        implementation = "reference"
+    if _takes_triton(implementation, targets[0].device, _update_obstacle(targets, sources)):
+        triton_momentum.momentum_update(targets, sources, coefficient)
+    else:
+        reference.momentum_update(targets, sources, coefficient)
+
+
+def _update_obstacle(targets: list[Tensor], sources: list[Tensor]) -> str | None:
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target.dtype != torch.float32:
+            return f"targets[{i}] is {target.dtype}, not torch.float32"
+        if not target.is_contiguous() or not source.is_contiguous():
+            return f"targets[{i}] or sources[{i}] is not contiguous"
+        if target.device != targets[0].device or source.device != targets[0].device:
+            return f"targets[{i}] or sources[{i}] is not on {targets[0].device}"
+        if source.dtype not in _KERNEL_DTYPES:
+            return _dtype_obstacle(f"sources[{i}]", source)
+    return None
+
+
+def _takes_triton(implementation: str, device: torch.device, obstacle: str | None) -> bool:
+    """Whether the Triton kernel is to run; `obstacle` says why it cannot take these arguments."""
+    if implementation == "reference":
+        return False
+    if implementation not in ("auto", "triton"):
+        raise ValueError(f"implementation must be 'auto', 'triton' or 'reference', got {implementation!r}")
+    if not HAS_TRITON:
+        obstacle = "the package triton is not installed"
+    elif device.type != "cuda" and not (INTERPRETED and device.type == "cpu" and implementation == "triton"):
+        obstacle = f"the tensors are on {device}, and it needs a GPU (or TRITON_INTERPRET=1 when the process starts)"
+    if obstacle is not None and implementation == "triton":
+        raise RuntimeError(
+            f"the Triton kernel cannot run: {obstacle}. implementation='reference' (engine.kernels=reference in a "
+            "config) runs plain PyTorch"
+        )
+    return obstacle is None
+
+
+def _dtype_obstacle(name: str, tensor: Tensor) -> str | None:
+    if tensor.dtype in _KERNEL_DTYPES:
+        return None
+    return f"{name} is {tensor.dtype}, and it takes float32, bfloat16 and float16"
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """None in `shape` stands for any size, `dtypes` None for any floating-point type."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if dtypes is None and not tensor.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point type, got {tensor.dtype}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(tensor.shape)}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
+
+
+def _check_no_grad(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} gets no gradient, so it must not require one: pass {name}.detach()")

@@ -3,6 +3,9 @@
 Sizes: B images, a feature map of h x w = N positions, D channels of the Mix Block's projection, images of H x W pixels.
 Equations are those of the paper (arXiv 2103.13027, section 3.2), rearranged: a term that is constant along a softmax
 row cancels, so lambda and the bias are needed on the query side only, and one projection serves queries and keys.
+
+The backward passes are written out too, as the kernels compute them; the definitions themselves are differentiated by
+autograd.
 """
 
 import math
@@ -10,6 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+LOG2_E = math.log2(math.e)
 
 
 def mix_attention(
@@ -42,22 +47,116 @@ def mix_attention(
     Returns:
         [B, N] float32. Products are accumulated in float32 (float64 for float64 inputs) whatever the input's dtype.
     """
-    accumulate = torch.float64 if projection.dtype == torch.float64 else torch.float32
+    accumulate = _accumulate_dtype(projection)
     with torch.autocast(projection.device.type, enabled=False):
-        keys = projection.to(accumulate)
-        queries = keys
         lam = lam.to(accumulate)
-        if query_lambda is not None:
-            queries = queries + lam[:, None, None] * query_lambda.to(accumulate)
-        if query_bias is not None:
-            queries = queries + query_bias.to(accumulate)
+        keys = projection.to(accumulate)
+        offset = _query_offset(lam, query_lambda, query_bias)
+        queries = keys if offset is None else keys + offset.unsqueeze(1)
         scores = torch.bmm(queries, keys[partner].transpose(1, 2)) / math.sqrt(projection.shape[2])
         logits = torch.bmm(scores.softmax(dim=2), value.to(accumulate)[partner].unsqueeze(2)).squeeze(2)
-        if value_lambda is not None:
-            logits = logits + (1 - lam)[:, None] * value_lambda.to(accumulate)
-        if value_bias is not None:
-            logits = logits + value_bias.to(accumulate)
-        return logits
+        return _add_constants(logits, lam, value_lambda, value_bias)
+
+
+def _accumulate_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _query_offset(lam: Tensor, query_lambda: Tensor | None, query_bias: Tensor | None) -> Tensor | None:
+    """[B, D] in lam's dtype: what lambda and the bias add to every query of an image."""
+    if query_lambda is None and query_bias is None:
+        return None
+    offset = 0 if query_lambda is None else lam[:, None] * query_lambda.to(lam.dtype)
+    return offset if query_bias is None else (offset + query_bias.to(lam.dtype)).expand(lam.shape[0], -1)
+
+
+def _add_constants(logits: Tensor, lam: Tensor, value_lambda: Tensor | None, value_bias: Tensor | None) -> Tensor:
+    if value_lambda is not None:
+        logits = logits + (1 - lam)[:, None] * value_lambda.to(logits.dtype)
+    if value_bias is not None:
+        logits = logits + value_bias.to(logits.dtype)
+    return logits
+
+
+def mix_attention_forward(
+    projection: Tensor,
+    value: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    query_lambda: Tensor | None,
+    query_bias: Tensor | None,
+    value_lambda: Tensor | None,
+    value_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mix_attention`, and what its backward needs: m, lse and u, each [B, N].
+
+    m is the softmax-weighted value before the constants, lse the base-2 logarithm of the softmax's denominator,
+    u[b, j] = (lam[b] * query_lambda + query_bias) . y[p, j], empty without lambda and bias.
+    """
+    accumulate = _accumulate_dtype(projection)
+    lam = lam.to(accumulate)
+    own = projection.to(accumulate)
+    keys = own[partner]
+    offset = _query_offset(lam, query_lambda, query_bias)
+    key_offset = own.new_empty(0, own.shape[1]) if offset is None else torch.einsum("bd,bjd->bj", offset, keys)
+    scores = _base2_scores(own, keys, key_offset)
+    lse = torch.logsumexp(scores / LOG2_E, dim=2) * LOG2_E
+    attended = torch.einsum("bij,bj->bi", torch.exp2(scores - lse.unsqueeze(2)), value.to(accumulate)[partner])
+    logits = _add_constants(attended.clone(), lam, value_lambda, value_bias)
+    return logits, attended, lse, key_offset
+
+
+def _base2_scores(own: Tensor, keys: Tensor, key_offset: Tensor) -> Tensor:
+    scores = torch.bmm(own, keys.transpose(1, 2))
+    if key_offset.shape[0] > 0:
+        scores = scores + key_offset.unsqueeze(1)
+    return scores * (LOG2_E / math.sqrt(own.shape[2]))
+
+
+def mix_attention_backward(
+    grad_logits: Tensor,
+    projection: Tensor,
+    value: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    query_lambda: Tensor | None,
+    query_bias: Tensor | None,
+    attended: Tensor,
+    lse: Tensor,
+    key_offset: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
+
+    With P the softmax, recomputed from lse, and g = grad_logits:
+
+        dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - m[b, i]) / sqrt(D)
+
+    The third is empty without lambda and bias.
+    """
+    accumulate = lse.dtype
+    lam = lam.to(accumulate)
+    grad_logits = grad_logits.to(accumulate)
+    own = projection.to(accumulate)
+    keys = own[partner]
+    values = value.to(accumulate)
+    probability = torch.exp2(_base2_scores(own, keys, key_offset) - lse.unsqueeze(2))
+    weighted = probability * grad_logits.unsqueeze(2)
+    grad_scores = weighted * (values[partner].unsqueeze(1) - attended.unsqueeze(2)) / math.sqrt(own.shape[2])
+
+    grad_queries = torch.bmm(grad_scores, keys)
+    offset = _query_offset(lam, query_lambda, query_bias)
+    queries = own if offset is None else own + offset.unsqueeze(1)
+    grad_keys = torch.bmm(grad_scores.transpose(1, 2), queries)
+    grad_projection = grad_queries.index_add(0, partner, grad_keys)
+    grad_value = torch.zeros_like(values).index_add(0, partner, weighted.sum(dim=1))
+    if offset is None:
+        grad_query = own.new_empty(0, own.shape[2])
+    else:
+        grad_offset = grad_queries.sum(dim=1)
+        grad_query = torch.stack([lam @ grad_offset, grad_offset.sum(dim=0)])
+    grad_sums = grad_logits.sum(dim=1)
+    grad_constant = torch.stack([(1 - lam) @ grad_sums, grad_sums.sum()])
+    return grad_projection.to(projection.dtype), grad_value.to(value.dtype), grad_query, grad_constant
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,9 +171,18 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = to
 
 
 def upsample_mask(logits: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """[B, h, w] mask logits -> [B, H, W] mask of the partner in (0, 1): upsampling first, then the sigmoid."""
-    corners = {} if mode == "nearest" else {"align_corners": False}
-    return torch.sigmoid(F.interpolate(logits.unsqueeze(1), size=size, mode=mode, **corners).squeeze(1))
+    """[B, h, w] mask logits -> [B, H, W] mask of the partner in (0, 1): upsampling first, then the sigmoid.
+
+    mode: "nearest", or "bilinear" with the corners' pixels not aligned to the corners' cells.
+    """
+    return torch.sigmoid(_interpolate(logits.unsqueeze(1), size, mode).squeeze(1))
+
+
+def _interpolate(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    if mode == "bilinear":
+        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    # Plain "nearest" is off by a cell for a few whole factors (41, 47, ...), where 1 / factor is rounded down.
+    return F.interpolate(maps, size=size, mode="nearest-exact")
 
 
 def mask_blend(
@@ -103,16 +211,63 @@ def mask_blend(
         dtype: of the mixed images.
 
     Returns:
-        mixed [B, 3, H, W] channels-last, and two [B] float32 means over the pixels, of m and of m squared.
+        mixed [B, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in float32 (float64
+        for float64 logits).
     """
     normalized = normalize(images, mean, std, torch.promote_types(dtype, torch.float32))
-    mask = upsample_mask(logits, tuple(normalized.shape[2:]), mode)
-    if lam_margin > 0:
-        outside = (lam <= lam_margin) | (lam >= 1 - lam_margin)
-        mask = torch.where(outside[:, None, None], (1 - lam)[:, None, None].to(mask.dtype), mask)
+    mask = _mask(logits, lam, tuple(normalized.shape[2:]), mode, lam_margin)
     mixed = torch.lerp(normalized, normalized[partner], mask.unsqueeze(1).to(normalized.dtype))
     mixed = mixed.to(dtype).contiguous(memory_format=torch.channels_last)
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
+
+
+def _mask(logits: Tensor, lam: Tensor, size: tuple[int, int], mode: str, lam_margin: float) -> Tensor:
+    mask = upsample_mask(logits.to(_accumulate_dtype(logits)), size, mode)
+    if lam_margin > 0:
+        mask = torch.where(_is_plain(lam, lam_margin)[:, None, None], (1 - lam)[:, None, None].to(mask.dtype), mask)
+    return mask
+
+
+def _is_plain(lam: Tensor, lam_margin: float) -> Tensor:
+    return (lam <= lam_margin) | (lam >= 1 - lam_margin)
+
+
+def mask_blend_backward(
+    grad_mixed: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_square_mean: Tensor | None,
+    logits: Tensor,
+    images: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    std: Tensor,
+    mode: str,
+    lam_margin: float,
+) -> Tensor:
+    """The logits' gradient; an output that nothing depends on brings None.
+
+    Each pixel has dm = sum_c grad_mixed[c] * (x[partner, c] - x[c]) + (grad_mean + 2 * m * grad_square_mean) / pixels,
+    and the logits get the adjoint of the upsampling of dm * m * (1 - m), or zero where the mask is constant.
+    """
+    normalized = normalize(images, torch.zeros_like(std), std, _accumulate_dtype(logits))
+    size = tuple(normalized.shape[2:])
+    mask = upsample_mask(logits.to(normalized.dtype), size, mode)
+    grad_mask = torch.zeros_like(mask)
+    if grad_mixed is not None:
+        grad_mask += (grad_mixed * (normalized[partner] - normalized)).sum(dim=1)
+    if grad_mean is not None:
+        grad_mask += grad_mean[:, None, None] / (size[0] * size[1])
+    if grad_square_mean is not None:
+        grad_mask += grad_square_mean[:, None, None] * 2 * mask / (size[0] * size[1])
+    grad = (grad_mask * mask * (1 - mask)).unsqueeze(1)
+    if lam_margin > 0:
+        grad = grad.masked_fill(_is_plain(lam, lam_margin)[:, None, None, None], 0)
+    shape = [logits.shape[0], 1, *logits.shape[1:]]
+    if mode == "bilinear":
+        grad_logits = torch.ops.aten.upsample_bilinear2d_backward(grad, size, shape, False)
+    else:
+        grad_logits = torch.ops.aten._upsample_nearest_exact2d_backward(grad, size, shape)
+    return grad_logits.squeeze(1).to(logits.dtype)
 
 
 def momentum_update(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> None:

@@ -312,6 +312,21 @@ def test_blend_gives_the_same_bits_twice(mode):
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (0, 3, 1, 2), (0, 2, 3, 1)])
+def test_blend_of_views(order):
+    """uint8 images whose memory is in another order, one of which torch would call channels-last."""
+    logits, images, partner, lam = blend_inputs(2, (3, 2), (4, 4), "uint8")
+    inverse = [order.index(i) for i in range(4)]
+    view = images.permute(order).contiguous().permute(inverse)
+    assert not view.is_contiguous()
+    for ours, expected in zip(
+        check_blend(logits, view, partner, lam, "nearest"),
+        check_blend(logits, images, partner, lam, "nearest"),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+
+
 def test_a_gradient_in_another_layout():
     """The mixed images' gradient may arrive planar."""
     logits, images, partner, lam = blend_inputs(2, (3, 3), (4, 4), "uint8")

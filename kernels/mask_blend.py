@@ -1,0 +1,499 @@
+"""Upsampling, sigmoid, normalisation and mixing in one pass over the pixels: Triton kernels and the torch op.
+
+With m = sigmoid(upsample(logits)) at pixel resolution, p = partner[b] and n() the normalisation of uint8 pixels:
+
+    mixed[b] = n(images[b]) + (n(images[p]) - n(images[b])) * m[b]
+    mean[b], square_mean[b] = means over the pixels of m[b] and of m[b] squared
+
+An image of H x W pixels in channels-last order, seen from a map of h x w cells, is a matrix with rows of 3 * W / w
+contiguous numbers, one pixel row inside one cell. A program takes one row of cells: the mask varies along such a
+matrix row only for bilinear upsampling, where it is a fixed combination of the cell and its two neighbours, so no index
+is computed per pixel. The backward walks the same tiles, and each program sums its own cells; for bilinear upsampling
+it keeps the shares of the nine cells around apart, and a second kernel adds them up. Nothing is summed by atomics.
+Saved for the backward: the inputs. There is no gradient for the images.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE_ELEMENTS = 2048  # with more, the bilinear backward runs out of registers
+
+
+@triton.jit
+def _cell_logits(logits_ptr, image, row, cells, H_CELLS: tl.constexpr, W_CELLS: tl.constexpr):
+    """[BLOCK_W] logits, float32; rows and columns outside repeat the edge."""
+    row = tl.minimum(tl.maximum(row, 0), H_CELLS - 1)
+    cells = tl.minimum(tl.maximum(cells, 0), W_CELLS - 1)
+    return tl.load(logits_ptr + (image * H_CELLS + row) * W_CELLS + cells).to(tl.float32)
+
+
+@triton.jit
+def _taps(offset, FACTOR: tl.constexpr):
+    """Bilinear weights of the previous, the same and the next cell, for pixel `offset` of a cell of FACTOR pixels."""
+    distance = (offset.to(tl.float32) + 0.5) * (1.0 / FACTOR) - 0.5
+    previous = tl.maximum(-distance, 0.0)
+    following = tl.maximum(distance, 0.0)
+    return previous, 1.0 - previous - following, following
+
+
+@triton.jit
+def _column(logits_ptr, image, row, cells, y, H_CELLS: tl.constexpr, W_CELLS: tl.constexpr, FACTOR_Y: tl.constexpr):
+    """Logits interpolated along y only, [BLOCK_Y, BLOCK_W, 1]."""
+    above, same, below = _taps(y, FACTOR_Y)
+    upper = _cell_logits(logits_ptr, image, row - 1, cells, H_CELLS, W_CELLS)
+    middle = _cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS)
+    lower = _cell_logits(logits_ptr, image, row + 1, cells, H_CELLS, W_CELLS)
+    column = above[:, None] * upper[None, :] + same[:, None] * middle[None, :] + below[:, None] * lower[None, :]
+    return column[:, :, None]
+
+
+@triton.jit
+def _mask(
+    logits_ptr,
+    image,
+    row,
+    cells,
+    y,
+    x,
+    H_CELLS: tl.constexpr,
+    W_CELLS: tl.constexpr,
+    FACTOR_Y: tl.constexpr,
+    FACTOR_X: tl.constexpr,
+    BILINEAR: tl.constexpr,
+):
+    """The mask of one row of cells: [BLOCK_Y, BLOCK_W, BLOCK_S] if bilinear, else [1, BLOCK_W, 1]."""
+    if BILINEAR:
+        left, same, right = _taps(x, FACTOR_X)
+        logits = _column(logits_ptr, image, row, cells - 1, y, H_CELLS, W_CELLS, FACTOR_Y) * left[None, None, :]
+        logits += _column(logits_ptr, image, row, cells, y, H_CELLS, W_CELLS, FACTOR_Y) * same[None, None, :]
+        logits += _column(logits_ptr, image, row, cells + 1, y, H_CELLS, W_CELLS, FACTOR_Y) * right[None, None, :]
+        return tl.sigmoid(logits)
+    else:
+        return tl.sigmoid(_cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS))[None, :, None]
+
+
+@triton.jit
+def _per_channel(three_ptr, elements):
+    """One of three numbers for each element's channel, [1, 1, BLOCK_S]: selected, as a load each would cost more."""
+    channel = elements % 3
+    later = tl.where(channel == 1, tl.load(three_ptr + 1), tl.load(three_ptr + 2))
+    return tl.where(channel == 0, tl.load(three_ptr), later)[None, None, :]
+
+
+@triton.jit
+def _offsets(
+    y,
+    cells,
+    elements,
+    H_CELLS: tl.constexpr,
+    W_CELLS: tl.constexpr,
+    FACTOR_Y: tl.constexpr,
+    FACTOR_X: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Offsets [BLOCK_Y, BLOCK_W, BLOCK_S] in an image, for pixel rows y and elements (pixel, channel) of cells."""
+    if CHANNELS_LAST:
+        return (y[:, None, None] * W_CELLS + cells[None, :, None]) * (3 * FACTOR_X) + elements[None, None, :]
+    else:
+        plane = (elements % 3) * (H_CELLS * FACTOR_Y * W_CELLS * FACTOR_X) + elements // 3
+        return y[:, None, None] * (W_CELLS * FACTOR_X) + cells[None, :, None] * FACTOR_X + plane[None, None, :]
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr,
+    images_ptr,
+    partner_ptr,
+    lam_ptr,
+    mean_ptr,
+    std_ptr,
+    mixed_ptr,
+    mask_mean_ptr,
+    mask_square_mean_ptr,
+    low,
+    high,
+    H_CELLS: tl.constexpr,
+    W_CELLS: tl.constexpr,
+    FACTOR_Y: tl.constexpr,
+    FACTOR_X: tl.constexpr,
+    BILINEAR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_CELLS: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Grid: (rows of cells, images). Where lam <= low or lam >= high, the mask is 1 - lam.
+
+    With nearest upsampling the mask's means are those of the cells and the first program of an image writes them; with
+    bilinear upsampling each program writes its share, [images, rows of cells].
+    """
+    PIXELS: tl.constexpr = H_CELLS * FACTOR_Y * W_CELLS * FACTOR_X
+    row = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    partner = tl.load(partner_ptr + image).to(tl.int64)
+    lam = tl.load(lam_ptr + image)
+    plain = (lam <= low) | (lam >= high)
+    cells = tl.arange(0, BLOCK_W)
+    elements = tl.arange(0, BLOCK_S)
+    if NORMALIZE:
+        std = _per_channel(std_ptr, elements)
+        scale = 1 / (255 * std)
+        shift = _per_channel(mean_ptr, elements) / std
+    mask_sum = 0.0
+    square_sum = 0.0
+    for start_y in range(0, FACTOR_Y, BLOCK_Y):
+        y = start_y + tl.arange(0, BLOCK_Y)
+        inside = (y < FACTOR_Y)[:, None, None] & (cells < W_CELLS)[None, :, None]
+        inside = inside & (elements < 3 * FACTOR_X)[None, None, :]
+        mask = _mask(
+            logits_ptr, image, row, cells, y, elements // 3, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, BILINEAR
+        )  # fmt: skip
+        mask = tl.where(plain, 1 - lam, mask)
+        if BILINEAR:
+            counted = tl.where(inside, mask, 0.0)
+            mask_sum += tl.sum(counted)
+            square_sum += tl.sum(counted * counted)
+        y += row * FACTOR_Y
+        offsets = _offsets(y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
+        own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
+        other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
+        mixed = own + (other - own) * mask
+        if NORMALIZE:
+            mixed = mixed * scale - shift
+        outputs = _offsets(y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
+        tl.store(mixed_ptr + image * (3 * PIXELS) + outputs, mixed.to(mixed_ptr.dtype.element_ty), mask=inside)
+
+    if BILINEAR:
+        part = image * H_CELLS + row
+        tl.store(mask_mean_ptr + part, mask_sum / (3 * PIXELS))
+        tl.store(mask_square_mean_ptr + part, square_sum / (3 * PIXELS))
+    elif row == 0:
+        indices = tl.arange(0, BLOCK_CELLS)
+        inside_map = indices < H_CELLS * W_CELLS
+        logits = tl.load(logits_ptr + image * (H_CELLS * W_CELLS) + indices, mask=inside_map, other=0.0)
+        counted = tl.where(inside_map, tl.where(plain, 1 - lam, tl.sigmoid(logits.to(tl.float32))), 0.0)
+        tl.store(mask_mean_ptr + image, tl.sum(counted) / (H_CELLS * W_CELLS))
+        tl.store(mask_square_mean_ptr + image, tl.sum(counted * counted) / (H_CELLS * W_CELLS))
+
+
+@triton.jit
+def _store_taps(taps_ptr, accumulator, cells, x, W_CELLS: tl.constexpr, FACTOR_X: tl.constexpr):
+    """Sums [BLOCK_Y, BLOCK_W, BLOCK_S] to one number a cell for each of: the cell on its left, itself, on its right."""
+    by_element = tl.sum(accumulator, axis=0)  # [BLOCK_W, BLOCK_S]
+    left, same, right = _taps(x, FACTOR_X)
+    inside = cells < W_CELLS
+    tl.store(taps_ptr + cells, tl.sum(by_element * left[None, :], axis=1), mask=inside)
+    tl.store(taps_ptr + W_CELLS + cells, tl.sum(by_element * same[None, :], axis=1), mask=inside)
+    tl.store(taps_ptr + 2 * W_CELLS + cells, tl.sum(by_element * right[None, :], axis=1), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_mixed_ptr,
+    grad_mean_ptr,
+    grad_square_mean_ptr,
+    logits_ptr,
+    images_ptr,
+    partner_ptr,
+    lam_ptr,
+    std_ptr,
+    output_ptr,
+    low,
+    high,
+    H_CELLS: tl.constexpr,
+    W_CELLS: tl.constexpr,
+    FACTOR_Y: tl.constexpr,
+    FACTOR_X: tl.constexpr,
+    BILINEAR: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    HAS_MIXED: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_SQUARE_MEAN: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Grid: (rows of cells, images). Output: the logits' gradient, or if bilinear its shares [B, h, 9, w] by tap."""
+    PIXELS: tl.constexpr = H_CELLS * FACTOR_Y * W_CELLS * FACTOR_X
+    row = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    partner = tl.load(partner_ptr + image).to(tl.int64)
+    lam = tl.load(lam_ptr + image)
+    live = tl.where((lam <= low) | (lam >= high), 0.0, 1.0)
+    grad_mean = 0.0
+    if HAS_MEAN:
+        grad_mean = tl.load(grad_mean_ptr + image)
+    grad_square_mean = 0.0
+    if HAS_SQUARE_MEAN:
+        grad_square_mean = tl.load(grad_square_mean_ptr + image)
+    cells = tl.arange(0, BLOCK_W)
+    elements = tl.arange(0, BLOCK_S)
+    x = elements // 3
+    if NORMALIZE:
+        scale = 1 / (255 * _per_channel(std_ptr, elements))
+    accumulator = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
+    if BILINEAR:
+        accumulator_above = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
+        accumulator_below = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
+    for start_y in range(0, FACTOR_Y, BLOCK_Y):
+        y = start_y + tl.arange(0, BLOCK_Y)
+        inside = (y < FACTOR_Y)[:, None, None] & (cells < W_CELLS)[None, :, None]
+        inside = inside & (elements < 3 * FACTOR_X)[None, None, :]
+        grad = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
+        if HAS_MIXED:
+            image_y = row * FACTOR_Y + y
+            offsets = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
+            own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
+            other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
+            outputs = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
+            grad_mixed = tl.load(grad_mixed_ptr + image * (3 * PIXELS) + outputs, mask=inside, other=0.0)
+            grad = grad_mixed.to(tl.float32) * (other - own)
+            if NORMALIZE:
+                grad *= scale
+        if BILINEAR:
+            mask = _mask(logits_ptr, image, row, cells, y, x, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, BILINEAR)
+            # A pixel's share of the means' gradient is spread over its three elements.
+            grad += (grad_mean + 2 * mask * grad_square_mean) / (3 * PIXELS)
+            grad = tl.where(inside, grad * mask * (1 - mask), 0.0)
+            above, same, below = _taps(y, FACTOR_Y)
+            accumulator_above += grad * above[:, None, None]
+            accumulator += grad * same[:, None, None]
+            accumulator_below += grad * below[:, None, None]
+        else:
+            accumulator += grad
+
+    if BILINEAR:
+        taps_ptr = output_ptr + (image * H_CELLS + row) * (9 * W_CELLS)
+        _store_taps(taps_ptr, accumulator_above * live, cells, x, W_CELLS, FACTOR_X)
+        _store_taps(taps_ptr + 3 * W_CELLS, accumulator * live, cells, x, W_CELLS, FACTOR_X)
+        _store_taps(taps_ptr + 6 * W_CELLS, accumulator_below * live, cells, x, W_CELLS, FACTOR_X)
+    else:
+        mask = tl.sigmoid(_cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS))
+        total = tl.sum(tl.sum(accumulator, axis=0), axis=1)  # [BLOCK_W]
+        total += (grad_mean + 2 * mask * grad_square_mean) / (H_CELLS * W_CELLS)
+        grad_logits = total * mask * (1 - mask) * live
+        output_pointers = output_ptr + (image * H_CELLS + row) * W_CELLS + cells
+        tl.store(output_pointers, grad_logits.to(output_ptr.dtype.element_ty), mask=cells < W_CELLS)
+
+
+@triton.jit
+def _sum_taps_kernel(
+    taps_ptr, grad_logits_ptr, H_CELLS: tl.constexpr, W_CELLS: tl.constexpr, BLOCK_CELLS: tl.constexpr
+):
+    """A cell's gradient: the share of each cell around meant for it, where the edge stands in for what lies outside.
+
+    Grid: (blocks of cells, images).
+    """
+    image = tl.program_id(1).to(tl.int64)
+    indices = tl.program_id(0) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
+    row = indices // W_CELLS
+    cell = indices % W_CELLS
+    inside = indices < H_CELLS * W_CELLS
+    total = tl.zeros([BLOCK_CELLS], tl.float32)
+    for dy in tl.static_range(-1, 2):
+        for dx in tl.static_range(-1, 2):
+            tap = 3 * (dy + 1) + dx + 1
+            for from_edge_y in tl.static_range(2):
+                source_row = row if from_edge_y else row - dy
+                take = inside & (source_row >= 0) & (source_row < H_CELLS)
+                if from_edge_y:
+                    take = take & ((row + dy < 0) | (row + dy >= H_CELLS))
+                for from_edge_x in tl.static_range(2):
+                    source_cell = cell if from_edge_x else cell - dx
+                    take_cell = take & (source_cell >= 0) & (source_cell < W_CELLS)
+                    if from_edge_x:
+                        take_cell = take_cell & ((cell + dx < 0) | (cell + dx >= W_CELLS))
+                    pointers = taps_ptr + ((image * H_CELLS + source_row) * 9 + tap) * W_CELLS + source_cell
+                    total += tl.load(pointers, mask=take_cell, other=0.0)
+    pointers = grad_logits_ptr + image * (H_CELLS * W_CELLS) + indices
+    tl.store(pointers, total.to(grad_logits_ptr.dtype.element_ty), mask=inside)
+
+
+def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: float) -> dict:
+    """What forward and backward kernel are told alike."""
+    _, h, w = logits.shape
+    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+    planar = images.is_floating_point() and not images.is_contiguous(memory_format=torch.channels_last)
+    block_s = triton.next_power_of_2(3 * (width // w))
+    block_w = triton.next_power_of_2(w)
+    block_y = max(1, min(triton.next_power_of_2(height // h), TILE_ELEMENTS // (block_s * block_w)))
+    return {
+        # A margin of 0 turns nothing into plain mixup, not even lambda 0 or 1.
+        "low": lam_margin if lam_margin > 0 else -1.0,
+        "high": 1 - lam_margin if lam_margin > 0 else 2.0,
+        "H_CELLS": h,
+        "W_CELLS": w,
+        "FACTOR_Y": height // h,
+        "FACTOR_X": width // w,
+        "BILINEAR": mode == "bilinear",
+        "NORMALIZE": images.dtype == torch.uint8,
+        "CHANNELS_LAST": not planar,
+        "BLOCK_Y": block_y,
+        "BLOCK_W": block_w,
+        "BLOCK_S": block_s,
+        "num_warps": 4,
+    }
+
+
+def _dense(images: Tensor) -> Tensor:
+    """Images without gaps; floating-point ones in either order of dimensions."""
+    if images.is_floating_point() and images.is_contiguous(memory_format=torch.channels_last):
+        return images
+    return images.contiguous()
+
+
+@torch.library.custom_op("automix::mask_blend", mutates_args=(), device_types="cuda")
+def mask_blend(
+    logits: Tensor,
+    images: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    mode: str,
+    lam_margin: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mixed images [B, 3, H, W] in channels-last layout, and [B] float32 means of the mask and of its square."""
+    with torch.cuda.device_of(logits):
+        return launch_forward(logits, images, partner, lam, mean, std, mode, lam_margin, dtype)
+
+
+def launch_forward(
+    logits: Tensor,
+    images: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    mode: str,
+    lam_margin: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `mask_blend` does on a GPU."""
+    logits, images = logits.contiguous(), _dense(images)
+    batch, h, w = logits.shape
+    arguments = _shape_arguments(logits, images, mode, lam_margin)
+    mixed = _empty_mixed(logits, images, dtype)
+    parts = h if mode == "bilinear" else 1
+    mask_mean = logits.new_empty(batch, parts, dtype=torch.float32)
+    mask_square_mean = logits.new_empty(batch, parts, dtype=torch.float32)
+    _forward_kernel[(h, batch)](
+        logits_ptr=logits,
+        images_ptr=images,
+        partner_ptr=partner,
+        lam_ptr=lam,
+        mean_ptr=mean,
+        std_ptr=std,
+        mixed_ptr=mixed,
+        mask_mean_ptr=mask_mean,
+        mask_square_mean_ptr=mask_square_mean,
+        BLOCK_CELLS=triton.next_power_of_2(h * w),
+        **arguments,
+    )
+    if parts == 1:
+        return mixed, mask_mean.squeeze(1), mask_square_mean.squeeze(1)
+    return mixed, mask_mean.sum(dim=1), mask_square_mean.sum(dim=1)
+
+
+def _empty_mixed(logits: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
+    batch = logits.shape[0]
+    height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+    return torch.empty(batch, 3, height, width, dtype=dtype, device=logits.device, memory_format=torch.channels_last)
+
+
+@mask_blend.register_fake
+def _(logits, images, partner, lam, mean, std, mode, lam_margin, dtype):
+    means = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    return _empty_mixed(logits, images, dtype), *means
+
+
+@torch.library.custom_op("automix::mask_blend_backward", mutates_args=(), device_types="cuda")
+def mask_blend_backward(
+    grad_mixed: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_square_mean: Tensor | None,
+    logits: Tensor,
+    images: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    std: Tensor,
+    mode: str,
+    lam_margin: float,
+) -> Tensor:
+    """The logits' gradient; an output that nothing depends on brings None."""
+    with torch.cuda.device_of(logits):
+        return launch_backward(
+            grad_mixed, grad_mean, grad_square_mean, logits, images, partner, lam, std, mode, lam_margin
+        )
+
+
+def launch_backward(
+    grad_mixed: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_square_mean: Tensor | None,
+    logits: Tensor,
+    images: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    std: Tensor,
+    mode: str,
+    lam_margin: float,
+) -> Tensor:
+    """What `mask_blend_backward` does on a GPU."""
+    logits, images = logits.contiguous(), _dense(images)
+    batch, h, w = logits.shape
+    arguments = _shape_arguments(logits, images, mode, lam_margin)
+    grad_logits = torch.empty_like(logits)
+    bilinear = mode == "bilinear"
+    output = logits.new_empty(batch, h, 9, w, dtype=torch.float32) if bilinear else grad_logits
+    if grad_mixed is not None:
+        grad_mixed = grad_mixed.contiguous(memory_format=torch.channels_last)
+    _backward_kernel[(h, batch)](
+        grad_mixed_ptr=grad_mixed,
+        grad_mean_ptr=None if grad_mean is None else grad_mean.contiguous(),
+        grad_square_mean_ptr=None if grad_square_mean is None else grad_square_mean.contiguous(),
+        logits_ptr=logits,
+        images_ptr=images,
+        partner_ptr=partner,
+        lam_ptr=lam,
+        std_ptr=std,
+        output_ptr=output,
+        HAS_MIXED=grad_mixed is not None,
+        HAS_MEAN=grad_mean is not None,
+        HAS_SQUARE_MEAN=grad_square_mean is not None,
+        **arguments,
+    )
+    if bilinear:
+        block = min(256, triton.next_power_of_2(h * w))
+        _sum_taps_kernel[(triton.cdiv(h * w, block), batch)](
+            taps_ptr=output, grad_logits_ptr=grad_logits, H_CELLS=h, W_CELLS=w, BLOCK_CELLS=block, num_warps=4
+        )
+    return grad_logits
+
+
+@mask_blend_backward.register_fake
+def _(grad_mixed, grad_mean, grad_square_mean, logits, images, partner, lam, std, mode, lam_margin):
+    return logits.new_empty(logits.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    logits, images, partner, lam, _, std, mode, lam_margin, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, images, partner, lam, std)
+    ctx.mode, ctx.lam_margin = mode, lam_margin
+
+
+def _backward(ctx, grad_mixed, grad_mean, grad_square_mean):
+    grad_logits = mask_blend_backward(
+        grad_mixed, grad_mean, grad_square_mean, *ctx.saved_tensors, ctx.mode, ctx.lam_margin
+    )
+    return grad_logits, *[None] * 8
+
+
+mask_blend.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,669 @@
+"""Mask logits of each image with its partner, without the N x N scores in memory: Triton kernels and the torch op.
+
+With y = projection, v = value, p = partner[b], a = lam[b] * query_lambda + query_bias:
+
+    S[b, i, j]   = (y[b, i] . y[p, j] + u[b, j]) / sqrt(D)                 u[b, j] = a[b] . y[p, j]
+    m[b, i]      = sum_j softmax_j(S[b, i, j]) * v[p, j]
+    logits[b, i] = m[b, i] + (1 - lam[b]) * value_lambda + value_bias
+
+u comes from a small kernel of its own, so that every operand of a matrix product goes from memory to the matrix units
+untouched, and the backward's transposed product sees the very same scores. Saved for the backward: the inputs, u, m and
+the base-2 logarithm of the softmax's denominator, [B, N] each. The backward recomputes the probabilities P; as the
+value has one channel, its gradient of the scores needs neither a product nor a pass of its own (g = grad_logits):
+
+    dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - m[b, i]) / sqrt(D)
+    dv[p, j]    = sum_b sum_i P[b, i, j] * g[b, i]                         over every b whose partner is p
+    dy          = (image as query)  sum_j dS[b, i, j] * y[p, j]
+                + (image as key)    sum_b sum_i dS[b, i, j] * (y[b, i] + a[b])
+
+One program owns some rows of one image's gradient and adds up both roles, one after the other, so nothing is summed by
+atomics and the result is the same bits every time. It finds the pairs that name its image by scanning `partner`: any
+mapping will do, not only permutations.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class Tile(NamedTuple):
+    """How one program is cut: `rows` x `columns` scores, `width` channels at a time, and what runs it."""
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def _load_rows(base_ptr, rows, columns, N: tl.constexpr, D: tl.constexpr, STRIDE_N: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, columns] of one image's [N, D] projection, zero outside; EVEN: no column lies outside."""
+    pointers = base_ptr + rows[:, None] * STRIDE_N + columns[None, :]
+    mask = rows[:, None] < N
+    if not EVEN:
+        mask = mask & (columns[None, :] < D)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _query_offset(
+    query_lambda_ptr, query_bias_ptr, lam, columns, D: tl.constexpr, HAS_LAMBDA: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """a[b] at these columns, float32."""
+    offset = tl.zeros(columns.shape, tl.float32)
+    if HAS_LAMBDA:
+        offset += lam * tl.load(query_lambda_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(query_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+    return offset
+
+
+@triton.jit
+def _key_offset_kernel(
+    projection_ptr,
+    partner_ptr,
+    lam_ptr,
+    query_lambda_ptr,
+    query_bias_ptr,
+    key_offset_ptr,
+    stride_b,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """u[b, j]. Grid: (tiles of rows, images)."""
+    image = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    partner = tl.load(partner_ptr + image).to(tl.int64)
+    offset = _query_offset(query_lambda_ptr, query_bias_ptr, tl.load(lam_ptr + image), columns, D, HAS_LAMBDA, HAS_BIAS)
+    keys = _load_rows(projection_ptr + partner * stride_b, rows, columns, N, D, STRIDE_N, D == BLOCK_D)
+    key_offset = tl.sum(keys.to(tl.float32) * offset[None, :], axis=1)
+    tl.store(key_offset_ptr + image * N + rows, key_offset, mask=rows < N)
+
+
+@triton.jit
+def _scores(
+    left_base,
+    left_rows,
+    right_base,
+    right_rows,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """left . right^T over all channels, float32 [BLOCK_M, BLOCK_N]; rows outside the image count as zero."""
+    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        columns = start_d + tl.arange(0, BLOCK_D)
+        left = _load_rows(left_base, left_rows, columns, N, D, STRIDE_N, D % BLOCK_D == 0)  # [BLOCK_M, BLOCK_D]
+        right = _load_rows(right_base, right_rows, columns, N, D, STRIDE_N, D % BLOCK_D == 0)  # [BLOCK_N, BLOCK_D]
+        scores = tl.dot(left, tl.trans(right), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _mask_keys(scores, key_offset_ptr, keys, N: tl.constexpr, HAS_OFFSET: tl.constexpr):
+    """Adds u to the scores, and -inf where a key lies outside the image."""
+    if HAS_OFFSET:
+        scores += tl.load(key_offset_ptr + keys, mask=keys < N, other=float("-inf"))[None, :]
+    else:
+        scores = tl.where((keys < N)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _forward_kernel(
+    projection_ptr,
+    value_ptr,
+    partner_ptr,
+    lam_ptr,
+    key_offset_ptr,
+    value_lambda_ptr,
+    value_bias_ptr,
+    logits_ptr,
+    attended_ptr,
+    lse_ptr,
+    stride_b,
+    stride_value_b,
+    scale,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_VALUE_N: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    HAS_VALUE_LAMBDA: tl.constexpr,
+    HAS_VALUE_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Online softmax over the partner's positions. Grid: (tiles of rows, images)."""
+    image = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    partner = tl.load(partner_ptr + image).to(tl.int64)
+    own_base = projection_ptr + image * stride_b
+    key_base = projection_ptr + partner * stride_b
+
+    running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    denominator = tl.zeros([BLOCK_M], tl.float32)
+    numerator = tl.zeros([BLOCK_M], tl.float32)
+    for start_n in range(0, N, BLOCK_N):
+        keys = start_n + tl.arange(0, BLOCK_N)
+        key_mask = keys < N
+        scores = _scores(own_base, rows, key_base, keys, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        scores = _mask_keys(scores, key_offset_ptr + image * N, keys, N, HAS_OFFSET) * (scale * LOG2_E)
+        value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
+        value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)  # [BLOCK_N]
+
+        new_max = tl.maximum(running_max, tl.max(scores, axis=1))
+        decay = tl.exp2(running_max - new_max)
+        weights = tl.exp2(scores - new_max[:, None])
+        denominator = denominator * decay + tl.sum(weights, axis=1)
+        numerator = numerator * decay + tl.sum(weights * value[None, :], axis=1)
+        running_max = new_max
+
+    attended = numerator / denominator
+    constant = 0.0
+    if HAS_VALUE_LAMBDA:
+        constant += (1 - tl.load(lam_ptr + image)) * tl.load(value_lambda_ptr).to(tl.float32)
+    if HAS_VALUE_BIAS:
+        constant += tl.load(value_bias_ptr).to(tl.float32)
+    outputs = image * N + rows
+    tl.store(logits_ptr + outputs, attended + constant, mask=rows < N)
+    tl.store(attended_ptr + outputs, attended, mask=rows < N)
+    tl.store(lse_ptr + outputs, running_max + tl.log2(denominator), mask=rows < N)
+
+
+@triton.jit
+def _next_pair(partner_ptr, image, previous, batch, BLOCK_B: tl.constexpr):
+    """The lowest pair above `previous` whose partner is `image`; at least `batch` if there is none."""
+    pairs = tl.arange(0, BLOCK_B)
+    partners = tl.load(partner_ptr + pairs, mask=pairs < batch, other=-1)
+    return tl.min(tl.where((partners == image) & (pairs > previous), pairs, BLOCK_B), axis=0).to(tl.int64)
+
+
+@triton.jit
+def _backward_kernel(
+    projection_ptr,
+    value_ptr,
+    partner_ptr,
+    lam_ptr,
+    query_lambda_ptr,
+    query_bias_ptr,
+    key_offset_ptr,
+    attended_ptr,
+    lse_ptr,
+    grad_ptr,
+    unit_ptr,
+    grad_projection_ptr,
+    grad_value_ptr,
+    grad_offset_ptr,
+    grad_sum_ptr,
+    stride_b,
+    stride_value_b,
+    scale,
+    batch,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_VALUE_N: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_UNIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows of one image's gradient: as queries of its own pair, then as keys of every pair that names it.
+
+    Grid: (tiles of rows, images). The scores' gradient of one role stays in registers while its product runs over the
+    channels; each role (and each BLOCK_N columns of it) is added to what this same program wrote before. grad_offset[b,
+    tile] gets the tile's part of the gradient of a[b], grad_sum[b, tile] its sum of grad_logits. unit[b] is a power of
+    two near the largest dS of pair b: divided by it, dS stays within float16's range; other types need none.
+    """
+    HAS_OFFSET: tl.constexpr = HAS_LAMBDA or HAS_BIAS
+    EVEN: tl.constexpr = D % BLOCK_D == 0
+    row_tile = tl.program_id(0)
+    image = tl.program_id(1).to(tl.int64)
+    tile = image * tl.num_programs(0) + row_tile
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < N
+    own_base = projection_ptr + image * stride_b
+    output_base = grad_projection_ptr + image * (N * D)
+
+    partner = tl.load(partner_ptr + image).to(tl.int64)
+    # An infinite denominator: rows outside the image have probability zero, and add nothing to the sums over rows.
+    lse = tl.load(lse_ptr + image * N + rows, mask=row_mask, other=float("inf"))
+    attended = tl.load(attended_ptr + image * N + rows, mask=row_mask, other=0.0)
+    grad = tl.load(grad_ptr + image * N + rows, mask=row_mask, other=0.0)
+    tl.store(grad_sum_ptr + tile, tl.sum(grad, axis=0))
+    unit = 1.0
+    if HAS_UNIT:
+        unit = tl.load(unit_ptr + image)
+    for start_n in range(0, N, BLOCK_N):
+        keys = start_n + tl.arange(0, BLOCK_N)
+        key_mask = keys < N
+        key_base = projection_ptr + partner * stride_b
+        scores = _scores(own_base, rows, key_base, keys, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+        scores = _mask_keys(scores, key_offset_ptr + image * N, keys, N, HAS_OFFSET)
+        value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
+        value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)
+        probability = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
+        grad_scores = probability * (value[None, :] - attended[:, None]) * (grad * (scale / unit))[:, None]
+        grad_scores = grad_scores.to(projection_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
+        for start_d in range(0, D, BLOCK_D):
+            columns = start_d + tl.arange(0, BLOCK_D)
+            column_mask = columns < D
+            key = _load_rows(key_base, keys, columns, N, D, STRIDE_N, EVEN)  # [BLOCK_N, BLOCK_D]
+            product = tl.dot(grad_scores, key, input_precision=PRECISION) * unit
+            if HAS_OFFSET:
+                offset_pointers = grad_offset_ptr + tile * D + columns
+                offset_sum = tl.sum(product, axis=0)
+                if start_n > 0:
+                    offset_sum += tl.load(offset_pointers, mask=column_mask, other=0.0)
+                tl.store(offset_pointers, offset_sum, mask=column_mask)
+            pointers = output_base + rows[:, None] * D + columns[None, :]
+            mask = row_mask[:, None] & column_mask[None, :]
+            if start_n > 0:
+                product += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+            tl.store(pointers, product.to(grad_projection_ptr.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # what is stored here is read again below, not always by the same thread
+
+    value_pointers = value_ptr + image * stride_value_b + rows * STRIDE_VALUE_N
+    own_value = tl.load(value_pointers, mask=row_mask, other=0.0).to(tl.float32)
+    grad_value = tl.zeros([BLOCK_M], tl.float32)
+    pair = _next_pair(partner_ptr, image, -1, batch, BLOCK_B)
+    while pair < batch:
+        lam = tl.load(lam_ptr + pair)
+        if HAS_UNIT:
+            unit = tl.load(unit_ptr + pair)
+        for start_n in range(0, N, BLOCK_N):
+            queries = start_n + tl.arange(0, BLOCK_N)
+            query_mask = queries < N
+            query_base = projection_ptr + pair * stride_b
+            scores = _scores(own_base, rows, query_base, queries, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
+            if HAS_OFFSET:
+                scores += tl.load(key_offset_ptr + pair * N + rows, mask=row_mask, other=0.0)[:, None]
+            query_lse = tl.load(lse_ptr + pair * N + queries, mask=query_mask, other=float("inf"))
+            query_attended = tl.load(attended_ptr + pair * N + queries, mask=query_mask, other=0.0)
+            query_grad = tl.load(grad_ptr + pair * N + queries, mask=query_mask, other=0.0)
+            probability = tl.exp2(scores * (scale * LOG2_E) - query_lse[None, :])
+            weighted = probability * query_grad[None, :]
+            grad_value += tl.sum(weighted, axis=1)
+            grad_scores = weighted * ((own_value[:, None] - query_attended[None, :]) * (scale / unit))
+            offset_weight = tl.sum(grad_scores, axis=1) * unit
+            grad_scores = grad_scores.to(projection_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N], transposed dS
+            for start_d in range(0, D, BLOCK_D):
+                columns = start_d + tl.arange(0, BLOCK_D)
+                query = _load_rows(query_base, queries, columns, N, D, STRIDE_N, EVEN)  # [BLOCK_N, BLOCK_D]
+                product = tl.dot(grad_scores, query, input_precision=PRECISION) * unit
+                if HAS_OFFSET:
+                    offset = _query_offset(query_lambda_ptr, query_bias_ptr, lam, columns, D, HAS_LAMBDA, HAS_BIAS)
+                    product += offset_weight[:, None] * offset[None, :]
+                pointers = output_base + rows[:, None] * D + columns[None, :]
+                mask = row_mask[:, None] & (columns < D)[None, :]
+                product += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                tl.store(pointers, product.to(grad_projection_ptr.dtype.element_ty), mask=mask)
+            tl.debug_barrier()
+        pair = _next_pair(partner_ptr, image, pair, batch, BLOCK_B)
+    tl.store(grad_value_ptr + image * N + rows, grad_value.to(grad_value_ptr.dtype.element_ty), mask=row_mask)
+
+
+@triton.jit
+def _parameter_grad_kernel(
+    grad_offset_ptr,
+    grad_sum_ptr,
+    lam_ptr,
+    grad_query_ptr,
+    grad_constant_ptr,
+    PARTIALS: tl.constexpr,
+    TILES: tl.constexpr,
+    D: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums of the tiles' parts in a fixed order: grad_query[0] weighted by lam, [1] plain; grad_constant likewise.
+
+    Grid: (chunks of channels,). The value's constants are one number each; the first program adds them up as well.
+    """
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column_mask = columns < D
+    by_lambda = tl.zeros([BLOCK_D], tl.float32)
+    plain = tl.zeros([BLOCK_D], tl.float32)
+    value_by_lambda = 0.0
+    value_plain = 0.0
+    for start in range(0, PARTIALS, BLOCK_P):
+        indices = start + tl.arange(0, BLOCK_P)
+        mask = indices < PARTIALS
+        lam = tl.load(lam_ptr + indices // TILES, mask=mask, other=0.0)
+        grad_sum = tl.load(grad_sum_ptr + indices, mask=mask, other=0.0)
+        value_by_lambda += tl.sum((1 - lam) * grad_sum, axis=0)
+        value_plain += tl.sum(grad_sum, axis=0)
+        if HAS_OFFSET:
+            pointers = grad_offset_ptr + indices.to(tl.int64)[:, None] * D + columns[None, :]
+            part = tl.load(pointers, mask=mask[:, None] & column_mask[None, :], other=0.0)  # [BLOCK_P, BLOCK_D]
+            by_lambda += tl.sum(lam[:, None] * part, axis=0)
+            plain += tl.sum(part, axis=0)
+    if HAS_OFFSET:
+        tl.store(grad_query_ptr + columns, by_lambda, mask=column_mask)
+        tl.store(grad_query_ptr + D + columns, plain, mask=column_mask)
+    if tl.program_id(0) == 0:
+        tl.store(grad_constant_ptr, value_by_lambda)
+        tl.store(grad_constant_ptr + 1, value_plain)
+
+
+def forward_tile(architecture: str, itemsize: int, positions: int, channels: int) -> Tile:
+    """The forward's tile, without register spills. `architecture`: "sm80", "sm90", "sm100" (or later) or "hip"."""
+    if itemsize == 4:
+        tile = Tile(rows=64, columns=64, width=32, warps=4, stages=2)
+    elif architecture == "sm90":
+        tile = Tile(rows=128, columns=256, width=64, warps=8, stages=3)
+    elif architecture == "hip":
+        tile = Tile(rows=64, columns=128, width=64, warps=4, stages=2)
+    else:
+        tile = Tile(rows=128, columns=128, width=64, warps=8, stages=3 if architecture == "sm80" else 2)
+    return _fit(tile, positions, channels)
+
+
+def backward_tile(architecture: str, itemsize: int, positions: int, channels: int) -> Tile:
+    """The backward's tile: the largest for which no supported Triton runs out of registers."""
+    if itemsize == 4:
+        columns = 64 if architecture in ("sm90", "hip") else 32
+        tile = Tile(rows=64, columns=columns, width=32, warps=4, stages=2)
+    elif architecture == "sm90":
+        tile = Tile(rows=128, columns=256 if positions <= 256 else 128, width=32, warps=8, stages=3)
+    elif architecture == "hip":
+        tile = Tile(rows=64, columns=64, width=64, warps=4, stages=2)
+    else:
+        tile = Tile(rows=64, columns=128, width=64, warps=8, stages=2)
+    return _fit(tile, positions, channels)
+
+
+def _fit(tile: Tile, positions: int, channels: int) -> Tile:
+    """Shrinks a tile to small maps; 64 rows are the least that four warps share without repeating each other."""
+    rows = min(tile.rows, max(64, triton.next_power_of_2(positions)))
+    columns = min(tile.columns, max(16, triton.next_power_of_2(positions)))
+    width = min(tile.width, max(16, triton.next_power_of_2(channels)))
+    return Tile(rows, columns, width, max(4, tile.warps * rows // tile.rows), tile.stages)
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type == "cpu":  # the interpreter, which has no limits
+        return "sm90"
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability 8.0 or higher, and {torch.cuda.get_device_name(device)} has "
+            f"{major}.{minor}: choose the reference implementation"
+        )
+    return "sm80" if major == 8 else "sm90" if major == 9 else "sm100"
+
+
+def _precision(architecture: str) -> str:
+    # float32 keeps float32's accuracy: three tf32 products on NVIDIA's matrix units, AMD's have float32 themselves.
+    return "ieee" if architecture == "hip" else "tf32x3"
+
+
+def _rows_are_contiguous(projection: Tensor) -> Tensor:
+    return projection if projection.stride(2) == 1 else projection.contiguous()
+
+
+@torch.library.custom_op("automix::mix_attention", mutates_args=(), device_types="cuda")
+def mix_attention(
+    projection: Tensor,
+    value: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    query_lambda: Tensor | None,
+    query_bias: Tensor | None,
+    value_lambda: Tensor | None,
+    value_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, and for the backward: m, the base-2 log of the softmax's denominator, u; each [B, N] float32.
+
+    u is empty where neither lambda nor a bias enters the query.
+    """
+    with torch.cuda.device_of(projection):
+        return launch_forward(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias)
+
+
+def launch_forward(
+    projection: Tensor,
+    value: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    query_lambda: Tensor | None,
+    query_bias: Tensor | None,
+    value_lambda: Tensor | None,
+    value_bias: Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mix_attention` with a tile of one's choice."""
+    projection = _rows_are_contiguous(projection)
+    batch, positions, channels = projection.shape
+    architecture = _architecture(projection.device)
+    tile = tile or forward_tile(architecture, projection.element_size(), positions, channels)
+    logits, attended, lse = (value.new_empty(batch, positions, dtype=torch.float32) for _ in range(3))
+    has_offset = query_lambda is not None or query_bias is not None
+    key_offset = logits.new_empty(batch if has_offset else 0, positions)
+    if has_offset:
+        block_d = max(16, triton.next_power_of_2(channels))
+        block_m = max(1, 4096 // block_d)
+        _key_offset_kernel[(triton.cdiv(positions, block_m), batch)](
+            projection_ptr=projection,
+            partner_ptr=partner,
+            lam_ptr=lam,
+            query_lambda_ptr=query_lambda,
+            query_bias_ptr=query_bias,
+            key_offset_ptr=key_offset,
+            stride_b=projection.stride(0),
+            N=positions,
+            D=channels,
+            STRIDE_N=projection.stride(1),
+            HAS_LAMBDA=query_lambda is not None,
+            HAS_BIAS=query_bias is not None,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    _forward_kernel[(triton.cdiv(positions, tile.rows), batch)](
+        projection_ptr=projection,
+        value_ptr=value,
+        partner_ptr=partner,
+        lam_ptr=lam,
+        key_offset_ptr=key_offset,
+        value_lambda_ptr=value_lambda,
+        value_bias_ptr=value_bias,
+        logits_ptr=logits,
+        attended_ptr=attended,
+        lse_ptr=lse,
+        stride_b=projection.stride(0),
+        stride_value_b=value.stride(0),
+        scale=1 / math.sqrt(channels),
+        N=positions,
+        D=channels,
+        STRIDE_N=projection.stride(1),
+        STRIDE_VALUE_N=value.stride(1),
+        HAS_OFFSET=has_offset,
+        HAS_VALUE_LAMBDA=value_lambda is not None,
+        HAS_VALUE_BIAS=value_bias is not None,
+        PRECISION=_precision(architecture),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_D=tile.width,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return logits, attended, lse, key_offset
+
+
+@mix_attention.register_fake
+def _(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias):
+    batch, positions, _ = projection.shape
+    logits, attended, lse = (value.new_empty(batch, positions, dtype=torch.float32) for _ in range(3))
+    has_offset = query_lambda is not None or query_bias is not None
+    return logits, attended, lse, logits.new_empty(batch if has_offset else 0, positions)
+
+
+@torch.library.custom_op("automix::mix_attention_backward", mutates_args=(), device_types="cuda")
+def mix_attention_backward(
+    grad_logits: Tensor,
+    projection: Tensor,
+    value: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    query_lambda: Tensor | None,
+    query_bias: Tensor | None,
+    attended: Tensor,
+    lse: Tensor,
+    key_offset: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
+
+    The third is empty where neither lambda nor a bias enters the query.
+    """
+    with torch.cuda.device_of(projection):
+        return launch_backward(
+            grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset
+        )
+
+
+def launch_backward(
+    grad_logits: Tensor,
+    projection: Tensor,
+    value: Tensor,
+    partner: Tensor,
+    lam: Tensor,
+    query_lambda: Tensor | None,
+    query_bias: Tensor | None,
+    attended: Tensor,
+    lse: Tensor,
+    key_offset: Tensor,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mix_attention_backward` with a tile of one's choice."""
+    projection = _rows_are_contiguous(projection)
+    grad_logits = grad_logits.contiguous()
+    batch, positions, channels = projection.shape
+    architecture = _architecture(projection.device)
+    tile = tile or backward_tile(architecture, projection.element_size(), positions, channels)
+    row_tiles = triton.cdiv(positions, tile.rows)
+    has_offset = query_lambda is not None or query_bias is not None
+    # More than one block of columns is added up in memory, which is done in float32.
+    one_block = positions <= tile.columns
+    grad_projection = projection.new_empty(
+        batch, positions, channels, dtype=projection.dtype if one_block else torch.float32
+    )
+    grad_value = value.new_empty(batch, positions)
+    grad_offset = lse.new_empty(batch, row_tiles, channels)
+    grad_sum = lse.new_empty(batch, row_tiles)
+    grad_query = lse.new_empty(2 if has_offset else 0, channels)
+    grad_constant = lse.new_empty(2)
+    unit = None
+    if projection.dtype == torch.float16:
+        spread = (value.amax(dim=1) - value.amin(dim=1)).float()[partner]
+        largest = grad_logits.abs().amax(dim=1) * spread / math.sqrt(channels)
+        unit = torch.exp2(torch.frexp(largest).exponent.float())
+    _backward_kernel[(row_tiles, batch)](
+        projection_ptr=projection,
+        value_ptr=value,
+        partner_ptr=partner,
+        lam_ptr=lam,
+        query_lambda_ptr=query_lambda,
+        query_bias_ptr=query_bias,
+        key_offset_ptr=key_offset,
+        attended_ptr=attended,
+        lse_ptr=lse,
+        grad_ptr=grad_logits,
+        unit_ptr=unit,
+        grad_projection_ptr=grad_projection,
+        grad_value_ptr=grad_value,
+        grad_offset_ptr=grad_offset,
+        grad_sum_ptr=grad_sum,
+        stride_b=projection.stride(0),
+        stride_value_b=value.stride(0),
+        scale=1 / math.sqrt(channels),
+        batch=batch,
+        N=positions,
+        D=channels,
+        STRIDE_N=projection.stride(1),
+        STRIDE_VALUE_N=value.stride(1),
+        HAS_LAMBDA=query_lambda is not None,
+        HAS_BIAS=query_bias is not None,
+        HAS_UNIT=unit is not None,
+        PRECISION=_precision(architecture),
+        BLOCK_B=triton.next_power_of_2(batch),
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_D=tile.width,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    _parameter_grad_kernel[(triton.cdiv(channels, 32) if has_offset else 1,)](
+        grad_offset_ptr=grad_offset,
+        grad_sum_ptr=grad_sum,
+        lam_ptr=lam,
+        grad_query_ptr=grad_query,
+        grad_constant_ptr=grad_constant,
+        PARTIALS=batch * row_tiles,
+        TILES=row_tiles,
+        D=channels,
+        HAS_OFFSET=has_offset,
+        BLOCK_P=128,
+        BLOCK_D=32,
+        num_warps=4,
+    )
+    return grad_projection.to(projection.dtype), grad_value, grad_query, grad_constant
+
+
+@mix_attention_backward.register_fake
+def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset):
+    batch, positions, channels = projection.shape
+    has_offset = query_lambda is not None or query_bias is not None
+    return (
+        projection.new_empty(batch, positions, channels),
+        value.new_empty(batch, positions),
+        lse.new_empty(2 if has_offset else 0, channels),
+        lse.new_empty(2),
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias = inputs
+    _, attended, lse, key_offset = output
+    ctx.mark_non_differentiable(attended, lse, key_offset)
+    ctx.save_for_backward(projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset)
+    ctx.value_dtypes = [None if p is None else p.dtype for p in (value_lambda, value_bias)]
+
+
+def _backward(ctx, grad_logits, *_):
+    grad_projection, grad_value, grad_query, grad_constant = mix_attention_backward(grad_logits, *ctx.saved_tensors)
+    query_parameters = ctx.saved_tensors[4:6]
+    grad_query = [None if p is None else grad_query[i].to(p.dtype) for i, p in enumerate(query_parameters)]
+    grad_constant = [None if d is None else grad_constant[i : i + 1].to(d) for i, d in enumerate(ctx.value_dtypes)]
+    return grad_projection, grad_value, None, None, *grad_query, *grad_constant
+
+
+mix_attention.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,96 @@
+"""The momentum encoder's update in one launch per source dtype: a Triton kernel over a table of pointers.
+
+    target <- target + (1 - coefficient) * (source - target)        float32, in place
+
+Every program takes one chunk of one tensor and finds both by reading the table, which stays on the device from one step
+to the next: pointers of parameters do not change while training. A CUDA graph must be captured after the first call.
+"""
+
+from collections import OrderedDict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 8192
+_TABLES_KEPT = 8
+_tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
+
+
+@triton.jit
+def _lerp_kernel(
+    tensors_ptr,
+    chunks_ptr,
+    weight,
+    SOURCE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid: (chunks,). tensors[i] = (target pointer, source pointer, elements), chunks[c] = (i, first element)."""
+    chunk = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks_ptr + 2 * chunk)
+    start = tl.load(chunks_ptr + 2 * chunk + 1)
+    target_ptr = tl.load(tensors_ptr + 3 * tensor).to(tl.pointer_type(tl.float32))
+    source_ptr = tl.load(tensors_ptr + 3 * tensor + 1).to(tl.pointer_type(SOURCE))
+    elements = tl.load(tensors_ptr + 3 * tensor + 2)
+    if ALIGNED:
+        target_ptr = tl.multiple_of(target_ptr, 16)
+        source_ptr = tl.multiple_of(source_ptr, 16)
+        start = tl.multiple_of(start, 16)
+    for offset in range(0, CHUNK, BLOCK):
+        indices = start + offset + tl.arange(0, BLOCK)
+        mask = indices < elements
+        target = tl.load(target_ptr + indices, mask=mask)
+        source = tl.load(source_ptr + indices, mask=mask).to(tl.float32)
+        # From the nearer end, so that weights 0 and 1 are exact.
+        from_target = target + weight * (source - target)
+        from_source = source - (1 - weight) * (source - target)
+        updated = tl.where(weight < 0.5, from_target, from_source)
+        tl.store(target_ptr + indices, updated, mask=mask)
+
+
+@torch.library.custom_op("automix::momentum_update", mutates_args=("targets",), device_types="cuda")
+def momentum_update(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> None:
+    """Updates contiguous float32 targets from contiguous sources of the same sizes."""
+    with torch.cuda.device_of(targets[0]):
+        launch(targets, sources, coefficient)
+
+
+def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> None:
+    """What `momentum_update` does on a GPU."""
+    for dtype in dict.fromkeys(source.dtype for source in sources):
+        pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype and t.numel()]
+        if not pairs:
+            continue
+        tensors, chunks = _table(pairs)
+        _lerp_kernel[(len(chunks),)](
+            tensors_ptr=tensors,
+            chunks_ptr=chunks,
+            weight=1 - coefficient,
+            SOURCE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+            ALIGNED=all(tensor.data_ptr() % 16 == 0 for pair in pairs for tensor in pair),
+            BLOCK=1024,
+            CHUNK=CHUNK,
+            num_warps=4,
+        )
+
+
+def _table(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(tensors [n, 3], chunks [c, 2]) int64 on the device, made once for the same pointers and sizes."""
+    rows = tuple((target.data_ptr(), source.data_ptr(), target.numel()) for target, source in pairs)
+    key = (pairs[0][0].device, rows)
+    if key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key]
+    chunks = [(i, start) for i, (_, _, elements) in enumerate(rows) for start in range(0, elements, CHUNK)]
+    _tables[key] = tuple(torch.tensor(table, dtype=torch.int64, device=key[0]) for table in (rows, chunks))
+    if len(_tables) > _TABLES_KEPT:
+        _tables.popitem(last=False)
+    return _tables[key]
+
+
+@momentum_update.register_fake
+def _(targets, sources, coefficient):
+    return None
