@@ -1,0 +1,808 @@
+"""Writing and checking `.beton` files: labelled images -> one file in FFCV's format, with a manifest beside it.
+
+The file is FFCV's (version 2) with two fields, `image` (RGBImageField) and `label` (IntField), so that FFCV itself can
+read it. FFCV's own writer waits forever when one image cannot be read and can only store pixels that it encoded itself;
+this one lists broken images, keeps JPEG bytes that need no change, and gives the same bytes for any number of workers.
+
+    header | two field descriptions | one record per image | stored images | one sum per image | allocation table
+
+The sums lie in a gap that FFCV ignores; they are how training notices a damaged image before it trains on it.
+Nothing that looks finished exists before it is: the file is written under another name, synced and renamed, and the
+manifest, without which nothing reads the file, comes last.
+"""
+
+import ctypes
+import dataclasses
+import difflib
+import fcntl
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import re
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image
+from tqdm import tqdm
+
+FORMAT_VERSION = 1
+"""Version of the manifest and of the sums; FFCV's own format is version 2."""
+
+FFCV_VERSION = 2
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELDS = ((2, b"image"), (1, b"label"))  # FFCV's numbers for RGBImageField and IntField
+JPEG, RAW = 0, 1
+
+PAGE = 1 << 23
+"""Unit in bytes that FFCV's page-wise reading loads; no image crosses a multiple of it."""
+
+ALIGNMENT = 64
+"""Every stored image starts at a multiple of this, so that its sum can be taken in whole words."""
+
+SMART_RATIO = 4
+"""Mode "smart" stores a JPEG where it is at least this many times smaller than the pixels."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+Split = Literal["train", "val"]
+WriteMode = Literal["raw", "jpg", "proportion", "smart"]
+
+
+class BetonError(ValueError):
+    """A source, a .beton file or a manifest that cannot be used; the message says which, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a .beton file holds and how it was made; stored as JSON beside it."""
+
+    source: str
+    """The source as given to `prepare`."""
+    split: str
+    options: dict[str, Any]
+    """Storage options: write_mode, max_resolution, quality, skip_broken."""
+    count: int
+    """Number of images."""
+    classes: list[str]
+    """Class names; a label is an index into this list."""
+    class_counts: list[int]
+    """Images of each class."""
+    jpeg_count: int
+    """Images stored as JPEG; the others are raw pixels."""
+    height_range: tuple[int, int]
+    """Smallest and largest image height in pixels."""
+    width_range: tuple[int, int]
+    skipped: list[str]
+    """Images that were left out because they could not be read."""
+    file_size: int
+    checksum: str
+    """SHA-256 of the file."""
+    index_checksum: str
+    """SHA-256 of everything in the file but the stored images: cheap to check at every start."""
+    versions: dict[str, str]
+    """Software that wrote the file."""
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Source:
+    """Labelled images that `prepare` can read in any order, from several threads."""
+
+    classes: list[str]
+    labels: np.ndarray
+    """[count] int64, indices into classes."""
+    load: Callable[[int], bytes | Image.Image]
+    """Image number i: the bytes of an image file, or pixels. What it raises marks the image as broken."""
+    name: Callable[[int], str]
+    """What to call image number i in messages; its path where it has one."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no container, or its quota is "max"
+        return cores
+
+
+def open_source(source: str, split: Split) -> Source:
+    """Open `digits`, `imagefolder:PATH` (or an existing folder), `webdataset:SHARDS`, `cifar10:ROOT`, `cifar100:ROOT`,
+    `synthetic:COUNT[xSIZE][@CLASSES]`. Raises BetonError."""
+    kind, _, argument = source.partition(":")
+    if kind in SOURCES:
+        return SOURCES[kind](argument, split)
+    if Path(source).is_dir():
+        return _image_folder(source, split)
+    near = difflib.get_close_matches(kind, SOURCES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise BetonError(f"source {source!r}: expected an existing folder or one of {', '.join(SOURCES)}{hint}")
+
+
+def _digits(argument: str, split: Split) -> Source:
+    """scikit-learn's handwritten digits, 8x8 gray enlarged to 32x32 RGB; every fifth of a class is for validation."""
+    if argument:
+        raise BetonError(f"source 'digits:{argument}': digits takes no argument")
+    from sklearn.datasets import load_digits  # 1 s to import, needed by this source only
+
+    data = load_digits()
+    rank_in_class = np.zeros(len(data.target), np.int64)
+    for label in range(10):
+        rank_in_class[data.target == label] = np.arange(np.sum(data.target == label))
+    chosen = np.flatnonzero((rank_in_class % 5 == 4) == (split == "val"))
+    pixels = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
+
+    def load(i: int) -> Image.Image:
+        return Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BICUBIC)
+
+    return Source(
+        [str(d) for d in range(10)], data.target[chosen].astype(np.int64), load, lambda i: f"digit {chosen[i]}"
+    )
+
+
+def _image_folder(path: str, split: Split) -> Source:
+    """A folder with one subfolder per class; sorted names are the class ids. PATH/train and PATH/val win over PATH."""
+    root = Path(path)
+    if not root.is_dir():
+        raise BetonError(f"source 'imagefolder:{path}': no such folder; expected one with a subfolder per class")
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        root = root / split
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    if not classes:
+        raise BetonError(f"{root} has no subfolders; expected one per class, with the images inside")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = [
+            os.path.join(folder, file)
+            for folder, _, names in sorted(os.walk(root / name, onerror=_raise, followlinks=True))
+            for file in sorted(names)
+            if file.lower().endswith(IMAGE_SUFFIXES)
+        ]
+        if not found:
+            raise BetonError(f"{root / name} has no images ({' '.join(IMAGE_SUFFIXES)}); remove it or fill it")
+        files += found
+        labels += [label] * len(found)
+    return Source(classes, np.array(labels, np.int64), lambda i: Path(files[i]).read_bytes(), lambda i: files[i])
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _webdataset(pattern: str, split: Split) -> Source:
+    """WebDataset shards, a folder of .tar files or a glob pattern: an image and its .cls, a number, share a key."""
+    shards = sorted(glob.glob(str(Path(pattern) / "*.tar") if Path(pattern).is_dir() else pattern))
+    if not shards:
+        raise BetonError(f"source 'webdataset:{pattern}': no such .tar files; expected a folder or a pattern")
+    images, labels = [], []
+    for shard in shards:
+        images_of_shard, labels_of_shard = _read_shard(shard)
+        unpaired = images_of_shard.keys() ^ labels_of_shard.keys()
+        if unpaired:
+            raise BetonError(f"{shard}: sample {min(unpaired)!r} lacks its image or its .cls; expected both of each")
+        images += [(shard, *images_of_shard[key]) for key in images_of_shard]
+        labels += [labels_of_shard[key] for key in images_of_shard]
+    if not images or min(labels) < 0:
+        raise BetonError(f"{pattern}: expected images with class numbers from 0 on in {len(shards)} shard(s)")
+
+    def load(i: int) -> bytes:
+        shard, start, size, _ = images[i]
+        with open(shard, "rb") as file:
+            return os.pread(file.fileno(), size, start)
+
+    classes = [str(label) for label in range(max(labels) + 1)]
+    return Source(classes, np.array(labels, np.int64), load, lambda i: f"{images[i][0]}:{images[i][3]}")
+
+
+def _read_shard(shard: str) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
+    """Of an uncompressed tar file, by sample key: each image's (place, size, name), and each label."""
+    images, labels = {}, {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")  # WebDataset's rule: the key ends at the first dot of the name
+                key, suffix = f"{folder}/{stem}", "." + suffix.lower()
+                if member.isfile() and suffix in IMAGE_SUFFIXES:
+                    images[key] = (member.offset_data, member.size, member.name)
+                elif member.isfile() and suffix == ".cls":
+                    labels[key] = int(tar.extractfile(member).read())
+    except (tarfile.TarError, ValueError) as error:
+        raise BetonError(f"{shard} is not a readable, uncompressed WebDataset shard: {error}") from error
+    return images, labels
+
+
+def _cifar(name: Literal["CIFAR10", "CIFAR100"], root: str, split: Split) -> Source:
+    """CIFAR through torchvision, from local files."""
+    import torchvision  # slow to import, needed by this source only
+
+    dataset_class = getattr(torchvision.datasets, name)
+    try:
+        data = dataset_class(root or ".", train=split == "train", download=False)
+    except RuntimeError as error:
+        raise BetonError(
+            f"{name} is not in {root or '.'!r}: expected the folder {Path(root) / dataset_class.base_folder}, "
+            f"unpacked from {dataset_class.url}"
+        ) from error
+    labels = np.array(data.targets, np.int64)
+    return Source(list(data.classes), labels, lambda i: Image.fromarray(data.data[i]), lambda i: f"{name} {split} {i}")
+
+
+def _synthetic(argument: str, split: Split) -> Source:
+    """Generated images: ImageNet's shapes, or SIZE x SIZE; the class sets colours and the angle of a stripe pattern."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?(?:@(\d+))?", argument)
+    if not match or int(match[1]) < 1 or match[2] == "0" or match[3] == "0":
+        raise BetonError(
+            f"source 'synthetic:{argument}': expected synthetic:COUNT[xSIZE][@CLASSES], as synthetic:5000x256@100"
+        )
+    count, size, num_classes = int(match[1]), int(match[2] or 0), int(match[3] or 1000)
+    labels = np.arange(count, dtype=np.int64) % num_classes
+    classes = [f"class {c}" for c in range(num_classes)]
+    return Source(
+        classes, labels, lambda i: _synthetic_image(i, int(labels[i]), split, size), lambda i: f"synthetic {i}"
+    )
+
+
+def _synthetic_image(index: int, label: int, split: Split, size: int) -> Image.Image:
+    style = np.random.default_rng([label, 2])
+    colours = style.uniform(0, 255, (2, 3)).astype(np.float32)
+    angle, stripes = style.uniform(0, np.pi), style.uniform(2, 6)
+    random = np.random.default_rng([index, split == "val"])
+    shapes = ((375, 500), (375, 500), (333, 500), (500, 375), (500, 333), (500, 500))
+    height, width = (size, size) if size else shapes[random.integers(len(shapes))]
+
+    # Noise of every scale; the finest, a value per pixel, gives JPEGs the size that photographs of this shape have.
+    pixels = np.full((height, width, 3), 127.5, np.float32)
+    for cells, strength in ((4, 0.4), (12, 0.3), (40, 0.3), (120, 0.3), (max(height, width), 0.4)):
+        grid = random.integers(0, 256, (min(cells, height), min(cells, width), 3), np.uint8)
+        layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR)
+        pixels += strength * (np.asarray(layer) - np.float32(127.5))
+
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32) / max(height, width)
+    phase = 2 * np.pi * stripes * (np.cos(angle) * columns + np.sin(angle) * rows) + random.uniform(0, 2 * np.pi)
+    share = (0.5 + 0.5 * np.sin(phase))[..., None].astype(np.float32)
+    pixels = 0.5 * pixels + 0.5 * (share * colours[0] + (1 - share) * colours[1])
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+SOURCES: dict[str, Callable[[str, Split], Source]] = {
+    "digits": _digits,
+    "imagefolder": _image_folder,
+    "webdataset": _webdataset,
+    "cifar10": partial(_cifar, "CIFAR10"),
+    "cifar100": partial(_cifar, "CIFAR100"),
+    "synthetic": _synthetic,
+}
+
+
+class Stored(NamedTuple):
+    """One image as it goes into the file."""
+
+    mode: int
+    height: int
+    width: int
+    data: bytes
+    sum: int
+    label: int
+
+
+class Broken(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    split: Split = "train",
+    write_mode: WriteMode = "raw",
+    max_resolution: int | None = None,
+    quality: int = 90,
+    workers: int = 0,
+    skip_broken: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """Write a source's images to a .beton file with a manifest beside it, and return the manifest.
+
+    write_mode: "raw" pixels; "jpg"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least
+    four times smaller. max_resolution: images with a longer side are reduced to it (antialiased bicubic).
+    quality: of the JPEGs made here. workers: threads, 0 = one for each core that this process may use.
+    An image is read as torchvision reads it, `Image.open(...).convert("RGB")`: no EXIF rotation, first frame, alpha
+    dropped. A file that exists is replaced.
+
+    Raises BetonError for an unknown or missing source, for images that cannot be read (all of them are listed; with
+    skip_broken they are left out and named in the manifest) and for a file that cannot be written.
+    """
+    out = Path(out)
+    _check_options(out, split, write_mode, max_resolution, quality, workers)
+    try:
+        images = open_source(source, split)
+    except OSError as error:
+        raise BetonError(f"cannot read source {source!r}: {error}") from error
+    options = {
+        "write_mode": write_mode,
+        "max_resolution": max_resolution,
+        "quality": quality,
+        "skip_broken": skip_broken,
+    }
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(unfinished) as file:
+            records, skipped = _write_file(file, images, options, workers or usable_cores(), progress)
+            file_size = os.fstat(file.fileno()).st_size
+            manifest = Manifest(
+                source=source,
+                split=split,
+                options=options,
+                count=len(records),
+                classes=images.classes,
+                class_counts=np.bincount(records["label"], minlength=len(images.classes)).tolist(),
+                jpeg_count=int(np.sum(records["image"]["mode"] == JPEG)),
+                height_range=_range(records["image"]["height"]),
+                width_range=_range(records["image"]["width"]),
+                skipped=skipped,
+                file_size=file_size,
+                checksum=_checksum(file, file_size, progress),
+                index_checksum=_parse_index(file, file_size).checksum,
+                versions=_versions(),
+            )
+            os.replace(unfinished, out)  # until the manifest follows, an older one does not match and is refused
+            _write_synced(manifest_path(out), json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+    except OSError as error:
+        raise BetonError(f"cannot write {out}: {error.strerror or error}") from error
+    return manifest
+
+
+def _check_options(
+    out: Path, split: str, write_mode: str, max_resolution: int | None, quality: int, workers: int
+) -> None:
+    if out.suffix != ".beton":
+        raise BetonError(f"output {str(out)!r}: expected a name that ends in .beton")
+    if split not in ("train", "val"):
+        raise BetonError(f"split = {split!r}: expected train or val")
+    if write_mode not in ("raw", "jpg", "proportion", "smart"):
+        raise BetonError(f"write mode = {write_mode!r}: expected raw, jpg, proportion or smart")
+    if max_resolution is not None and not 1 <= max_resolution <= 65535:
+        raise BetonError(f"max resolution = {max_resolution}: expected 1 to 65535 pixels")
+    if not 1 <= quality <= 100:
+        raise BetonError(f"quality = {quality}: expected 1 to 100")
+    if workers < 0:
+        raise BetonError(f"workers = {workers}: expected 0 (one per core) or a number of threads")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """An empty file, open for reading and writing, that no other process writes; removed if the block raises."""
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except BlockingIOError:
+            mine = False
+        if not mine:
+            raise BetonError(f"{path} is being written by another process")
+        file.truncate()
+        try:
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _write_file(
+    file: BinaryIO, images: Source, options: dict[str, Any], workers: int, progress: bool
+) -> tuple[np.ndarray, list[str]]:
+    """Write the whole file and sync it; returns the records and the names of the images that were left out."""
+    count = len(images.labels)
+    records = np.zeros(count, RECORD)
+    allocations = np.zeros(count, ALLOCATION)
+    sums = np.zeros(count, np.uint64)
+    end = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + records.nbytes
+    page, kept, broken = PAGE, 0, []
+
+    encode = partial(_encode, images, options)
+    for stored in tqdm(_in_order(encode, count, workers), "write", count, unit="img", disable=not progress):
+        if isinstance(stored, Broken):
+            broken.append(stored)
+            continue
+        start, unit = _place(end, len(stored.data))
+        file.seek(start)
+        file.write(stored.data)
+        end, page = start + len(stored.data), max(page, unit)
+        records[kept] = ((stored.mode, stored.width, stored.height, start), stored.label)
+        allocations[kept] = (kept, start, len(stored.data))
+        sums[kept] = stored.sum
+        kept += 1
+    _judge(broken, count, options["skip_broken"])
+
+    records, allocations, sums = records[:kept], allocations[:kept], sums[:kept]
+    sums_start = _align(end, ALIGNMENT)
+    file.seek(sums_start)
+    file.write(sums.tobytes() + allocations.tobytes())
+    file.seek(0)
+    file.write(_head(page, kept, sums_start + sums.nbytes) + records.tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+    return records, [image.name for image in broken]
+
+
+def _in_order(function: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
+    """function(0), function(1), ... computed by threads, of which a few results at most wait in memory."""
+    pool = ThreadPoolExecutor(workers)
+    pending: deque = deque()
+    try:
+        for i in range(count):
+            pending.append(pool.submit(function, i))
+            if len(pending) >= 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _place(end: int, size: int) -> tuple[int, int]:
+    """Where an image of this size goes after `end`, and the page size it needs.
+
+    It may not cross a multiple of the page size. A multiple of a larger power of two is one of every smaller too, so
+    images larger than a page only raise the file's page size and leave the others where they are.
+    """
+    unit = max(PAGE, 1 << (size - 1).bit_length())
+    start = _align(end, ALIGNMENT)
+    if start // unit != (start + size - 1) // unit:
+        start = _align(start, unit)
+    return start, unit
+
+
+def _align(offset: int, unit: int) -> int:
+    return -(-offset // unit) * unit
+
+
+def _encode(images: Source, options: dict[str, Any], i: int) -> Stored | Broken:
+    """Image number i in the form in which it is stored."""
+    try:
+        loaded = images.load(i)
+        image = Image.open(io.BytesIO(loaded)) if isinstance(loaded, bytes) else loaded
+        mode, height, width, data = _stored_form(loaded, image, options, i)
+        return Stored(mode, height, width, data, word_sum(data), int(images.labels[i]))
+    except BetonError:
+        raise
+    except Exception as error:  # on damaged files PIL raises nearly anything; all of it says: unreadable
+        return Broken(images.name(i), f"{type(error).__name__}: {error}")
+
+
+def _stored_form(
+    loaded: bytes | Image.Image, image: Image.Image, options: dict[str, Any], i: int
+) -> tuple[int, int, int, bytes]:
+    """(mode, height, width, data) of one image."""
+    limit = options["max_resolution"] or 65535
+    mode = options["write_mode"]
+    wants_jpeg = mode in ("jpg", "smart") or (mode == "proportion" and i % 2 == 1)
+    width, height = image.size
+    fits = max(width, height) <= limit
+
+    jpeg = None
+    if wants_jpeg and fits and image.format in ("JPEG", "MPO") and _decodes(loaded, height, width):
+        jpeg = loaded
+        if mode == "jpg" or mode == "proportion":
+            return JPEG, height, width, jpeg
+
+    image = image.convert("RGB")
+    if not fits:
+        if options["max_resolution"] is None:
+            raise ValueError(f"{width} x {height} pixels; the largest side that the format holds is {limit}")
+        scale = limit / max(width, height)
+        width, height = max(1, round(width * scale)), max(1, round(height * scale))
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if wants_jpeg and jpeg is None:
+        jpeg = _encode_jpeg(image, options["quality"])
+    if jpeg is not None and (mode != "smart" or SMART_RATIO * len(jpeg) <= 3 * height * width):
+        return JPEG, height, width, jpeg
+    return RAW, height, width, image.tobytes()
+
+
+def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    # Into a descriptor Pillow encodes without holding the interpreter's lock, into a BytesIO it holds it.
+    with open(os.memfd_create("jpeg"), "w+b") as file:
+        image.save(file, "JPEG", quality=quality)
+        file.seek(0)
+        return file.read()
+
+
+def _decodes(jpeg: bytes, height: int, width: int) -> bool:
+    """Whether the decoder that training uses reads these bytes without complaint; not if CMYK, nor if damaged."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    decode = _libffcv().imdecode
+    return decode(jpeg, len(jpeg), height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False) == 0
+
+
+@cache
+def _libffcv() -> ctypes.CDLL:
+    """FFCV's compiled part alone; importing the package takes seconds and changes torch's thread count."""
+    spec = importlib.util.find_spec("ffcv")
+    if spec is None:
+        raise BetonError(
+            "FFCV is not installed, and JPEG storage needs its decoder; `automix doctor` says how to get it"
+        )
+    library = ctypes.CDLL(str(next(Path(spec.submodule_search_locations[0]).glob("_libffcv*.so"))))
+    word, pointer, flag = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_bool
+    library.imdecode.argtypes = [pointer, ctypes.c_uint64, word, word, pointer, *[word] * 6, flag, flag]
+    return library
+
+
+def _judge(broken: list[Broken], count: int, skip_broken: bool) -> None:
+    """Raise if images could not be read and may not be left out, or if none is left."""
+    if len(broken) == count or (broken and not skip_broken):
+        lines = [f"  {image.name}: {image.reason}" for image in broken[:100]]
+        more = [f"  ... and {len(broken) - 100} more"] if len(broken) > 100 else []
+        advice = (
+            "every one of them"
+            if len(broken) == count
+            else "repair or remove them, or leave them out with --skip-broken"
+        )
+        raise BetonError("\n".join([f"{len(broken)} of {count} images cannot be read; {advice}:", *lines, *more]))
+
+
+def _head(page: int, count: int, table_start: int) -> bytes:
+    header = np.array((FFCV_VERSION, len(FIELDS), page, count, table_start), HEADER)
+    fields = np.zeros(len(FIELDS), FIELD)
+    for field, (type_id, name) in zip(fields, FIELDS, strict=True):
+        field["type_id"] = type_id
+        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+    return header.tobytes() + fields.tobytes()
+
+
+def _range(values: np.ndarray) -> tuple[int, int]:
+    return int(values.min()), int(values.max())
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "automix-dist": importlib.metadata.version("automix-dist"),
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _write_synced(path: Path, text: str) -> None:
+    """Write a small file so that it exists whole or not at all, also after a power cut."""
+    unfinished = path.with_name(path.name + ".partial")
+    with open(unfinished, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def word_sum(data: bytes) -> int:
+    """A 64-bit sum of the data's words, each folded and weighted by its place; data is taken as padded with zeros to
+    whole words. Any change within one word changes it."""
+    words = np.frombuffer(data + bytes(-len(data) % 8), "<u8")
+    weights = np.arange(1, 2 * len(words), 2, dtype=np.uint64)
+    return int(np.dot(words ^ (words >> np.uint64(32)), weights))
+
+
+class Index(NamedTuple):
+    """Everything in a .beton file but the stored images."""
+
+    records: np.ndarray
+    """[count] RECORD: storage mode, size, place and label of each image."""
+    sums: np.ndarray
+    """[count] uint64: word_sum of each stored image."""
+    sizes: np.ndarray
+    """[count] uint64: bytes of each stored image."""
+    checksum: str
+    """SHA-256 of the bytes that make up the index."""
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a .beton file lies: beside it, with .json added."""
+    path = Path(path)
+    return path.with_name(path.name + ".json")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a .beton file. Raises BetonError if there is none or it cannot be read."""
+    file = manifest_path(path)
+    try:
+        values = json.loads(file.read_text())
+        version = values["format_version"]
+        if version != FORMAT_VERSION:
+            raise BetonError(
+                f"{file} has format {version}, this version reads {FORMAT_VERSION}; run automix prepare again"
+            )
+        for key in ("height_range", "width_range"):
+            values[key] = tuple(values[key])
+        return Manifest(**values)
+    except FileNotFoundError as error:
+        raise BetonError(
+            f"{path} has no manifest {file.name} beside it: its writing was interrupted, or another "
+            "program wrote it; run automix prepare again"
+        ) from error
+    except OSError as error:
+        raise BetonError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, BetonError):
+            raise
+        raise BetonError(f"{file} is not a manifest ({error}); run automix prepare again") from error
+
+
+def read_index(path: Path) -> Index:
+    """Read and check everything in a .beton file but the stored images. Raises BetonError."""
+    try:
+        with open(path, "rb") as file:
+            return _parse_index(file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise BetonError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse_index(file: BinaryIO, file_size: int) -> Index:
+    """The index of an open file, with every pointer in it proven to stay inside the file. Raises BetonError."""
+
+    def refuse(what: str) -> BetonError:
+        return BetonError(f"{file.name} {what}; write it with automix prepare")
+
+    head_size = HEADER.itemsize + len(FIELDS) * FIELD.itemsize
+    file.seek(0)
+    head = file.read(head_size)
+    if len(head) < head_size:
+        raise refuse(f"is not a .beton file: {file_size} bytes are too few for a header")
+    header = np.frombuffer(head, HEADER, 1)[0]
+    count, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    if header["version"] != FFCV_VERSION:
+        raise refuse(f"is not a .beton file of FFCV format {FFCV_VERSION} (its header says {header['version']})")
+    if head != _head(int(header["page_size"]), count, table_start):
+        raise refuse("has other fields than image and label")
+    sums_start = table_start - 8 * count
+    if (
+        count < 1
+        or table_start + count * ALLOCATION.itemsize != file_size
+        or sums_start < head_size + count * RECORD.itemsize
+    ):
+        raise refuse(
+            f"is torn or damaged: its header places the tables of {count} images outside of its {file_size} bytes"
+        )
+
+    records_bytes = file.read(count * RECORD.itemsize)
+    file.seek(sums_start)
+    tables = file.read(file_size - sums_start)
+    records = np.frombuffer(records_bytes, RECORD)
+    sums = np.frombuffer(tables, "<u8", count)
+    allocations = np.frombuffer(tables, ALLOCATION, count, offset=8 * count)
+    image, start, size = records["image"], records["image"]["data_ptr"], allocations["size"]
+    pixels = 3 * image["height"].astype(np.uint64) * image["width"]
+    sound = (
+        (allocations["sample_id"] == np.arange(count, dtype=np.uint64))
+        & (allocations["ptr"] == start)
+        & (start >= np.uint64(head_size + len(records_bytes)))
+        & (start % ALIGNMENT == 0)
+        & (start <= np.uint64(sums_start))
+        & (size <= np.uint64(sums_start) - start)
+        & (size > 0)
+        & (pixels > 0)
+        & ((image["mode"] == JPEG) | ((image["mode"] == RAW) & (size == pixels)))
+    )
+    if not sound.all():
+        raise refuse(f"is damaged: the record of image {np.argmin(sound)} contradicts itself")
+    checksum = hashlib.sha256(head + records_bytes + tables).hexdigest()
+    return Index(records, sums, size, checksum)
+
+
+def check(path: Path) -> Manifest:
+    """Check at start-up, without reading the stored images, that a file is whole and its manifest's; returns it.
+
+    Raises BetonError if file or manifest is missing, torn, damaged, foreign or does not belong to the other.
+    """
+    return load(path)[0]
+
+
+def load(path: Path) -> tuple[Manifest, Index]:
+    """Manifest and index of a file, checked as `check` does. Raises BetonError."""
+    path = Path(path)
+    if not path.is_file():
+        raise BetonError(f"{path} does not exist; write it with automix prepare")
+    manifest = read_manifest(path)
+    size = path.stat().st_size
+    if size != manifest.file_size:
+        raise BetonError(
+            f"{path} has {size} bytes, its manifest says {manifest.file_size}: it is torn or belongs to "
+            "another manifest; copy it again or run automix prepare again"
+        )
+    index = read_index(path)
+    if index.checksum != manifest.index_checksum or len(index.records) != manifest.count:
+        raise BetonError(
+            f"{path} is not the file that its manifest describes, or is damaged; "
+            "copy both again or run automix prepare again"
+        )
+    labels = index.records["label"]
+    if labels.min() < 0 or labels.max() >= len(manifest.classes):
+        raise BetonError(f"{path} has labels outside 0 .. {len(manifest.classes) - 1}; run automix prepare again")
+    return manifest, index
+
+
+def verify(path: Path, *, workers: int = 0, progress: bool = False) -> Manifest:
+    """Check everything: `check`, the file's checksum, and that each image decodes to its size; returns the manifest.
+
+    Raises BetonError, naming up to 100 damaged images.
+    """
+    path = Path(path)
+    manifest, index = load(path)
+    data = np.memmap(path, np.uint8, "r")
+
+    def sample_is_sound(i: int) -> bool:
+        image = index.records["image"][i]
+        start = int(image["data_ptr"])
+        stored = data[start : start + int(index.sizes[i])].tobytes()
+        whole = word_sum(stored) == int(index.sums[i])
+        return whole and (image["mode"] == RAW or _decodes(stored, int(image["height"]), int(image["width"])))
+
+    workers = workers or usable_cores()
+    results = _in_order(sample_is_sound, manifest.count, workers)
+    bad = [
+        i
+        for i, sound in enumerate(tqdm(results, "verify", manifest.count, unit="img", disable=not progress))
+        if not sound
+    ]
+    if bad:
+        shown = ", ".join(map(str, bad[:100])) + (", ..." if len(bad) > 100 else "")
+        raise BetonError(
+            f"{path}: {len(bad)} of {manifest.count} images are damaged ({shown}); run automix prepare again"
+        )
+    with open(path, "rb") as file:
+        checksum = _checksum(file, manifest.file_size, progress)
+    if checksum != manifest.checksum:
+        raise BetonError(
+            f"{path} is damaged outside of its images: its checksum is {checksum}, the manifest says "
+            f"{manifest.checksum}; copy it again or run automix prepare again"
+        )
+    return manifest
+
+
+def _checksum(file: BinaryIO, size: int, progress: bool) -> str:
+    digest = hashlib.sha256()
+    file.seek(0)
+    with tqdm(desc="checksum", total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        while block := file.read(PAGE):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()

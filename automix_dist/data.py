@@ -1,0 +1,370 @@
+"""Loaders: which images each rank sees, in which order, and how they reach the device.
+
+FFCV's operations decode and crop (augment.py); what drives them is here. FFCV's own loader thread leaves the consumer
+waiting forever when an operation fails, writes the next batch over one that is still in use, and outlives an epoch that
+is left early. Here every batch owns its memory, one daemon thread per loader computes batches as futures, and a future
+delivers its exception.
+"""
+
+import contextlib
+import os
+import queue
+import sys
+import threading
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from automix_dist import beton
+from automix_dist.config import ConfigError, DataConfig
+
+STALL_SECONDS = 300.0
+"""A batch that takes longer than this (compilation included) is reported as a stall."""
+
+EXIT_SECONDS = 10.0
+"""How long the end of a loader, or of the process, waits for the batch in the making."""
+
+_COMPILED_LOOPS = threading.Lock()
+"""One loader at a time runs compiled loops: numba's simplest threading layer ends the process otherwise."""
+
+
+class LoaderError(RuntimeError):
+    """A sample that cannot be decoded, or a loader that no longer delivers; the message names the sample or place."""
+
+
+class Batch(NamedTuple):
+    """One micro batch of one rank. Its memory is its own: it may be kept, changed and passed on."""
+
+    images: Tensor
+    """[B, H, W, 3] uint8."""
+    labels: Tensor
+    """[B] int64."""
+    indices: Tensor
+    """[B] int64, the samples' numbers in the file."""
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0 .. count - 1, [count] int64, that depends on seed and epoch only.
+
+    Sorting by a hash of our own keeps it the same in all versions of numpy, so that any old run can be resumed.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    key = _mix(_mix(np.array([seed], np.uint64) + step) + np.uint64(epoch) + step)
+    return np.argsort(_mix(key + step * np.arange(1, count + 1, dtype=np.uint64)), kind="stable")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Splitmix64's mixing of 64 bits, on uint64 arrays."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def rank_batches(order: np.ndarray, batch_size: int, accumulation_steps: int, world_size: int, rank: int) -> np.ndarray:
+    """The micro batches of one rank, [steps, accumulation_steps, micro batch size], rows of samples from `order`.
+
+    Step s takes order[s * batch_size : (s + 1) * batch_size], whatever the world size; micro step a of rank r takes
+    slice a * world_size + r of it. An incomplete last batch is left out.
+    """
+    steps = len(order) // batch_size
+    micro = batch_size // (accumulation_steps * world_size)
+    return order[: steps * batch_size].reshape(steps, accumulation_steps, world_size, micro)[:, :, rank]
+
+
+class TrainLoader:
+    """Shuffled, augmented micro batches of one rank, a function of (seed, epoch, step): any position can be started at.
+
+    batch_size is that of an optimizer step, over all ranks and micro batches. Raises BetonError for a file that cannot
+    be used and ConfigError for settings that do not fit it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: DataConfig,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        accumulation_steps: int,
+        device: torch.device,
+    ):
+        self.manifest, index = beton.load(path)
+        if batch_size % (world_size * accumulation_steps):
+            raise ConfigError(
+                f"batch_size = {batch_size}: expected a multiple of {world_size} rank(s) x {accumulation_steps} "
+                "micro batch(es)"
+            )
+        count = self.manifest.count
+        if batch_size > count:
+            raise ConfigError(f"batch_size = {batch_size}: expected at most {count}, the number of images in {path}")
+        self.num_classes = len(self.manifest.classes)
+        self.steps_per_epoch = count // batch_size
+        self._seed = seed
+        self._shares = (batch_size, accumulation_steps, world_size, rank)
+        self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=seed)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The micro batches of an epoch from an optimizer step on; what comes before is not read."""
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step = {start_step}: expected 0 to {self.steps_per_epoch}, the steps of an epoch")
+        order = epoch_order(self.manifest.count, self._seed, epoch)
+        steps = rank_batches(order, *self._shares)[start_step:]
+        return self._pipeline.stream(list(steps.reshape(-1, steps.shape[-1])), epoch)
+
+    def close(self) -> None:
+        """End the loader's thread."""
+        self._pipeline.close()
+
+
+class EvalLoader:
+    """Centre crops of one rank's share, samples rank, rank + world_size, ..., each once: sums over ranks are exact.
+
+    Can be iterated many times. Raises BetonError for a file that cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ):
+        self.manifest, index = beton.load(path)
+        self.num_classes = len(self.manifest.classes)
+        self.num_samples = self.manifest.count
+        self.batch_size = batch_size
+        self._indices = np.arange(rank, self.manifest.count, world_size)
+        self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=None)
+
+    def __len__(self) -> int:
+        """Number of batches; the last one may be smaller."""
+        return -(-len(self._indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        starts = range(0, len(self._indices), self.batch_size)
+        return self._pipeline.stream([self._indices[s : s + self.batch_size] for s in starts], epoch=0)
+
+    def blank(self) -> torch.Tensor:
+        """One black image, [1, H, W, 3] uint8 on the device: what a rank without a batch takes part with."""
+        return self._pipeline.blank()
+
+    def close(self) -> None:
+        """End the loader's thread."""
+        self._pipeline.close()
+
+
+class _Pipeline:
+    """One file, the operations for it, and the thread that runs them ahead of the consumer."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: beton.Manifest,
+        index: beton.Index,
+        config: DataConfig,
+        device: torch.device,
+        train_seed: int | None,
+    ):
+        from automix_dist import augment  # brings FFCV and numba: seconds that only loaders should cost
+
+        self._path, self._ahead, self._size = Path(path), config.batches_ahead, config.image_size
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:  # in the loader's thread it would mean GPU 0
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._status_text = {
+            augment.UNREADABLE: "its JPEG is damaged",
+            augment.ALTERED: "its bytes have changed on disk",
+        }
+        self._records = index.records["image"]
+        self._labels = index.records["label"]
+        # FFCV's reader state: the mapped file, and the sorted places of all images with their sizes.
+        by_place = np.argsort(self._records["data_ptr"])
+        self._storage = (
+            np.memmap(path, np.uint8, "r"),
+            self._records["data_ptr"][by_place],
+            index.sizes[by_place].astype(np.uint64),
+        )
+        self._key = augment.AugmentKey(train_seed or 0)
+        self._sums = index.sums  # compiled code knows its address only
+        operations = _operations(augment, manifest, config, self._key, train=train_seed is not None, sums=self._sums)
+        self._decode, *self._transforms = [self._code(operation) for operation in operations]
+        self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._worker = _Worker(count_workers(config))
+
+    def _code(self, operation):
+        """The code of an FFCV operation, ready to run."""
+        operation.accept_globals(self._records, None)
+        return operation.generate_code()
+
+    def stream(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[Batch]:
+        """Batches of these samples, with as many prepared ahead as configured."""
+        pending: deque[Future] = deque()
+        try:
+            for indices in batches:
+                pending.append(self._worker.submit(self._read, indices, epoch))
+                if len(pending) > self._ahead:
+                    yield self._receive(pending.popleft())
+            while pending:
+                yield self._receive(pending.popleft())
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def blank(self) -> torch.Tensor:
+        return torch.zeros((1, self._size, self._size, 3), dtype=torch.uint8, device=self._device)
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def _read(self, indices: np.ndarray, epoch: int) -> tuple[Batch, "torch.cuda.Event | None"]:
+        """One batch; on a GPU with the event that says when its copy has arrived. Runs in the loader's thread."""
+        on_gpu = self._copy_stream is not None
+        with torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
+            images = torch.empty((len(indices), self._size, self._size, 3), dtype=torch.uint8, pin_memory=on_gpu)
+            status = np.zeros((len(indices), 1), np.int32)
+            with _COMPILED_LOOPS:
+                self._key.set_epoch(epoch)
+                self._decode(indices, (images.numpy(), status), self._records, self._storage)
+                for transform in self._transforms:
+                    transform(images.numpy(), None, indices)
+            self._raise_for(indices, status[:, 0])
+            batch = Batch(images, torch.from_numpy(self._labels[indices]), torch.from_numpy(indices.copy()))
+            if not on_gpu:
+                return batch, None
+            with torch.cuda.stream(self._copy_stream):
+                # The allocator of pinned memory itself keeps `images` until this copy has been made.
+                batch = Batch(*(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in batch))
+                return batch, self._copy_stream.record_event()
+
+    def _raise_for(self, indices: np.ndarray, status: np.ndarray) -> None:
+        failed = np.flatnonzero(status)
+        if len(failed):
+            shown = "; ".join(f"sample {indices[i]}: {self._status_text[int(status[i])]}" for i in failed[:10])
+            raise LoaderError(f"{self._path}: {shown}; run automix verify on it, then copy or write it again")
+
+    def _receive(self, future: Future) -> Batch:
+        """Wait for a batch and make it safe to use on the consumer's current stream."""
+        batch, arrived = self._worker.result(future, self._path)
+        if arrived is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(arrived)
+            for tensor in batch:
+                tensor.record_stream(stream)  # its memory belongs to the copy stream, which must not reuse it earlier
+        return batch
+
+
+def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
+    """The FFCV operations for a file: a decoder, then operations that work in place. Raises ConfigError."""
+    size = config.image_size
+    smallest = min(manifest.height_range[0], manifest.width_range[0])
+    largest = max(manifest.height_range[1], manifest.width_range[1])
+    if not train:
+        return [augment.CropResizeDecoder(size, (config.eval_crop_ratio,) * 2, sums=sums)]
+    if config.crop == "resized":
+        decoder = augment.CropResizeDecoder(size, config.crop_scale, config.crop_ratio, key=key, sums=sums)
+    elif config.crop == "padded":
+        if smallest + 2 * config.pad < size:
+            raise ConfigError(
+                f"data.image_size = {size}: expected at most the smallest image side {smallest} + 2 x data.pad "
+                f"({config.pad}), or data.crop=resized"
+            )
+        reflect = config.pad_mode == "reflect"
+        if reflect and config.pad >= smallest:
+            raise ConfigError(
+                f"data.pad = {config.pad}: reflection needs less than the smallest image side, {smallest}"
+            )
+        decoder = augment.PaddedCropDecoder(size, config.pad, reflect=reflect, key=key, sums=sums)
+    else:
+        if smallest != size or largest != size:
+            raise ConfigError(
+                f"data.image_size = {size}, but the images have sides from {smallest} to {largest}: data.crop=none "
+                "takes images of exactly that size; use data.crop=resized"
+            )
+        decoder = augment.CropResizeDecoder(size, (1.0, 1.0), sums=sums)
+    return [decoder, augment.RandomFlip(key)] if config.flip else [decoder]
+
+
+def count_workers(config: DataConfig) -> int:
+    """Threads for one rank: as configured, or this process's cores shared between the ranks of the host."""
+    import numba  # slow to import, and only loaders need it
+
+    most = numba.config.NUMBA_NUM_THREADS
+    if config.workers > most:
+        raise ConfigError(f"data.workers = {config.workers}: this process may use {most} core(s); expected 0 to {most}")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return config.workers or max(1, min(most, beton.usable_cores() // local_ranks))
+
+
+class _Worker:
+    """A daemon thread that runs calls one after another, and ends with its owner.
+
+    concurrent.futures' own pool would do, but it makes the interpreter wait for its threads at exit, forever if one
+    is stuck in a read from dead storage.
+    """
+
+    def __init__(self, threads: int):
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(
+            target=_run_calls, args=(self._calls, threads), name="automix-loader", daemon=True
+        )
+        self._thread.start()
+        self._end = weakref.finalize(self, _end_thread, self._calls, self._thread)
+
+    def submit(self, function, *arguments) -> Future:
+        if not self._end.alive:
+            raise LoaderError("this loader is closed")
+        future: Future = Future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    def result(self, future: Future, path: Path):
+        """What the call returned or raised. Raises LoaderError, with the place where the thread stands, on a stall."""
+        try:
+            return future.result(timeout=STALL_SECONDS)
+        except TimeoutError:
+            if future.done():
+                raise
+            frame = sys._current_frames().get(self._thread.ident)
+            at = traceback.extract_stack(frame)[-1] if frame else None
+            place = f"its thread stands at {at.filename}:{at.lineno} in {at.name}" if at else "its thread has ended"
+            raise LoaderError(f"no batch from {path} for {STALL_SECONDS:g} s; {place}. Is its storage alive?") from None
+
+    def close(self) -> None:
+        self._end()
+
+
+def _end_thread(calls: queue.SimpleQueue, thread: threading.Thread) -> None:
+    """Drop the calls that wait, and wait for the one that runs: at exit it would find the interpreter gone."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            calls.get_nowait()[0].cancel()
+    calls.put(None)
+    if thread is not threading.current_thread():
+        thread.join(timeout=EXIT_SECONDS)
+
+
+def _run_calls(calls: queue.SimpleQueue, threads: int) -> None:
+    import numba
+
+    numba.set_num_threads(threads)  # of this thread only
+    while (call := calls.get()) is not None:
+        future, function, arguments = call
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # delivered to the consumer, whatever it is
+                future.set_exception(error)
+        del call, future, function, arguments  # a waiting thread must not keep the last batch or its owner alive
