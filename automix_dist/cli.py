@@ -30,6 +30,8 @@ class CommandError(ValueError):
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 done, 2 wrong usage or config, 1 failed, 75 stopped by a signal after saving."""
     options = _parse(arguments)
+    # OpenMP's threads spin while they wait; on cores that are shared with anything, long spinning costs tenfold.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     try:
         sys.exit(options.run(options))
@@ -55,7 +57,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _explain(error: Exception) -> str | None:
     """The one message for a mistake or mishap that is not a defect of this program; None for a defect."""
     # Told by name, so that explaining an error imports nothing.
-    known = {"ConfigError", "CommandError", "BetonError", "CheckpointError", "TrainingError", "ReportError"}
+    known = {
+        "ConfigError",
+        "CommandError",
+        "BetonError",
+        "LoaderError",
+        "CheckpointError",
+        "TrainingError",
+        "ReportError",
+    }
     if any(cls.__name__ in known for cls in type(error).__mro__):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":
@@ -138,6 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check every sample of a .beton file")
     verify.add_argument("file", type=Path)
 
+    bench = command("bench", _bench, "measure; `automix bench NAME --help` lists a benchmark's own options")
+    bench.add_argument("name", choices=["kernels"])
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+
     doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
     doctor.add_argument("config", nargs="?", help="check its data and output folder too")
     return parser
@@ -164,7 +178,7 @@ def _prepare(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from automix_dist import beton
 
-    beton.verify(options.file)
+    beton.verify(options.file, progress=True)
     print(f"{options.file}: every sample is readable and matches the manifest")
     return 0
 
@@ -469,6 +483,12 @@ def _report(options: argparse.Namespace) -> int:
     print(write_report(options.run_folder, options.out))
     print(write_picture(options.run_folder))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from automix_kernels.benchmark import run
+
+    return run(options.arguments)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -1,8 +1,12 @@
 """What all tests share: options, and skipping GPU tests with a reason."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: see automix_dist/cli.py
+
 import torch
 
 TESTS = Path(__file__).parent

@@ -64,7 +64,7 @@ def test_no_python_or_an_old_one(open_folder):
 
 def test_an_old_python_is_refused(open_folder):
     old = open_folder / "old-python"
-    old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo Python 3.8.10 && exit 0\nexit 1\n")
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.10 && exit 0\nexit 1\n')
     old.chmod(0o755)
     result = install(open_folder / "b", tools=TOOLS, python=str(old))
     assert result.returncode == 1 and "Python 3.8.10 is too old" in result.stderr

@@ -85,7 +85,9 @@ def requirements() -> list[Requirement]:
     """install_requires and the dev extra, read from setup.py without running it."""
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     call = next(node for node in calls if any(k.arg == "install_requires" for k in node.keywords))
-    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")}
+    values = {
+        k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")
+    }
     return [Requirement(each) for each in values["install_requires"] + values["extras_require"]["dev"]]
 
 
@@ -99,7 +101,13 @@ def test_pins_lie_within_the_ranges():
 
 def test_imports_are_declared():
     declared = {each.name for each in requirements()}
-    names = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "automix_dist": None, "automix_kernels": None}
+    names = {
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "sklearn": "scikit-learn",
+        "automix_dist": None,
+        "automix_kernels": None,
+    }
     names |= {"cv2": None, "llvmlite": None}  # FFCV asks for the one, numba for the other
     for name, tree in modules().items():
         for root in {target.split(".")[0] for target in imported(tree)} - sys.stdlib_module_names:

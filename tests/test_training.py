@@ -21,7 +21,15 @@ AUTOMIX = [sys.executable, "-m", "automix_dist"]
 
 
 def torchrun(ranks: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "automix_dist"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "automix_dist",
+    ]
 
 
 def run(*arguments: str, command: list[str] = AUTOMIX, code: int = 0) -> subprocess.CompletedProcess:
