@@ -1,0 +1,163 @@
+"""The loop's order of things, with a real engine and loaders that are lists: what is done when, and stopping anywhere."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import start_engine
+from tiny import SIZE, micro_batch, tiny_config
+
+from automix_dist.checkpoint import Checkpoints, committed
+from automix_dist.data import Batch
+from automix_dist.run_log import RunLog
+from automix_dist.trainer import Position, Trainer, TrainingError
+
+STEPS, BATCH = 3, 16
+
+
+class ListTrainLoader:
+    """Three steps an epoch; `signal_at` sends this process a SIGTERM while that step's batch is made."""
+
+    steps_per_epoch = STEPS
+
+    def __init__(self, process, signal_at: int | None = None):
+        self.process = process
+        self.signal_at = signal_at
+        self.closed = 0
+
+    def epoch(self, epoch: int, start_step: int = 0):
+        try:
+            for step in range(epoch * STEPS + start_step, (epoch + 1) * STEPS):
+                if step == self.signal_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                size = BATCH // self.process.world_size
+                yield Batch(*micro_batch(step, self.process.rank, size), torch.arange(size))
+        finally:
+            self.closed += 1
+
+
+class ListEvalLoader:
+    """Seven images in batches of one; `signal_in` sends SIGTERM in that evaluation, counted from 1."""
+
+    num_samples, batch_size = 7, 1
+
+    def __init__(self, process, signal_in: int | None = None):
+        self.process = process
+        self.signal_in = signal_in
+        self.evaluations = 0
+
+    def blank(self) -> torch.Tensor:
+        return torch.zeros((1, SIZE, SIZE, 3), dtype=torch.uint8)
+
+    def __iter__(self):
+        images, labels = micro_batch(999, 0, self.num_samples)
+        own = torch.arange(self.process.rank, self.num_samples, self.process.world_size)
+        self.evaluations += 1
+        for number, part in enumerate(own.split(self.batch_size)):
+            if number == 0 and self.evaluations == self.signal_in:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield Batch(images[part], labels[part], part)
+
+
+def train(config, folder: Path, signal_at: int | None = None, signal_in: int | None = None):
+    """One session, resumed from what the folder holds: (signal that stopped it, position, saved steps, events)."""
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    saved = checkpoints.agree_on_newest()
+    position = Position(**checkpoints.load(engine, saved)) if saved else Position()
+    me = process.rank == process.world_size - 1  # only the last rank gets the signal
+    loaders = ListTrainLoader(process, signal_at if me else None), ListEvalLoader(process, signal_in if me else None)
+    log = RunLog(folder, is_main=process.is_main, tensorboard=False, start_step=position.step, config={})
+    trainer = Trainer(config, process, model, engine, *loaders, checkpoints, log, {})
+    stopped = trainer.train(position)
+    process.barrier()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(r["kind"], r["step"]) for r in records if r["kind"] in ("eval", "checkpoint", "stopped")]
+    return stopped, position, sorted(committed(folder / "checkpoints")), kinds, loaders[0].closed
+
+
+def config(**checkpoint):
+    return tiny_config(
+        epochs=4, eval_every_epochs=2, log={"every_steps": 2, "gallery_pairs": 2},
+        checkpoint={"every_epochs": 1, "keep_last": 9, "keep_best": False, **checkpoint},
+    )  # fmt: skip
+
+
+def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path):
+    ((stopped, position, saved, kinds, closed),) = run_ranks(1, train, config(), tmp_path)
+    assert stopped == 0 and position.step == 12 and closed == 4
+    assert saved == [3, 6, 9, 12]
+    assert [step for kind, step in kinds if kind == "eval"] == [6, 12]
+    assert kinds.index(("eval", 6)) < kinds.index(("checkpoint", 6))  # what is saved has been evaluated
+
+
+def test_checkpoints_by_steps_and_only_at_the_end(tmp_path):
+    ((_, _, saved, _, _),) = run_ranks(1, train, config(every_epochs=0, every_steps=5), tmp_path / "steps")
+    assert saved == [5, 10, 12]
+    ((_, _, saved, _, _),) = run_ranks(1, train, config(every_epochs=0), tmp_path / "end")
+    assert saved == [12]
+
+
+def test_every_new_best_is_saved(tmp_path):
+    ((_, position, saved, _, _),) = run_ranks(1, train, config(every_epochs=0, keep_best=True), tmp_path)
+    assert position.best_step in saved and saved[-1] == 12
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_a_step_stops_all_ranks_after_the_same_step(ranks, tmp_path):
+    results = run_ranks(ranks, train, config(), tmp_path, 4)
+    (stopped, position, saved, kinds, closed), *others = results
+    assert stopped == signal.SIGTERM and position.step in (5, 6)  # with several ranks word takes a step to get around
+    assert saved[-1] == position.step and kinds[-1] == ("stopped", position.step)
+    assert closed == 2
+    assert all(other[:3] == (stopped, position, saved) for other in others)
+    for stopped, position, saved, kinds, _ in run_ranks(ranks, train, config(), tmp_path):
+        assert stopped == 0 and position.step == 12 and saved[-1] == 12
+        assert [step for kind, step in kinds if kind == "eval"] == [6, 12]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_in_an_evaluation_saves_and_the_resumed_run_evaluates(ranks, tmp_path):
+    first = run_ranks(ranks, train, config(), tmp_path, None, 1)
+    assert {(stopped, position.step, position.evaluated_step) for stopped, position, *_ in first} == {(15, 6, 0)}
+    assert first[0][2][-1] == 6 and ("eval", 6) not in first[0][3]
+    second = run_ranks(ranks, train, config(), tmp_path)
+    assert [step for kind, step in second[0][3] if kind == "eval"] == [6, 12]
+    undisturbed = run_ranks(ranks, train, config(), tmp_path / "undisturbed")
+    assert second[0][1] == undisturbed[0][1]
+
+
+def diverge(settings, folder: Path) -> str:
+    try:
+        train(settings, folder)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_not_saved(tmp_path):
+    settings = tiny_config(
+        optimizer={"lr": 1e30, "min_lr": 0.0}, log={"every_steps": 2}, checkpoint={"every_epochs": 1}
+    )
+    messages = run_ranks(2, diverge, settings, tmp_path)
+    assert all("no longer finite" in message and "by step 2" in message for message in messages)
+    assert committed(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_uneven_evaluation_counts_every_image_once(stage, tmp_path):
+    """Seven images on three ranks: some run out of batches earlier, which a sharded model must not hang on."""
+    settings = tiny_config(batch_size=24, epochs=1, engine={"zero_stage": stage}, log={"gallery_pairs": 2})
+    results = run_ranks(3, train_wide, settings, tmp_path)
+    for position in results:
+        assert position.best_top1 * 7 == pytest.approx(round(position.best_top1 * 7))
+
+
+def train_wide(settings, folder: Path) -> Position:
+    global BATCH
+    BATCH = 24
+    return train(settings, folder)[1]
