@@ -1,4 +1,4 @@
-"""The loop's order of things, with a real engine and loaders that are lists: what is done when, and stopping anywhere."""
+"""The loop's order of things, with a real engine and loaders that are lists: what is done when, stopping anywhere."""
 
 import json
 import os
