@@ -5,8 +5,10 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -326,10 +328,13 @@ def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: b
             f"--overwrite, or choose another folder with output=..."
         )
     try:
+        run.mkdir(parents=True, exist_ok=True)
+        holder = _lock(run)
+        if holder is not None:
+            return f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=..."
         if overwrite and steps:
             for name in ("checkpoints", "gallery", "tensorboard"):
                 shutil.rmtree(run / name, ignore_errors=True)
-        run.mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(to_yaml(config))
         (run / "environment.json").write_text(
             json.dumps(about["environment"] | {"classes": about["classes"]}, indent=1)
@@ -338,6 +343,25 @@ def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: b
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None
 
+
+def _lock(run: Path) -> str | None:
+    """Take the run's lock until this process ends; who holds it if another does. Two would tear each other's files."""
+    file = open(run / "lock", "a+")  # noqa: SIM115 - closing it would release the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip()
+    except OSError:
+        pass  # a file system without locks: better to train unguarded than not at all
+    file.truncate(0)
+    file.write(f"{platform.node()}, process {os.getpid()}\n")
+    file.flush()
+    _LOCKS.append(file)
+    return None
+
+
+_LOCKS: list = []  # open for as long as this process lives
 
 FIXED_ON_RESUME = (
     "seed",

@@ -168,6 +168,18 @@ def test_a_run_is_not_overwritten_by_accident(settings, tmp_path, capsys):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
+def test_two_processes_cannot_train_in_one_folder(settings, tmp_path):
+    first = subprocess.Popen([*AUTOMIX, "train", str(settings)], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while first.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    second = run("train", settings, "--resume", code=1)
+    assert f"another process ({os.uname().nodename}, process {first.pid})" in second.stderr
+    first.send_signal(signal.SIGINT)
+    assert first.wait(timeout=60) == EXIT_STOPPED
+    first.stderr.close()
+
+
 def failing(capsys, *arguments: str) -> str:
     """Run a command that must fail in this process; its message. No traceback, a non-zero exit."""
     with pytest.raises(SystemExit) as caught:
