@@ -18,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["automix_dist", "automix_kernels"],
+    package_data={"automix_dist": ["report.html", "report.css", "report.js"]},
     package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},
     install_requires=[
         "torch>=2.11,<3",

@@ -124,6 +124,7 @@ def test_wheel_holds_both_packages(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"automix_dist/report.html", "automix_dist/report.css", "automix_dist/report.js"} <= names
     assert {"automix_dist/automix.py", "automix_dist/cli.py", "automix_kernels/api.py"} <= names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
 
