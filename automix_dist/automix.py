@@ -74,6 +74,8 @@ class AutoMix(nn.Module):
         mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
         autocast: dtype of the forward passes; float32 = no autocast. Weights stay float32.
         implementation: of the kernels: "auto", "triton" or "reference".
+        immediate_backward: differentiate each loss as soon as it is known, so that only one set of activations lives at
+            a time instead of three; `total.backward()` then delivers the sum. Needs whole parameters (not ZeRO 3).
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class AutoMix(nn.Module):
         std: tuple[float, ...] = IMAGENET_STD,
         autocast: torch.dtype = torch.float32,
         implementation: str = "auto",
+        immediate_backward: bool = False,
     ):
         super().__init__()
         self.config = config or AutoMixConfig()
+        self.immediate_backward = immediate_backward
         self.autocast = autocast
         self.implementation = implementation
         self.query = Encoder(backbone, num_classes)
@@ -143,15 +147,28 @@ class AutoMix(nn.Module):
         loss_generator = torch.zeros_like(loss_mask)
         if draws.train_mixed_momentum:
             loss_generator = self._mixed_loss(self.momentum(mixed_for_block, "mix"), labels, draws.mix_block)
+        total = self._differentiate(loss_generator + loss_mask * mask_loss_weight, self.mix_block)
+
         clean_logits = self.query(clean, "one")
         loss_clean = F.cross_entropy(clean_logits, labels, label_smoothing=config.label_smoothing)
-        loss_mixed = self._mixed_loss(self.query(mixed, "mix"), labels, draws.classifier)
+        total = total + self._differentiate(loss_clean, self.query)
 
-        total = loss_mixed + loss_clean + loss_generator + loss_mask * mask_loss_weight
+        # The last one keeps its graph: its backward pass overlaps with the engine's reduction.
+        loss_mixed = self._mixed_loss(self.query(mixed, "mix"), labels, draws.classifier)
+        total = total + loss_mixed
         with torch.no_grad():
             accuracy = (clean_logits.argmax(dim=1) == labels).float().mean()
             parts = (loss_clean, loss_mixed, loss_generator, loss_mask, mask_mean.mean(), accuracy)
             return Losses(total, *(part.detach() for part in parts))
+
+    def _differentiate(self, loss: Tensor, part: nn.Module) -> Tensor:
+        """The loss as it is; or with immediate_backward its value, with the gradients of `part` instead of a graph."""
+        if not (self.immediate_backward and loss.requires_grad):
+            return loss
+        parameters = [p for p in part.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        torch.clear_autocast_cache()  # its casts of the weights hang on the graph that was just freed
+        return _HoldGradients.apply(loss.detach(), gradients, *parameters)
 
     def _mixes(self, clean: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         draw = draws.mix_block
@@ -193,6 +210,20 @@ class AutoMix(nn.Module):
         own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         partner = F.cross_entropy(logits, labels[draw.partner], reduction="none", label_smoothing=smoothing)
         return (draw.lam * own + (1 - draw.lam) * partner).mean()
+
+
+class _HoldGradients(torch.autograd.Function):
+    """A loss value whose backward pass hands out gradients computed earlier, scaled by the incoming one."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale: Tensor):
+        return None, None, *(g if g is None else g * scale for g in ctx.gradients)
 
 
 def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:

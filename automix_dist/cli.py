@@ -314,6 +314,7 @@ def _build_model(config: Config, backbone, num_classes: int, device):
         std=config.data.std,
         autocast=autocast_dtype(config.engine, device),
         implementation=config.engine.kernels,
+        immediate_backward=config.engine.immediate_backward,
     ).to(device)
 
 

@@ -104,6 +104,15 @@ def test_two_ranks_equal_one_process(stage, tmp_path):
         assert torch.equal(ranks[0][name], ranks[1][name])
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_immediate_backward_equals_one_process(stage, tmp_path):
+    """Three backward passes within a step: none of their gradients may get lost, and clipping sees their sum."""
+    settings = {"engine": {"zero_stage": stage, "accumulation_steps": 2}, "optimizer": {"clip_norm": 0.5}}
+    immediate = tiny_config(**{**settings, "engine": {**settings["engine"], "immediate_backward": True}})
+    ranks = run_ranks(2, train_with_engine, immediate, tmp_path, 3)
+    assert_same(ranks[0], train_plain(tiny_config(**settings), ranks=4, steps=3))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_accumulation_equals_more_ranks(stage, tmp_path):
     """Two ranks with two micro batches each do what four ranks do; clipping is over all of it."""

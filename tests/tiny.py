@@ -41,7 +41,7 @@ def tiny_config(**sections) -> Config:
 
 def tiny_model(config: Config, norm: str = "batch") -> AutoMix:
     torch.manual_seed(config.seed)
-    return AutoMix(TinyBackbone(norm), CLASSES, config.automix)
+    return AutoMix(TinyBackbone(norm), CLASSES, config.automix, immediate_backward=config.engine.immediate_backward)
 
 
 def micro_batch(step: int, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
