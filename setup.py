@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["automix_dist", "automix_kernels"],
+    packages=["automix_dist", "automix_dist.bench", "automix_kernels"],
     package_data={"automix_dist": ["report.html", "report.css", "report.js"]},
     package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},
     install_requires=[

@@ -6,6 +6,7 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 import argparse
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import platform
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("file", type=Path)
 
     bench = command("bench", _bench, "measure; `automix bench NAME --help` lists a benchmark's own options")
-    bench.add_argument("name", choices=["kernels"])
+    bench.add_argument("name", choices=["kernels", "loader", "memory"])
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
 
     doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
@@ -511,9 +512,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from automix_kernels.benchmark import run
-
-    return run(options.arguments)
+    names = {"kernels": "automix_kernels.benchmark"}
+    module = importlib.import_module(names.get(options.name, f"automix_dist.bench.{options.name}"))
+    return module.run(options.arguments)
 
 
 def _doctor(options: argparse.Namespace) -> int:

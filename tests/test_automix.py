@@ -6,6 +6,8 @@ from tiny import CLASSES, micro_batch, rank_draws, tiny_config, tiny_model
 from torch import nn
 
 from automix_dist.automix import AutoMix, Losses, adjust_mask
+from automix_dist.backbone import create_backbone
+from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.config import AutoMixConfig
 from automix_dist.draws import MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
@@ -257,42 +259,8 @@ def test_immediate_backward_gives_the_same_gradients(dtype):
         assert (gradients[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
 
 
-def peak_saved_bytes(run) -> int:
-    """The most bytes that autograd held for backward at any moment of `run()`; parameters do not count."""
-    alive, peak = {}, 0
-
-    def pack(tensor):
-        nonlocal peak
-        key = tensor.untyped_storage().data_ptr()
-        box = (tensor, Held(alive, key, tensor.untyped_storage().nbytes()))
-        peak = max(peak, sum(size for size, _ in alive.values()))
-        return box
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box[0]):
-        run()
-    return peak
-
-
-class Held:
-    """Counts a storage as alive as long as a graph holds this object."""
-
-    def __init__(self, alive: dict, key: int, size: int):
-        self.alive, self.key = alive, key
-        size_before, count = alive.get(key, (size, 0))
-        alive[key] = (size_before, count + 1)
-
-    def __del__(self):
-        size, count = self.alive[self.key]
-        if count == 1:
-            del self.alive[self.key]
-        else:
-            self.alive[self.key] = (size, count - 1)
-
-
 def test_immediate_backward_holds_one_set_of_activations():
     """Against vanilla training of the same ResNet on the same batch: about one set instead of about three."""
-    from automix_dist.backbone import create_backbone
-
     config = tiny_config(
         model={"backbone": "resnet18", "small_stem": True, "timm_kwargs": {"channels": [8, 16, 24, 32]}}
     )

@@ -1,0 +1,1 @@
+"""Benchmarks, one subject a file; `automix bench NAME` runs them."""
