@@ -36,10 +36,14 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.6",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "setuptools>=77",
         "tensorboard>=2.18",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["build>=1.2", "hypothesis>=6", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12"]},
+    extras_require={
+        "dev": ["build>=1.2", "hypothesis>=6", "pyarrow>=18", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "parquet": ["pyarrow>=18"],
+    },
     entry_points={"console_scripts": ["automix = automix_dist.cli:main"]},
 )

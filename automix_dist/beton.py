@@ -13,9 +13,7 @@ manifest, without which nothing reads the file, comes last.
 
 import ctypes
 import dataclasses
-import difflib
 import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -23,8 +21,7 @@ import io
 import json
 import os
 import platform
-import re
-import tarfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +35,9 @@ import numpy as np
 import PIL
 from PIL import Image
 from tqdm import tqdm
+
+from automix_dist import datasets  # noqa: F401 - enters the published datasets in the table of sources
+from automix_dist.sources import Source, SourceError, Split, open_source
 
 FORMAT_VERSION = 1
 """Version of the manifest and of the sums; FFCV's own format is version 2."""
@@ -69,11 +69,8 @@ ALIGNMENT = 64
 SMART_RATIO = 4
 """Mode "smart" stores a JPEG where it is at least this many times smaller than the pixels."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-Split = Literal["train", "val"]
 WriteMode = Literal["raw", "jpg", "proportion", "smart"]
 
 
@@ -102,7 +99,7 @@ class Manifest:
     """Smallest and largest image height in pixels."""
     width_range: tuple[int, int]
     skipped: list[str]
-    """Images that were left out because they could not be read."""
+    """Images that were left out because they could not be read or have an unknown class."""
     file_size: int
     checksum: str
     """SHA-256 of the file."""
@@ -113,19 +110,6 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
-@dataclass(frozen=True)
-class Source:
-    """Labelled images that `prepare` can read in any order, from several threads."""
-
-    classes: list[str]
-    labels: np.ndarray
-    """[count] int64, indices into classes."""
-    load: Callable[[int], bytes | Image.Image]
-    """Image number i: the bytes of an image file, or pixels. What it raises marks the image as broken."""
-    name: Callable[[int], str]
-    """What to call image number i in messages; its path where it has one."""
-
-
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and the quota of its container."""
     cores = len(os.sched_getaffinity(0))
@@ -134,175 +118,6 @@ def usable_cores() -> int:
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError):  # no container, or its quota is "max"
         return cores
-
-
-def open_source(source: str, split: Split) -> Source:
-    """Open `digits`, `imagefolder:PATH` (or an existing folder), `webdataset:SHARDS`, `cifar10:ROOT`, `cifar100:ROOT`,
-    `synthetic:COUNT[xSIZE][@CLASSES]`. Raises BetonError."""
-    kind, _, argument = source.partition(":")
-    if kind in SOURCES:
-        return SOURCES[kind](argument, split)
-    if Path(source).is_dir():
-        return _image_folder(source, split)
-    near = difflib.get_close_matches(kind, SOURCES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise BetonError(f"source {source!r}: expected an existing folder or one of {', '.join(SOURCES)}{hint}")
-
-
-def _digits(argument: str, split: Split) -> Source:
-    """scikit-learn's handwritten digits, 8x8 gray enlarged to 32x32 RGB; every fifth of a class is for validation."""
-    if argument:
-        raise BetonError(f"source 'digits:{argument}': digits takes no argument")
-    from sklearn.datasets import load_digits  # 1 s to import, needed by this source only
-
-    data = load_digits()
-    rank_in_class = np.zeros(len(data.target), np.int64)
-    for label in range(10):
-        rank_in_class[data.target == label] = np.arange(np.sum(data.target == label))
-    chosen = np.flatnonzero((rank_in_class % 5 == 4) == (split == "val"))
-    pixels = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
-
-    def load(i: int) -> Image.Image:
-        return Image.fromarray(pixels[i]).resize((32, 32), Image.Resampling.BICUBIC)
-
-    return Source(
-        [str(d) for d in range(10)], data.target[chosen].astype(np.int64), load, lambda i: f"digit {chosen[i]}"
-    )
-
-
-def _image_folder(path: str, split: Split) -> Source:
-    """A folder with one subfolder per class; sorted names are the class ids. PATH/train and PATH/val win over PATH."""
-    root = Path(path)
-    if not root.is_dir():
-        raise BetonError(f"source 'imagefolder:{path}': no such folder; expected one with a subfolder per class")
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        root = root / split
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    if not classes:
-        raise BetonError(f"{root} has no subfolders; expected one per class, with the images inside")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = [
-            os.path.join(folder, file)
-            for folder, _, names in sorted(os.walk(root / name, onerror=_raise, followlinks=True))
-            for file in sorted(names)
-            if file.lower().endswith(IMAGE_SUFFIXES)
-        ]
-        if not found:
-            raise BetonError(f"{root / name} has no images ({' '.join(IMAGE_SUFFIXES)}); remove it or fill it")
-        files += found
-        labels += [label] * len(found)
-    return Source(classes, np.array(labels, np.int64), lambda i: Path(files[i]).read_bytes(), lambda i: files[i])
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _webdataset(pattern: str, split: Split) -> Source:
-    """WebDataset shards, a folder of .tar files or a glob pattern: an image and its .cls, a number, share a key."""
-    shards = sorted(glob.glob(str(Path(pattern) / "*.tar") if Path(pattern).is_dir() else pattern))
-    if not shards:
-        raise BetonError(f"source 'webdataset:{pattern}': no such .tar files; expected a folder or a pattern")
-    images, labels = [], []
-    for shard in shards:
-        images_of_shard, labels_of_shard = _read_shard(shard)
-        unpaired = images_of_shard.keys() ^ labels_of_shard.keys()
-        if unpaired:
-            raise BetonError(f"{shard}: sample {min(unpaired)!r} lacks its image or its .cls; expected both of each")
-        images += [(shard, *images_of_shard[key]) for key in images_of_shard]
-        labels += [labels_of_shard[key] for key in images_of_shard]
-    if not images or min(labels) < 0:
-        raise BetonError(f"{pattern}: expected images with class numbers from 0 on in {len(shards)} shard(s)")
-
-    def load(i: int) -> bytes:
-        shard, start, size, _ = images[i]
-        with open(shard, "rb") as file:
-            return os.pread(file.fileno(), size, start)
-
-    classes = [str(label) for label in range(max(labels) + 1)]
-    return Source(classes, np.array(labels, np.int64), load, lambda i: f"{images[i][0]}:{images[i][3]}")
-
-
-def _read_shard(shard: str) -> tuple[dict[str, tuple[int, int, str]], dict[str, int]]:
-    """Of an uncompressed tar file, by sample key: each image's (place, size, name), and each label."""
-    images, labels = {}, {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")  # WebDataset's rule: the key ends at the first dot of the name
-                key, suffix = f"{folder}/{stem}", "." + suffix.lower()
-                if member.isfile() and suffix in IMAGE_SUFFIXES:
-                    images[key] = (member.offset_data, member.size, member.name)
-                elif member.isfile() and suffix == ".cls":
-                    labels[key] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
-        raise BetonError(f"{shard} is not a readable, uncompressed WebDataset shard: {error}") from error
-    return images, labels
-
-
-def _cifar(name: Literal["CIFAR10", "CIFAR100"], root: str, split: Split) -> Source:
-    """CIFAR through torchvision, from local files."""
-    import torchvision  # slow to import, needed by this source only
-
-    dataset_class = getattr(torchvision.datasets, name)
-    try:
-        data = dataset_class(root or ".", train=split == "train", download=False)
-    except RuntimeError as error:
-        raise BetonError(
-            f"{name} is not in {root or '.'!r}: expected the folder {Path(root) / dataset_class.base_folder}, "
-            f"unpacked from {dataset_class.url}"
-        ) from error
-    labels = np.array(data.targets, np.int64)
-    return Source(list(data.classes), labels, lambda i: Image.fromarray(data.data[i]), lambda i: f"{name} {split} {i}")
-
-
-def _synthetic(argument: str, split: Split) -> Source:
-    """Generated images: ImageNet's shapes, or SIZE x SIZE; the class sets colours and the angle of a stripe pattern."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?(?:@(\d+))?", argument)
-    if not match or int(match[1]) < 1 or match[2] == "0" or match[3] == "0":
-        raise BetonError(
-            f"source 'synthetic:{argument}': expected synthetic:COUNT[xSIZE][@CLASSES], as synthetic:5000x256@100"
-        )
-    count, size, num_classes = int(match[1]), int(match[2] or 0), int(match[3] or 1000)
-    labels = np.arange(count, dtype=np.int64) % num_classes
-    classes = [f"class {c}" for c in range(num_classes)]
-    return Source(
-        classes, labels, lambda i: _synthetic_image(i, int(labels[i]), split, size), lambda i: f"synthetic {i}"
-    )
-
-
-def _synthetic_image(index: int, label: int, split: Split, size: int) -> Image.Image:
-    style = np.random.default_rng([label, 2])
-    colours = style.uniform(0, 255, (2, 3)).astype(np.float32)
-    angle, stripes = style.uniform(0, np.pi), style.uniform(2, 6)
-    random = np.random.default_rng([index, split == "val"])
-    shapes = ((375, 500), (375, 500), (333, 500), (500, 375), (500, 333), (500, 500))
-    height, width = (size, size) if size else shapes[random.integers(len(shapes))]
-
-    # Noise of every scale; the finest, a value per pixel, gives JPEGs the size that photographs of this shape have.
-    pixels = np.full((height, width, 3), 127.5, np.float32)
-    for cells, strength in ((4, 0.4), (12, 0.3), (40, 0.3), (120, 0.3), (max(height, width), 0.4)):
-        grid = random.integers(0, 256, (min(cells, height), min(cells, width), 3), np.uint8)
-        layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR)
-        pixels += strength * (np.asarray(layer) - np.float32(127.5))
-
-    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32) / max(height, width)
-    phase = 2 * np.pi * stripes * (np.cos(angle) * columns + np.sin(angle) * rows) + random.uniform(0, 2 * np.pi)
-    share = (0.5 + 0.5 * np.sin(phase))[..., None].astype(np.float32)
-    pixels = 0.5 * pixels + 0.5 * (share * colours[0] + (1 - share) * colours[1])
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
-SOURCES: dict[str, Callable[[str, Split], Source]] = {
-    "digits": _digits,
-    "imagefolder": _image_folder,
-    "webdataset": _webdataset,
-    "cifar10": partial(_cifar, "CIFAR10"),
-    "cifar100": partial(_cifar, "CIFAR100"),
-    "synthetic": _synthetic,
-}
 
 
 class Stored(NamedTuple):
@@ -317,7 +132,7 @@ class Stored(NamedTuple):
 
 
 class Broken(NamedTuple):
-    """An image that could not be read."""
+    """An image that cannot be used."""
 
     name: str
     reason: str
@@ -343,15 +158,20 @@ def prepare(
     An image is read as torchvision reads it, `Image.open(...).convert("RGB")`: no EXIF rotation, first frame, alpha
     dropped. A file that exists is replaced.
 
-    Raises BetonError for an unknown or missing source, for images that cannot be read (all of them are listed; with
-    skip_broken they are left out and named in the manifest) and for a file that cannot be written.
+    Raises BetonError for an unknown or missing source, for images that cannot be read or have an unknown class (all
+    are listed; with skip_broken they are left out and named in the manifest) and for a file that cannot be written.
+    Warns if a published dataset has another number of images here.
     """
     out = Path(out)
     _check_options(out, split, write_mode, max_resolution, quality, workers)
     try:
         images = open_source(source, split)
+    except SourceError as error:
+        raise BetonError(str(error)) from error
     except OSError as error:
         raise BetonError(f"cannot read source {source!r}: {error}") from error
+    for remark in images.remarks:
+        warnings.warn(f"source {source!r}: {remark}", stacklevel=2)
     options = {
         "write_mode": write_mode,
         "max_resolution": max_resolution,
@@ -494,6 +314,8 @@ def _align(offset: int, unit: int) -> int:
 
 def _encode(images: Source, options: dict[str, Any], i: int) -> Stored | Broken:
     """Image number i in the form in which it is stored."""
+    if i in images.unknown:
+        return Broken(images.name(i), images.unknown[i])
     try:
         loaded = images.load(i)
         image = Image.open(io.BytesIO(loaded)) if isinstance(loaded, bytes) else loaded
@@ -565,7 +387,7 @@ def _libffcv() -> ctypes.CDLL:
 
 
 def _judge(broken: list[Broken], count: int, skip_broken: bool) -> None:
-    """Raise if images could not be read and may not be left out, or if none is left."""
+    """Raise if images cannot be used and may not be left out, or if none is left."""
     if len(broken) == count or (broken and not skip_broken):
         lines = [f"  {image.name}: {image.reason}" for image in broken[:100]]
         more = [f"  ... and {len(broken) - 100} more"] if len(broken) > 100 else []
@@ -574,7 +396,11 @@ def _judge(broken: list[Broken], count: int, skip_broken: bool) -> None:
             if len(broken) == count
             else "repair or remove them, or leave them out with --skip-broken"
         )
-        raise BetonError("\n".join([f"{len(broken)} of {count} images cannot be read; {advice}:", *lines, *more]))
+        raise BetonError(
+            "\n".join(
+                [f"{len(broken)} of {count} images cannot be read or have an unknown class; {advice}:", *lines, *more]
+            )
+        )
 
 
 def _head(page: int, count: int, table_start: int) -> bytes:

@@ -104,15 +104,18 @@ def _parser() -> argparse.ArgumentParser:
 
     prepare = command("prepare", _prepare, "write a dataset to a .beton file")
     prepare.add_argument(
-        "source", help="a folder with one subfolder per class, or digits, cifar10:DIR, synthetic:COUNT, ..."
+        "source",
+        help="a folder with one subfolder per class, or imagenet:DIR, parquet:DIR, synthetic:COUNT, ... (docs/data.md)",
     )
     prepare.add_argument("out", type=Path, help="the .beton file to write; its manifest is put beside it")
     prepare.add_argument("--split", choices=["train", "val"], default="train", help="for sources that have splits")
     prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
     prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
     prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
-    prepare.add_argument("--workers", type=int, default=0, help="processes (default: one per usable core)")
-    prepare.add_argument("--skip-broken", action="store_true", help="leave unreadable images out instead of failing")
+    prepare.add_argument("--workers", type=int, default=0, help="threads (default: one per usable core)")
+    prepare.add_argument(
+        "--skip-broken", action="store_true", help="leave unreadable and mislabelled images out, instead of failing"
+    )
 
     train = command("train", _train, "train from a config")
     train.add_argument("config", help="a YAML file")

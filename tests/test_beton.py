@@ -238,14 +238,17 @@ def test_webdataset(tmp_path):
 
 def test_webdataset_that_cannot_be_used(tmp_path):
     shard, picture = tmp_path / "s.tar", jpeg(photo(0))
-    with pytest.raises(BetonError, match="no such"):
+    with pytest.raises(BetonError, match=r"no \.tar files in that folder"):
         write(f"webdataset:{tmp_path}", tmp_path / "x.beton")
+    with pytest.raises(BetonError, match="no such file"):
+        write(f"webdataset:{tmp_path}/*.tar", tmp_path / "x.beton")
     for members, message in (
         ({"1.jpg": picture}, "sample '/1' lacks"),
         ({"1.cls": b"0"}, "sample '/1' lacks"),
-        ({"1.jpg": picture, "1.cls": b"cat"}, "is not a readable"),
-        ({"1.jpg": picture, "1.cls": b"-1"}, "class numbers from 0 on"),
-        ({"1.txt": b"hello"}, "expected images"),
+        ({"1.jpg": picture, "1.cls": b"cat"}, r"s\.tar:1\.jpg: class 'cat' is not one"),
+        ({"1.jpg": picture, "1.cls": b"-1"}, r"s\.tar:1\.jpg: label -1 is not in"),
+        ({"1.jpg": picture, "1.cls": b"5000000"}, r"s\.tar:1\.jpg: label 5000000 is not in"),
+        ({"1.txt": b"hello"}, "there are no images in 1 shard"),
     ):
         make_shard(shard, members)
         with pytest.raises(BetonError, match=message):

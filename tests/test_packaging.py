@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
-    0: ["config", "schedules", "draws", "provenance", "run_log"],
+    0: ["config", "schedules", "draws", "provenance", "run_log", "sources", "datasets"],
     1: ["backbone", "mix_block", "distributed", "beton", "augment"],
     2: ["automix", "momentum", "data", "optimizer", "engine_state", "checkpoint"],
     3: ["evaluate", "trainer", "report", "export", "doctor"],
@@ -22,7 +22,7 @@ ROWS = {
 # Files in one row that stand on each other, in this order.
 SAME_ROW = {
     ("schedules", "config"), ("draws", "config"), ("run_log", "config"),
-    ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
+    ("datasets", "sources"), ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "evaluate"), ("__main__", "cli"),
 }  # fmt: skip
 OWNERS = {

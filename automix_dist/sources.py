@@ -1,0 +1,457 @@
+"""Where labelled images come from: datasets on local disks, as they are distributed, behind one interface.
+
+A source is a class derived from Source; the class statement enters it in SOURCES under the kind that its `usage` begins
+with, and nothing else needs to know of it. Image files are handed over as the bytes they are, never decoded here.
+Nothing is downloaded.
+"""
+
+import difflib
+import glob
+import json
+import os
+import re
+import tarfile
+import textwrap
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from PIL import Image
+
+Split = Literal["train", "val"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test")}
+"""How shards of a split are called; of the names for "val", the first that is there counts."""
+
+MAX_CLASSES = 1 << 20
+"""A class number from here on is taken for a mistake where a source does not say how many classes it has."""
+
+ROWS_IN_MEMORY = 1024
+"""Parquet row groups are kept until they have more rows than this; two are kept always."""
+
+
+class SourceError(ValueError):
+    """A source that is unknown, missing or laid out otherwise; the message says what was expected."""
+
+
+class Source(ABC):
+    """Labelled images that can be read in any order, from several threads."""
+
+    usage: ClassVar[str]
+    """How the source is written on the command line."""
+    layout: ClassVar[str] = ""
+    """The files that are expected; shown when something is missing."""
+
+    argument: str
+    """What the user wrote after the kind."""
+    classes: list[str]
+    labels: np.ndarray
+    """[count] int64, indices into classes; -1 where the class is unknown."""
+    unknown: dict[int, str]
+    """Why, for each image with an unknown class."""
+    remarks: list[str]
+    """What is unusual but no mistake, such as a different number of images than was published."""
+
+    def __init_subclass__(cls, usage: str | None = None) -> None:
+        if usage is not None:
+            cls.usage = usage
+            SOURCES[usage.partition(":")[0]] = cls
+
+    def __init__(self, argument: str, split: Split) -> None:
+        """Find the images of one split. Raises SourceError or OSError."""
+        self.argument = argument
+        self.remarks = []
+
+    @abstractmethod
+    def load(self, i: int) -> bytes | Image.Image:
+        """Image number i: the bytes of an image file, or pixels. What it raises marks the image as broken."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """What to call image number i in messages; its path where it has one."""
+
+    def label(self, classes: list[str], labels: Iterable[int | str]) -> None:
+        """Take over the classes and, as a number or a class name, the label of each image."""
+        number = {name: i for i, name in enumerate(classes)}
+        found, unknown = [], {}
+        for i, label in enumerate(labels):
+            label_id = number.get(label, -1) if isinstance(label, str) else label
+            if not 0 <= label_id < len(classes):
+                unknown[i] = (
+                    f"class {label!r} is not one of the {len(classes)} classes"
+                    if isinstance(label, str)
+                    else f"label {label} is not in 0 .. {len(classes) - 1}"
+                )
+                label_id = -1
+            found.append(label_id)
+        self.classes, self.labels, self.unknown = classes, np.array(found, np.int64), unknown
+
+    def error(self, what: str) -> SourceError:
+        kind = self.usage.partition(":")[0]
+        expected = f"; expected\n{textwrap.indent(textwrap.dedent(self.layout).strip(), '  ')}" if self.layout else ""
+        return SourceError(f"source '{kind}:{self.argument}': {what}{expected}")
+
+
+SOURCES: dict[str, type[Source]] = {}
+"""Every source by its kind."""
+
+
+def open_source(source: str, split: Split) -> Source:
+    """Open a source as written on the command line: `KIND:ARGUMENT`, or an existing folder with a subfolder per class.
+
+    Raises SourceError or OSError.
+    """
+    kind, _, argument = source.partition(":")
+    if kind in SOURCES:
+        return SOURCES[kind](argument, split)
+    if source and Path(source).is_dir():
+        return ImageFolder(source, split)
+    near = difflib.get_close_matches(kind.lower(), SOURCES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    usages = ", ".join(each.usage for each in SOURCES.values())
+    raise SourceError(f"source {source!r}: expected an existing folder or one of {usages}{hint}")
+
+
+class Digits(Source, usage="digits"):
+    """scikit-learn's handwritten digits, 8x8 gray enlarged to 32x32 RGB; every fifth of a class is for validation."""
+
+    def __init__(self, argument: str, split: Split) -> None:
+        super().__init__(argument, split)
+        if argument:
+            raise SourceError(f"source 'digits:{argument}': digits takes no argument")
+        from sklearn.datasets import load_digits  # 1 s to import, needed by this source only
+
+        data = load_digits()
+        rank_in_class = np.zeros(len(data.target), np.int64)
+        for label in range(10):
+            rank_in_class[data.target == label] = np.arange(np.sum(data.target == label))
+        self.chosen = np.flatnonzero((rank_in_class % 5 == 4) == (split == "val"))
+        self.pixels = np.round(data.images[self.chosen] * (255 / 16)).astype(np.uint8)
+        self.label([str(d) for d in range(10)], data.target[self.chosen].tolist())
+
+    def load(self, i: int) -> Image.Image:
+        return Image.fromarray(self.pixels[i]).resize((32, 32), Image.Resampling.BICUBIC)
+
+    def name(self, i: int) -> str:
+        return f"digit {self.chosen[i]}"
+
+
+class Synthetic(Source, usage="synthetic:COUNT[xSIZE][@CLASSES]"):
+    """Generated images: ImageNet's shapes, or SIZE x SIZE; the class sets colours and the angle of a stripe pattern."""
+
+    def __init__(self, argument: str, split: Split) -> None:
+        super().__init__(argument, split)
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?(?:@(\d+))?", argument)
+        if not match or int(match[1]) < 1 or match[2] == "0" or match[3] == "0":
+            raise SourceError(f"source 'synthetic:{argument}': expected {self.usage}, as synthetic:5000x256@100")
+        self.split, self.size, num_classes = split, int(match[2] or 0), int(match[3] or 1000)
+        self.label([f"class {c}" for c in range(num_classes)], (i % num_classes for i in range(int(match[1]))))
+
+    def load(self, i: int) -> Image.Image:
+        style = np.random.default_rng([int(self.labels[i]), 2])
+        colours = style.uniform(0, 255, (2, 3)).astype(np.float32)
+        angle, stripes = style.uniform(0, np.pi), style.uniform(2, 6)
+        random = np.random.default_rng([i, self.split == "val"])
+        shapes = ((375, 500), (375, 500), (333, 500), (500, 375), (500, 333), (500, 500))
+        height, width = (self.size, self.size) if self.size else shapes[random.integers(len(shapes))]
+
+        # Noise of every scale; the finest, a value per pixel, gives JPEGs the size that photographs of this shape have.
+        pixels = np.full((height, width, 3), 127.5, np.float32)
+        for cells, strength in ((4, 0.4), (12, 0.3), (40, 0.3), (120, 0.3), (max(height, width), 0.4)):
+            grid = random.integers(0, 256, (min(cells, height), min(cells, width), 3), np.uint8)
+            layer = Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR)
+            pixels += strength * (np.asarray(layer) - np.float32(127.5))
+
+        rows, columns = np.mgrid[0:height, 0:width].astype(np.float32) / max(height, width)
+        phase = 2 * np.pi * stripes * (np.cos(angle) * columns + np.sin(angle) * rows) + random.uniform(0, 2 * np.pi)
+        share = (0.5 + 0.5 * np.sin(phase))[..., None].astype(np.float32)
+        pixels = 0.5 * pixels + 0.5 * (share * colours[0] + (1 - share) * colours[1])
+        return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+    def name(self, i: int) -> str:
+        return f"synthetic {i}"
+
+
+class WebDataset(Source, usage="webdataset:GLOB_OR_DIR"):
+    """Uncompressed tar shards: an image and its .cls, a number, share a key; other members are ignored."""
+
+    layout = """
+        *.tar    uncompressed; of each sample an image KEY.jpg and its class number KEY.cls; if their names have the
+                 words train and validation, valid, val, dev or test, those of the split are read
+    """
+
+    def __init__(self, argument: str, split: Split) -> None:
+        super().__init__(argument, split)
+        self.images: list[tuple[str, int, int, str]] = []
+        texts: list[bytes] = []
+        chosen, _ = find_shards(self, ".tar", split)
+        for shard in chosen:
+            images, labels = self._read_shard(shard)
+            unpaired = images.keys() ^ labels.keys()
+            if unpaired:
+                raise self.error(f"{shard}: sample {min(unpaired)!r} lacks its image or its .cls")
+            self.images += [(shard, *images[key]) for key in images]
+            texts += [labels[key] for key in images]
+        if not self.images:
+            raise self.error(f"there are no images in {len(chosen)} shard(s)")
+        labels = [whole_number(text.decode(errors="replace")) for text in texts]
+        self.label(_numbered_classes(labels), labels)
+
+    def _read_shard(self, shard: str) -> tuple[dict[str, tuple[int, int, str]], dict[str, bytes]]:
+        """By sample key: each image's (place, size, name), and the text of each label."""
+        images, labels = {}, {}
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, suffix = name.partition(".")  # WebDataset's rule: the key ends at the name's first dot
+                    key, suffix = f"{folder}/{stem}", "." + suffix.lower()
+                    if member.isfile() and suffix in IMAGE_SUFFIXES:
+                        images[key] = (member.offset_data, member.size, member.name)
+                    elif member.isfile() and suffix == ".cls":
+                        labels[key] = tar.extractfile(member).read()
+        except tarfile.TarError as error:
+            raise self.error(f"{shard} is not a readable, uncompressed WebDataset shard: {error}") from error
+        return images, labels
+
+    def load(self, i: int) -> bytes:
+        shard, start, size, _ = self.images[i]
+        with open(shard, "rb") as file:
+            return os.pread(file.fileno(), size, start)
+
+    def name(self, i: int) -> str:
+        return f"{self.images[i][0]}:{self.images[i][3]}"
+
+
+class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
+    """Hugging Face shards: an image column of {bytes, path} or bytes, a label column of numbers or names."""
+
+    layout = """
+        *.parquet    of a column with images ({bytes, path}, or bytes) and a column `label` (a number or a name); if
+                     their names have the words train and validation, valid, val, dev or test, as in
+                     data/train-00000-of-00042.parquet, those of the split are read
+    """
+
+    def __init__(self, argument: str, split: Split) -> None:
+        super().__init__(argument, split)
+        try:
+            import pyarrow.parquet  # optional, and slow to import
+        except ImportError as error:
+            raise SourceError("Parquet files need pyarrow, which is not installed: pip install pyarrow") from error
+        self._parquet = pyarrow.parquet
+        self.files, every_split = find_shards(self, ".parquet", split)
+        opened = {file: self._open(file) for file in every_split}
+        first = opened[self.files[0]].schema.to_arrow_schema()
+        self.image_column, label_column, classes = self._columns(first)
+        for file, metadata in opened.items():
+            if self._columns(metadata.schema.to_arrow_schema()) != (self.image_column, label_column, classes):
+                raise self.error(f"{file} has other columns or classes than {self.files[0]}")
+        self._metadata = [opened[file] for file in self.files]
+
+        labels = {file: self._labels(file, label_column) for file in (self.files if classes else every_split)}
+        if classes is None:
+            classes = _observed_classes([label for each in labels.values() for label in each])
+        groups = [
+            (number, group, metadata.row_group(group).num_rows)
+            for number, metadata in enumerate(self._metadata)
+            for group in range(metadata.num_row_groups)
+        ]
+        self.groups = [(number, group) for number, group, _ in groups]
+        self.starts = np.cumsum([0] + [rows for _, _, rows in groups])
+        self.file_starts = np.cumsum([0] + [metadata.num_rows for metadata in self._metadata])
+        self.label(classes, (label for file in self.files for label in labels[file]))
+        if not len(self.labels):
+            raise self.error(f"there are no images in {len(self.files)} file(s)")
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[int, Future] = OrderedDict()
+
+    def _open(self, file: str) -> Any:
+        try:
+            return self._parquet.read_metadata(file)
+        except (ValueError, NotImplementedError) as error:  # pyarrow's errors are these, or OSError
+            raise self.error(f"{file} is not a readable Parquet file: {error}") from error
+
+    def _columns(self, schema: Any) -> tuple[str, str, list[str] | None]:
+        """(image column, label column, class names if the file has them)."""
+        try:
+            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        except (KeyError, ValueError, TypeError):
+            features = {}  # not written by Hugging Face's datasets
+        kinds = {name: each.get("_type") for name, each in features.items() if isinstance(each, dict)}
+        types = {name: str(schema.field(name).type) for name in schema.names}
+        holds_bytes = [name for name, kind in types.items() if re.match(r"(large_)?binary|struct<.*\bbytes: ", kind)]
+        image = _choose(
+            [name for name in holds_bytes if kinds.get(name) == "Image"] or holds_bytes, ("image", "img", "jpg", "png")
+        )
+        scalars = [name for name, kind in types.items() if re.match(r"u?int|(large_)?string|dictionary", kind)]
+        label = _choose(
+            [name for name in scalars if kinds.get(name) == "ClassLabel"] or scalars,
+            ("label", "labels", "fine_label", "class", "cls"),
+        )
+        if image is None or label is None:
+            shown = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+            which = "images" if image is None else "labels"
+            raise self.error(f"cannot tell which column holds the {which}; there are: {shown}")
+        names = features[label].get("names") if kinds.get(label) == "ClassLabel" else None
+        return image, label, names
+
+    def _labels(self, file: str, column: str) -> list[int | str]:
+        try:
+            with self._parquet.ParquetFile(file) as opened:
+                values = opened.read(columns=[column], use_threads=False)
+        except (ValueError, NotImplementedError) as error:
+            raise self.error(f"{file} is not a readable Parquet file: {error}") from error
+        return [-1 if value is None else value for value in values.column(0).to_pylist()]
+
+    def load(self, i: int) -> bytes:
+        group = int(np.searchsorted(self.starts, i, "right")) - 1
+        value = self._group(group)[i - int(self.starts[group])].as_py()
+        data = value["bytes"] if isinstance(value, dict) else value
+        if data is None:
+            raise ValueError("the table holds no bytes for it")
+        return data
+
+    def _group(self, number: int) -> Any:
+        """The image column of a row group, read once for all threads."""
+        with self._lock:
+            reads = number not in self._loaded
+            future = self._loaded.setdefault(number, Future())
+            self._loaded.move_to_end(number)
+            rows = sum(int(self.starts[each + 1] - self.starts[each]) for each in self._loaded)
+            while rows > ROWS_IN_MEMORY and len(self._loaded) > 2:
+                oldest, _ = self._loaded.popitem(last=False)
+                rows -= int(self.starts[oldest + 1] - self.starts[oldest])
+        if reads:
+            try:
+                file, group = self.groups[number]
+                with self._parquet.ParquetFile(self.files[file], metadata=self._metadata[file]) as opened:
+                    table = opened.read_row_group(group, columns=[self.image_column], use_threads=False)
+                future.set_result(table.column(0))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def name(self, i: int) -> str:
+        file = int(np.searchsorted(self.file_starts, i, "right")) - 1
+        return f"{self.files[file]}: row {i - int(self.file_starts[file])}"
+
+
+def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], list[str]]:
+    """(files of the split, files of all splits) of a pattern or a folder. Raises SourceError."""
+    root = Path(source.argument)
+    if not root.is_dir():
+        files = sorted(glob.glob(source.argument, recursive=True))
+        if not files:
+            raise source.error(f"there is no such folder and no such file{similar(root)}")
+        return files, files
+    files = sorted(str(path) for path in root.rglob(f"*{suffix}"))
+    if not files:
+        raise source.error(f"there are no {suffix} files in that folder")
+    names = [name for each in SPLIT_NAMES.values() for name in each]
+    split_of = {}
+    for file in files:
+        parts = reversed(Path(file).relative_to(root).parts)
+        words = [word for part in parts for word in re.split(r"[^a-z]+", part.lower())]
+        split_of[file] = next((word for word in words if word in names), None)
+    present = set(split_of.values())
+    if present == {None}:
+        return files, files
+    wanted = next((name for name in SPLIT_NAMES[split] if name in present), None)
+    if None in present or wanted is None:
+        example = {name: file for file, name in split_of.items()}
+        found = ", ".join(f"{file} ({name or 'no split in its name'})" for name, file in example.items())
+        raise source.error(f"cannot tell which files belong to {split}: there are {found}; give a pattern of files")
+    return [file for file in files if split_of[file] == wanted], files
+
+
+def _choose(candidates: list[str], preferred: tuple[str, ...]) -> str | None:
+    if len(candidates) == 1:
+        return candidates[0]
+    return next((name for name in preferred if name in candidates), None)
+
+
+def whole_number(text: str) -> int | str:
+    """The number, or the text if it is none that a class could have."""
+    return int(text) if re.fullmatch(r"\s*[+-]?\d{1,9}\s*", text) else text
+
+
+def _observed_classes(labels: list[int | str]) -> list[str]:
+    names = {label for label in labels if isinstance(label, str)}
+    return sorted(names) if names else _numbered_classes(labels)
+
+
+def _numbered_classes(labels: Iterable[int | str]) -> list[str]:
+    numbers = [label for label in labels if isinstance(label, int) and 0 <= label < MAX_CLASSES]
+    return [str(label) for label in range(max(numbers, default=0) + 1)]
+
+
+def similar(path: Path) -> str:
+    """What may have been meant by a path that does not exist, as the end of a message; "" if nothing is close."""
+    while not path.parent.is_dir() and path.parent != path:
+        path = path.parent
+    if not path.parent.is_dir():
+        return ""
+    names = {entry.name.lower(): entry.name for entry in os.scandir(path.parent)}
+    near = difflib.get_close_matches(path.name.lower(), names, n=1)
+    return f"; did you mean {path.parent / names[near[0]]}?" if near else ""
+
+
+class Files(Source):
+    """Images that are files of their own."""
+
+    files: list[str]
+
+    def load(self, i: int) -> bytes:
+        return Path(self.files[i]).read_bytes()
+
+    def name(self, i: int) -> str:
+        return self.files[i]
+
+
+class ImageFolder(Files, usage="imagefolder:DIR"):
+    """A folder with one subfolder per class; sorted names are the class ids. DIR/train and DIR/val win over DIR."""
+
+    layout = "DIR/CLASS/*.jpg    one subfolder per class, or DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
+
+    def __init__(self, argument: str, split: Split) -> None:
+        super().__init__(argument, split)
+        root = Path(argument)
+        if not root.is_dir():
+            raise self.error(f"no such folder{similar(root)}")
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            root = root / split
+        classes = subfolders(root)
+        if not classes:
+            raise SourceError(f"{root} has no subfolders; expected one per class, with the images inside")
+        self.files, labels = [], []
+        for label, name in enumerate(classes):
+            found = images_below(root / name)
+            if not found:
+                raise SourceError(f"{root / name} has no images ({' '.join(IMAGE_SUFFIXES)}); remove it or fill it")
+            self.files += found
+            labels += [label] * len(found)
+        self.label(classes, labels)
+
+
+def subfolders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def images_below(folder: Path) -> list[str]:
+    return [
+        os.path.join(place, file)
+        for place, _, names in sorted(os.walk(folder, onerror=_raise, followlinks=True))
+        for file in sorted(names)
+        if file.lower().endswith(IMAGE_SUFFIXES)
+    ]
+
+
+def _raise(error: OSError) -> None:
+    raise error
