@@ -13,7 +13,8 @@ Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, s
 
 import ctypes
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import llvmlite.binding
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _threads = torch.get_num_threads()
@@ -38,7 +40,12 @@ JPEG = 0
 OK, UNREADABLE, ALTERED = 0, 1, 2
 """What a decoder reports of each sample: decoded; its JPEG is damaged; its bytes are not those that were written."""
 
-CROP, FLIP = 1, 2  # the operations' own streams of random numbers
+AREA, BILINEAR, BICUBIC = 0, 1, 2
+"""How to resize: by area averaging (OpenCV's), or by Pillow's antialiased bilinear or bicubic filter."""
+
+RESIZE_METHODS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}
+
+CROP, FLIP, JITTER, ERASE = 1, 2, 3, 4  # the operations' own streams of random numbers
 
 
 def _compiled(*, parallel: bool = False) -> Callable:
@@ -160,6 +167,213 @@ def _pixels(image, storage, scratch, sum_address):
     return pixels, OK
 
 
+# Pillow's resize: two passes, the first one's result rounded to bytes. Each output value is a weighted sum over an
+# interval of the source; where the image shrinks, the filter widens with it (antialiasing). Pillow computes in fixed
+# point, here it is float32; a value may differ by one level where the sum is all but halfway between two. The two inner
+# loops are written as vectors, because LLVM does not find any in interleaved pixels. Loads may pass the end of a row or
+# of a buffer by less than 16 bytes, whose weights are zero or whose results are not used.
+
+SLACK = 16
+"""Bytes that must follow a buffer of pixels that is resized. In a file, tables follow the last image."""
+
+_FLOAT, _BYTE = ir.FloatType(), ir.IntType(8)
+
+
+def _load_floats(builder, address, count: int):
+    """`count` bytes in memory as a vector of float32."""
+    loaded = builder.load(builder.inttoptr(address, ir.VectorType(_BYTE, count).as_pointer()), align=1)
+    wide = builder.zext(loaded, ir.VectorType(ir.IntType(32), count))
+    return builder.sitofp(wide, ir.VectorType(_FLOAT, count))
+
+
+def _store_bytes(builder, values, address, count: int) -> None:
+    """Round a vector of float32 to bytes, 0 to 255, and store it."""
+    kind = ir.VectorType(_FLOAT, count)
+    low, high, half = (ir.Constant(kind, [bound] * count) for bound in (0.0, 255.0, 0.5))
+    values = builder.fadd(values, half)
+    values = builder.select(builder.fcmp_ordered("<", values, low), low, values)
+    values = builder.select(builder.fcmp_ordered(">", values, high), high, values)
+    whole = builder.trunc(builder.fptosi(values, ir.VectorType(ir.IntType(32), count)), ir.VectorType(_BYTE, count))
+    builder.store(whole, builder.inttoptr(address, whole.type.as_pointer()), align=1)
+
+
+def _shuffle(builder, vector, lanes: list[int]):
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
+
+
+@intrinsic
+def _weigh_pixels(typing_context, source, weights, pairs, target):
+    """Store the weighted sum of 2 * pairs neighbouring RGB pixels, and one byte more.
+
+    weights: float32 [pairs, 8]; the first three of a row weigh one pixel's channels, the next three the other's.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        source, weights, pairs, target = arguments
+        kind = ir.VectorType(_FLOAT, 8)
+        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * 8))
+        with cgutils.for_range(builder, pairs) as loop:
+            pixels = _load_floats(builder, builder.add(source, builder.mul(loop.index, ir.IntType(64)(6))), 8)
+            place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(32)))
+            weight = builder.load(builder.inttoptr(place, kind.as_pointer()), align=4)
+            builder.store(builder.fadd(builder.load(total), builder.fmul(pixels, weight)), total)
+        both = builder.load(total)
+        one = builder.fadd(_shuffle(builder, both, [0, 1, 2, 6]), _shuffle(builder, both, [3, 4, 5, 7]))
+        _store_bytes(builder, one, target, 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def _weigh_rows(typing_context, source, stride, weights, count, target):
+    """Store 16 bytes, the weighted sum of `count` times 16 bytes that lie `stride` apart. weights: float32 [count]."""
+
+    def codegen(context, builder, signature, arguments):
+        source, stride, weights, count, target = arguments
+        kind = ir.VectorType(_FLOAT, 16)
+        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * 16))
+        with cgutils.for_range(builder, count) as loop:
+            values = _load_floats(builder, builder.add(source, builder.mul(loop.index, stride)), 16)
+            place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(4)))
+            weight = builder.load(builder.inttoptr(place, _FLOAT.as_pointer()), align=4)
+            first = builder.insert_element(ir.Constant(kind, ir.Undefined), weight, ir.IntType(32)(0))
+            product = builder.fmul(values, _shuffle(builder, first, [0] * 16))
+            builder.store(builder.fadd(builder.load(total), product), total)
+        _store_bytes(builder, builder.load(total), target, 16)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@_compiled()
+def _filter_weight(x, method):
+    """The filter of a resize method at distance x from its centre."""
+    x = abs(x)
+    if method == BILINEAR:
+        return max(1.0 - x, 0.0)
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    if x < 2:
+        return -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0)
+    return 0.0
+
+
+@_compiled()
+def _intervals(first, count, scale, length, method):
+    """What Pillow weighs for outputs first .. first + count - 1 of a row of `length` reduced by `scale`.
+
+    Returns starts [count], ends [count] and weights float32 [count, most].
+    """
+    stretch = max(scale, 1.0)
+    support = stretch * (1.0 if method == BILINEAR else 2.0)
+    starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
+    weights = np.zeros((count, 2 * math.ceil(support) + 1), np.float32)
+    exact = np.empty(weights.shape[1])
+    for i in range(count):
+        centre = (first + i + 0.5) * scale
+        start = max(int(centre - support + 0.5), 0)
+        end = min(int(centre + support + 0.5), length)
+        total = 0.0
+        for k in range(end - start):
+            exact[k] = _filter_weight((k + start - centre + 0.5) / stretch, method)
+            total += exact[k]
+        for k in range(end - start):
+            weights[i, k] = exact[k] / total
+        starts[i], ends[i] = start, end
+    return starts, ends, weights
+
+
+@_compiled()
+def _resample(pixels, width, box, whole, first, method, target):
+    """Resize the box (top, left, height, width) of an image to whole (height, width) as Pillow does, and keep the part
+    that begins at first (row, column) and has the size of target, [H, W, 3] with W at least 6.
+
+    pixels: address of the image.
+    """
+    top, left, height, length = box
+    row_starts, row_ends, row_weights = _intervals(first[0], target.shape[0], height / whole[0], height, method)
+    starts, ends, weights = _intervals(first[1], target.shape[1], length / whole[1], length, method)
+    count = ((ends - starts).max() + 1) // 2  # the same for all: a loop of known length is faster than a shorter one
+    pairs = np.zeros((len(starts), count, 8), np.float32)
+    for x in range(len(starts)):
+        for k in range(ends[x] - starts[x]):
+            for channel in range(3):
+                pairs[x, k // 2, 3 * (k % 2) + channel] = weights[x, k]
+    if height - whole[0] > max(0, 2 * (length - whole[1])):  # Pillow's choice: the result depends on it
+        _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target)
+    else:
+        _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_ends, row_weights, target)
+
+
+@_compiled()
+def _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_ends, row_weights, target):
+    """_resample's horizontal pass and then its vertical one."""
+    stride = 3 * target.shape[1]
+    low, high = row_starts[0], row_ends[-1]
+    rows = np.empty(stride * (high - low) + SLACK, np.uint8)
+    for y in range(high - low):
+        source = np.int64(pixels) + 3 * ((top + low + y) * width + left)
+        for x in range(len(starts)):
+            _weigh_pixels(
+                source + 3 * starts[x],
+                np.int64(pairs.ctypes.data) + 32 * pairs.shape[1] * x,
+                pairs.shape[1],
+                np.int64(rows.ctypes.data) + stride * y + 3 * x,
+            )
+    for y in range(target.shape[0]):
+        source = np.int64(rows.ctypes.data) + stride * (row_starts[y] - low)
+        for start in range(0, stride, 16):
+            at = min(start, stride - 16)  # the last 16 bytes overlap those before: what follows is another image
+            _weigh_rows(
+                source + at,
+                stride,
+                np.int64(row_weights.ctypes.data) + 4 * row_weights.shape[1] * y,
+                row_ends[y] - row_starts[y],
+                np.int64(target.ctypes.data) + stride * y + at,
+            )
+
+
+@_compiled()
+def _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target):
+    """_resample's vertical pass and then its horizontal one."""
+    low, size = starts[0], target.shape[0]
+    stride = 3 * (ends[-1] - low)
+    rows = np.empty(stride * size + SLACK, np.uint8)
+    for y in range(size):
+        source = np.int64(pixels) + 3 * ((top + row_starts[y]) * width + left + low)
+        for at in range(0, stride, 16):
+            _weigh_rows(
+                source + at,
+                3 * width,
+                np.int64(row_weights.ctypes.data) + 4 * row_weights.shape[1] * y,
+                row_ends[y] - row_starts[y],
+                np.int64(rows.ctypes.data) + stride * y + at,
+            )
+    last = np.empty(3 * target.shape[1] + 1, np.uint8)  # a pixel is stored with one byte more: not into another image
+    for y in range(size):
+        to = np.int64(target.ctypes.data) + 3 * target.shape[1] * y
+        if y == size - 1:
+            to = np.int64(last.ctypes.data)
+        for x in range(len(starts)):
+            _weigh_pixels(
+                np.int64(rows.ctypes.data) + stride * y + 3 * (starts[x] - low),
+                np.int64(pairs.ctypes.data) + 32 * pairs.shape[1] * x,
+                pairs.shape[1],
+                to + 3 * x,
+            )
+    for x in range(target.shape[1]):
+        for channel in range(3):
+            target[size - 1, x, channel] = last[3 * x + channel]
+
+
+@_compiled()
+def _whole_size(side, shorter, size, ratio):
+    """Length of a side after the resize that brings the shorter one to size / ratio, as torchvision's Resize."""
+    return int(round(size / ratio) * side / shorter)
+
+
 # A task decodes a few samples, one after another, into a buffer of its own: memory goes with the number of threads,
 # where FFCV's decoders hold one such buffer for each image of each batch ahead.
 
@@ -167,13 +381,13 @@ SAMPLES_PER_TASK = 4
 
 
 @_compiled(parallel=True)
-def _crop_and_resize(indices, images, status, records, storage, largest, sums, key, scale, ratio):
-    """Decode, crop and area-resize samples into images [B, H, W, 3].
+def _crop_and_resize(indices, images, status, records, storage, largest, sums, key, scale, ratio, method):
+    """Decode, crop and resize samples into images [B, H, W, 3].
 
-    key: address of (seed, epoch) for random boxes within scale and ratio (low, high); 0 = centre boxes of scale[0].
+    key: address of (seed, epoch) for random boxes within scale and ratio (low, high); 0 = centre crops of scale[0].
     """
     for task in prange((len(indices) + SAMPLES_PER_TASK - 1) // SAMPLES_PER_TASK):
-        scratch = np.empty(largest, np.uint8)
+        scratch = np.empty(largest + SLACK, np.uint8)
         for i in range(task * SAMPLES_PER_TASK, min((task + 1) * SAMPLES_PER_TASK, len(indices))):
             sample = indices[i]
             image = records[sample]
@@ -188,10 +402,20 @@ def _crop_and_resize(indices, images, status, records, storage, largest, sums, k
             else:
                 top, left, h, w = centre_box(height, width, scale[0])
             target = images[i]
-            _resize(
-                0, pixels, height, width, top, top + h, left, left + w,
-                target.ctypes.data, target.shape[0], target.shape[1],
-            )  # fmt: skip
+            size = target.shape[0]
+            if method == AREA:
+                _resize(
+                    0, pixels, height, width, top, top + h, left, left + w,
+                    target.ctypes.data, target.shape[0], target.shape[1],
+                )  # fmt: skip
+            elif key != 0:
+                _resample(pixels, width, (top, left, h, w), (size, size), (0, 0), method, target)
+            else:  # the centre of the whole image's resize: unlike a resized centre box, it sees what lies around
+                shorter = min(height, width)
+                rows = _whole_size(height, shorter, size, scale[0])
+                columns = _whole_size(width, shorter, size, scale[0])
+                first = (round((rows - size) / 2), round((columns - size) / 2))
+                _resample(pixels, width, (0, 0, height, width), (rows, columns), first, method, target)
 
 
 @_compiled()
@@ -246,6 +470,105 @@ def _flip(images, indices, key):
                         images[i, y, width - 1 - x, channel] = left
 
 
+@_compiled()
+def _blend(value, other, factor):
+    """Pillow's blend of two bytes: float32, cut off at 0 and 255, rounded towards zero."""
+    mixed = np.float32(other) + factor * np.float32(np.int32(value) - np.int32(other))
+    return np.uint8(min(max(mixed, np.float32(0)), np.float32(255)))
+
+
+@_compiled()
+def _gray(image, place):
+    """Pillow's gray value of the pixel that starts at a place of a flat image."""
+    red, green, blue = np.uint32(image[place]), np.uint32(image[place + 1]), np.uint32(image[place + 2])
+    return np.uint8((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16)
+
+
+BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
+
+
+@_compiled()
+def adjust_colour(image, kind, factor):
+    """Brightness, contrast or saturation of a flat RGB image x factor, in place, as Pillow's ImageEnhance does it."""
+    factor, count = np.float32(factor), len(image) // 3
+    if kind == BRIGHTNESS:
+        for place in range(len(image)):
+            image[place] = _blend(image[place], 0, factor)
+    elif kind == CONTRAST:
+        total = np.uint64(0)
+        for i in range(count):
+            total += np.uint64(_gray(image, 3 * i))
+        mean = int(total / count + 0.5)
+        for place in range(len(image)):
+            image[place] = _blend(image[place], mean, factor)
+    else:
+        for i in range(count):
+            gray = _gray(image, 3 * i)
+            image[3 * i] = _blend(image[3 * i], gray, factor)  # written out: LLVM makes no vectors of an inner loop
+            image[3 * i + 1] = _blend(image[3 * i + 1], gray, factor)
+            image[3 * i + 2] = _blend(image[3 * i + 2], gray, factor)
+
+
+@_compiled()
+def jitter_steps(strength, key):
+    """((kind, factor), ...) of a colour jitter, distributed as torchvision's ColorJitter: any order, each factor
+    uniform in 1 -+ strength."""
+    first = int(uniform(key, 0) * 3)
+    second = (first + 1 + int(uniform(key, 1) * 2)) % 3
+    low, high = max(0.0, 1.0 - strength), 1.0 + strength
+    factors = (
+        low + (high - low) * uniform(key, 2),
+        low + (high - low) * uniform(key, 3),
+        low + (high - low) * uniform(key, 4),
+    )
+    return (first, factors[0]), (second, factors[1]), (3 - first - second, factors[2])
+
+
+@_compiled(parallel=True)
+def _jitter(images, indices, key, strength):
+    """Change brightness, contrast and saturation of images [B, H, W, 3], in place."""
+    flat = images.reshape(len(images), -1)
+    for i in prange(len(indices)):
+        stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), indices[i], JITTER)
+        for kind, factor in jitter_steps(strength, stream):
+            adjust_colour(flat[i], kind, factor)
+
+
+@_compiled()
+def erased_box(height, width, key):
+    """(top, left, height, width) of a random erasing, distributed as timm's RandomErasing: ten tries of an area of 2 %
+    to 33 % and an aspect ratio of 0.3 to 1 / 0.3; a box of height 0 if none fits. Uses random numbers 1 to 40."""
+    for attempt in range(10):
+        area = height * width * (0.02 + (1 / 3 - 0.02) * uniform(key, 4 * attempt + 1))
+        ratio = math.exp(math.log(0.3) * (1 - 2 * uniform(key, 4 * attempt + 2)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if h < height and w < width:
+            top = int(uniform(key, 4 * attempt + 3) * (height - h + 1))
+            left = int(uniform(key, 4 * attempt + 4) * (width - w + 1))
+            return top, left, h, w
+    return 0, 0, 0, 0
+
+
+@_compiled(parallel=True)
+def _erase(images, indices, key, probability, quantiles):
+    """Fill a random box of some images [B, H, W, 3], in place, with draws from quantiles, [3, 4096] for each channel.
+
+    One hash is enough for the three channels of a pixel: 12 of its bits choose each value.
+    """
+    step = np.uint64(0x9E3779B97F4A7C15)
+    for i in prange(len(indices)):
+        stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), indices[i], ERASE)
+        if uniform(stream, 0) < probability:
+            top, left, height, width = erased_box(images.shape[1], images.shape[2], stream)
+            start = mix(stream + step)  # a stream of its own for the pixels
+            for y in range(top, top + height):
+                for x in range(left, left + width):
+                    bits = mix(start + step * np.uint64(y * images.shape[2] + x))
+                    for channel in range(3):
+                        images[i, y, x, channel] = quantiles[channel, bits & np.uint64(4095)]
+                        bits >>= np.uint64(12)
+
+
 class AugmentKey:
     """The (seed, epoch) that a pipeline's random operations share, at a fixed address that compiled code reads.
 
@@ -289,26 +612,37 @@ class _Decoder(SimpleRGBImageDecoder):
 
 
 class CropResizeDecoder(_Decoder):
-    """Decode, cut out a box and resize it to size x size by area averaging (OpenCV's, bilinear where it enlarges).
+    """Decode, cut out a box and resize it to size x size.
 
     With a key: a random box whose share of the image's area lies in scale and whose aspect ratio in ratio, both
-    (low, high), as torchvision's RandomResizedCrop draws it. Without: the centre square with side scale[0] x the
-    shorter side.
+    (low, high), as torchvision's RandomResizedCrop draws it. Without: the centre. For area averaging (OpenCV's,
+    bilinear where it enlarges) that is the resized centre square with side scale[0] x the shorter side; for bilinear
+    and bicubic, which are Pillow's, the centre size x size of the image resized to size / scale[0], as torchvision's
+    Resize and CenterCrop take it.
     """
 
-    def __init__(self, size, scale, ratio=(1.0, 1.0), *, key: AugmentKey | None = None, sums: np.ndarray | None = None):
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float] = (1.0, 1.0),
+        *,
+        method: int = AREA,
+        key: AugmentKey | None = None,
+        sums: np.ndarray | None = None,
+    ):
         super().__init__(size, sums)
         self.scale, self.ratio = tuple(map(float, scale)), tuple(map(float, ratio))
-        self.key = key
+        self.method, self.key = method, key
 
     def generate_code(self) -> Callable:
         largest, sums = self._buffer_size(self.metadata[self.metadata["mode"] == JPEG]), self._sums_address()
-        scale, ratio = self.scale, self.ratio
+        scale, ratio, method = self.scale, self.ratio, self.method
         key = np.uint64(0) if self.key is None else self.key.address
 
         def decode(indices, memory, records, storage):
             images, status = memory
-            _crop_and_resize(indices, images, status, records, storage, largest, sums, key, scale, ratio)
+            _crop_and_resize(indices, images, status, records, storage, largest, sums, key, scale, ratio, method)
             return images
 
         return decode
@@ -352,3 +686,55 @@ class RandomFlip(Operation):
 
         flip.with_indices = True
         return flip
+
+
+class ColorJitter(Operation):
+    """Change brightness, contrast and saturation by random factors in 1 -+ strength, in random order, in place."""
+
+    def __init__(self, key: AugmentKey, strength: float):
+        super().__init__()
+        self.key, self.strength = key, float(strength)
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
+        return replace(previous_state, jit_mode=True), None
+
+    def generate_code(self) -> Callable:
+        key, strength = self.key.address, self.strength
+
+        def jitter(images, memory, indices):
+            _jitter(images, indices, key, strength)
+            return images
+
+        jitter.with_indices = True
+        return jitter
+
+
+class RandomErasing(Operation):
+    """Fill a random box of an image, with some probability, in place; boxes as timm's RandomErasing draws them.
+
+    pixel: with normal noise of the data set's mean and std (both on the [0, 1] scale), cut off where bytes end;
+    otherwise with the mean. After normalisation that is timm's `pixel` noise, or its constant 0.
+    """
+
+    def __init__(
+        self, key: AugmentKey, probability: float, mean: Sequence[float], std: Sequence[float], *, pixel: bool
+    ):
+        super().__init__()
+        self.key, self.probability = key, float(probability)
+        normal = statistics.NormalDist()
+        noise = np.array([normal.inv_cdf((i + 0.5) / 4096) if pixel else 0.0 for i in range(4096)])
+        values = np.outer(std, noise) + np.array(mean)[:, None]
+        self.quantiles = np.clip(np.rint(255 * values), 0, 255).astype(np.uint8)
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
+        return replace(previous_state, jit_mode=True), None
+
+    def generate_code(self) -> Callable:
+        key, probability, quantiles = self.key.address, self.probability, self.quantiles
+
+        def erase(images, memory, indices):
+            _erase(images, indices, key, probability, quantiles)
+            return images
+
+        erase.with_indices = True
+        return erase

@@ -1,6 +1,7 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,13 @@ def layer_kwargs(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return kwargs
 
 
-def create_backbone(config: ModelConfig, feature: int, image_size: int) -> Backbone:
+def create_backbone(config: ModelConfig, feature: int, image_size: int, other_sizes: Sequence[int] = ()) -> Backbone:
     """Build the backbone and check that its feature map can carry a mask.
 
     Args:
         feature: index into timm's feature list, negative from the end (AutoMixConfig.feature).
         image_size: side in pixels of the images it will see.
+        other_sizes: further sizes that it must be able to read (DataConfig.resolution_schedule).
 
     Raises:
         ConfigError: if the model exposes no intermediate features, has no such feature, or the image size is not a
@@ -117,13 +119,12 @@ def create_backbone(config: ModelConfig, feature: int, image_size: int) -> Backb
             f"automix.feature = {feature}: {config.backbone} has {len(names)} feature maps, 0 to {len(names) - 1} "
             f"({', '.join(names)})"
         )
-    try:
-        backbone = Backbone(model, index, image_size)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{config.backbone} cannot read images of data.image_size = {image_size} px: {reason}"
-        ) from error
+    for key, size in [*(("data.resolution_schedule", size) for size in other_sizes), ("data.image_size", image_size)]:
+        try:
+            backbone = Backbone(model, index, size)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{config.backbone} cannot read images of {size} px ({key}): {reason}") from error
     h, w = backbone.feature_size
     if image_size % h or image_size % w:
         raise ConfigError(

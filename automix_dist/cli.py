@@ -237,6 +237,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         accumulation_steps=config.engine.accumulation_steps,
         **share,
     )
+    say(train_loader.storage_note)
     eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
     val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
     torch.manual_seed(config.seed)
@@ -303,7 +304,8 @@ def _check(config: Config):
     from automix_dist.backbone import create_backbone
 
     torch.manual_seed(config.seed)
-    return train, create_backbone(config.model, config.automix.feature, config.data.image_size)
+    other_sizes = [size for _, size in config.data.resolution_schedule]
+    return train, create_backbone(config.model, config.automix.feature, config.data.image_size, other_sizes)
 
 
 def _build_model(config: Config, backbone, num_classes: int, device):
@@ -372,6 +374,9 @@ FIXED_ON_RESUME = (
     "seed",
     "batch_size",
     "data.train",
+    "data.order",
+    "data.chunk_size",
+    "data.window_chunks",
     "model",
     "automix.reduction",
     "automix.lam_concat",

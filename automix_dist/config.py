@@ -43,12 +43,34 @@ class DataConfig:
     """Area range of the random resized crop, as a fraction of the image."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio range of the random resized crop."""
+    resize: Literal["area", "bilinear", "bicubic"] = "area"
+    """How crops reach image_size: averaging areas (the fastest), or antialiased interpolation with Pillow's pixels, as
+    the published recipes mean it (bicubic)."""
     pad: int = 4
     """Pixels added on each side before the padded crop."""
     pad_mode: Literal["zero", "reflect"] = "zero"
     """What the added pixels hold."""
     flip: bool = True
     """Mirror half of the training images."""
+    color_jitter: float = 0.0
+    """Change brightness, contrast and saturation by random factors in 1 -+ this (ViT recipes: 0.4); 0 = off."""
+    random_erasing: float = 0.0
+    """Probability of erasing a random box of a training image (ViT recipes: 0.25)."""
+    erasing_mode: Literal["pixel", "mean"] = "pixel"
+    """What fills an erased box: normal noise of the given mean and std for each pixel, or the mean."""
+    resolution_schedule: tuple[tuple[int, int], ...] = ()
+    """Training at other sizes than image_size: [first epoch, size] pairs, the first for epoch 0; evaluation keeps
+    image_size. Sizes are multiples of 32, so that every feature map divides the image."""
+    order: Literal["random", "quasi_random"] = "random"
+    """Order of the training images: any, or shuffled within windows of the file that are read chunk by chunk, for files
+    larger than memory."""
+    chunk_size: int = 16
+    """Images that the quasi-random order reads together."""
+    window_chunks: int = 512
+    """Chunks, from anywhere in the file, whose images the quasi-random order mixes."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A damaged training image ends the training, or is replaced by the next one in the file and counted. Evaluation
+    never skips."""
     eval_crop_ratio: float = 224 / 256
     """Evaluation takes the centre square of this fraction of the shorter side (224 of 256 is the ImageNet custom)."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -71,6 +93,31 @@ class DataConfig:
         _require(all(s > 0 for s in self.std), "data.std", self.std, "three positive numbers")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or a number of threads")
         _require(self.batches_ahead >= 1, "data.batches_ahead", self.batches_ahead, "1 or more")
+        if self.resize != "area":
+            _require(self.image_size >= 6, "data.image_size", self.image_size, f"6 or more with resize={self.resize}")
+        _require(self.color_jitter >= 0, "data.color_jitter", self.color_jitter, "0 (off) or a positive strength")
+        _require(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "a probability")
+        _require(self.chunk_size >= 1, "data.chunk_size", self.chunk_size, "1 or more images")
+        _require(self.window_chunks >= 1, "data.window_chunks", self.window_chunks, "1 or more chunks")
+        starts, sizes = [s for s, _ in self.resolution_schedule], [size for _, size in self.resolution_schedule]
+        _require(
+            not starts or (starts[0] == 0 and starts == sorted(set(starts))),
+            "data.resolution_schedule",
+            self.resolution_schedule,
+            "[first epoch, size] pairs with rising epochs, the first of them 0",
+        )
+        _require(
+            all(size > 0 and size % 32 == 0 for size in sizes),
+            "data.resolution_schedule",
+            self.resolution_schedule,
+            "sizes that are multiples of 32",
+        )
+        if starts and self.crop != "resized":
+            raise ConfigError(f"data.resolution_schedule needs data.crop=resized, not {self.crop}")
+
+    def train_size(self, epoch: int) -> int:
+        """Side of the training images in an epoch."""
+        return next((size for start, size in reversed(self.resolution_schedule) if start <= epoch), self.image_size)
 
 
 @dataclass(frozen=True)

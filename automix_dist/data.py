@@ -7,6 +7,7 @@ delivers its exception.
 """
 
 import contextlib
+import mmap
 import os
 import queue
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -31,6 +33,9 @@ STALL_SECONDS = 300.0
 
 EXIT_SECONDS = 10.0
 """How long the end of a loader, or of the process, waits for the batch in the making."""
+
+SKIP_ATTEMPTS = 100
+"""With data.on_corrupt=skip, so many damaged images in a row are an error after all."""
 
 _COMPILED_LOOPS = threading.Lock()
 """One loader at a time runs compiled loops: numba's simplest threading layer ends the process otherwise."""
@@ -59,6 +64,18 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     step = np.uint64(0x9E3779B97F4A7C15)
     key = _mix(_mix(np.array([seed], np.uint64) + step) + np.uint64(epoch) + step)
     return np.argsort(_mix(key + step * np.arange(1, count + 1, dtype=np.uint64)), kind="stable")
+
+
+def quasi_random_order(count: int, seed: int, epoch: int, chunk_size: int, window_chunks: int) -> np.ndarray:
+    """A permutation of the places 0 .. count - 1 in a file, [count] int64, that reads one window after another.
+
+    The file is cut into chunks of chunk_size places. Each window is a random set of window_chunks of them, whose places
+    come in random order. Depends on seed and epoch only.
+    """
+    chunks = epoch_order(-(-count // chunk_size), int(_mix(np.array([seed], np.uint64))[0]), epoch)
+    window_of_chunk = np.argsort(chunks) // window_chunks
+    order = epoch_order(count, seed, epoch)
+    return order[np.argsort(window_of_chunk[order // chunk_size], kind="stable")]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -109,17 +126,32 @@ class TrainLoader:
             raise ConfigError(f"batch_size = {batch_size}: expected at most {count}, the number of images in {path}")
         self.num_classes = len(self.manifest.classes)
         self.steps_per_epoch = count // batch_size
-        self._seed = seed
+        self._seed, self._config = seed, config
         self._shares = (batch_size, accumulation_steps, world_size, rank)
         self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=seed)
+
+    @property
+    def storage_note(self) -> str:
+        """One line on how the file's size compares with free memory, and what follows for reading it."""
+        return self._pipeline.storage_note
+
+    @property
+    def skipped(self) -> int:
+        """Damaged images that other ones have stood in for so far, on this rank; 0 with data.on_corrupt=error."""
+        return self._pipeline.skipped
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The micro batches of an epoch from an optimizer step on; what comes before is not read."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step = {start_step}: expected 0 to {self.steps_per_epoch}, the steps of an epoch")
-        order = epoch_order(self.manifest.count, self._seed, epoch)
+        config, count = self._config, self.manifest.count
+        if config.order == "quasi_random":
+            places = quasi_random_order(count, self._seed, epoch, config.chunk_size, config.window_chunks)
+            order = self._pipeline.by_place[places]
+        else:
+            order = epoch_order(count, self._seed, epoch)
         steps = rank_batches(order, *self._shares)[start_step:]
-        return self._pipeline.stream(list(steps.reshape(-1, steps.shape[-1])), epoch)
+        return self._pipeline.stream(list(steps.reshape(-1, steps.shape[-1])), config.train_size(epoch), epoch)
 
     def close(self) -> None:
         """End the loader's thread."""
@@ -155,7 +187,8 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self.batch_size)
-        return self._pipeline.stream([self._indices[s : s + self.batch_size] for s in starts], epoch=0)
+        batches = [self._indices[s : s + self.batch_size] for s in starts]
+        return self._pipeline.stream(batches, self._pipeline.image_size, epoch=0)
 
     def blank(self) -> torch.Tensor:
         """One black image, [1, H, W, 3] uint8 on the device: what a rank without a batch takes part with."""
@@ -180,7 +213,9 @@ class _Pipeline:
     ):
         from automix_dist import augment  # brings FFCV and numba: seconds that only loaders should cost
 
-        self._path, self._ahead, self._size = Path(path), config.batches_ahead, config.image_size
+        self._path, self._ahead, self.image_size = Path(path), config.batches_ahead, config.image_size
+        self._skip = config.on_corrupt == "skip" and train_seed is not None
+        self.skipped = 0
         self._device = torch.device(device)
         if self._device.type == "cuda" and self._device.index is None:  # in the loader's thread it would mean GPU 0
             self._device = torch.device("cuda", torch.cuda.current_device())
@@ -191,12 +226,15 @@ class _Pipeline:
         self._records = index.records["image"]
         self._labels = index.records["label"]
         # FFCV's reader state: the mapped file, and the sorted places of all images with their sizes.
-        by_place = np.argsort(self._records["data_ptr"])
+        self.by_place = np.argsort(self._records["data_ptr"], kind="stable")
+        with open(path, "rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._storage = (
-            np.memmap(path, np.uint8, "r"),
-            self._records["data_ptr"][by_place],
-            index.sizes[by_place].astype(np.uint64),
+            np.frombuffer(self._mapping, np.uint8),
+            self._records["data_ptr"][self.by_place],
+            index.sizes[self.by_place].astype(np.uint64),
         )
+        self.storage_note = self._plan_reading(config, train=train_seed is not None)
         self._key = augment.AugmentKey(train_seed or 0)
         self._sums = index.sums  # compiled code knows its address only
         operations = _operations(augment, manifest, config, self._key, train=train_seed is not None, sums=self._sums)
@@ -204,17 +242,54 @@ class _Pipeline:
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._worker = _Worker(count_workers(config))
 
+    def _plan_reading(self, config: DataConfig, *, train: bool) -> str:
+        """Decide what to announce to the kernel before it is read; returns what to tell the user."""
+        size, free = len(self._mapping), _free_memory()
+        quasi_random = config.order == "quasi_random"
+        self._chunk_of: np.ndarray | None = None
+        numbers = f"{self._path}: {size / 1e9:.2f} GB, free memory {free / 1e9:.2f} GB"
+        if size <= free:
+            return f"{numbers}: the file stays in memory once it is read"
+        if train:
+            self._chunk_size = config.chunk_size if quasi_random else 1
+            self._chunk_of = np.argsort(self.by_place) // self._chunk_size  # sample -> chunk
+            if not quasi_random:  # what lies around an image would be read in vain
+                self._mapping.madvise(mmap.MADV_RANDOM)
+        if quasi_random:
+            return f"{numbers}: read from storage in every epoch, {config.chunk_size} neighbouring images at a time"
+        return (
+            f"{numbers}: read from storage in every epoch, image by image in random order; data.order=quasi_random "
+            "reads neighbouring images together"
+        )
+
+    def _announce(self, batches: Sequence[np.ndarray], announced: set[int]) -> None:
+        """Ask the kernel to read the chunks of these batches in the background, each chunk once in an epoch."""
+        if self._chunk_of is None:
+            return
+        _, places, sizes = self._storage
+        for indices in batches:
+            for chunk in np.unique(self._chunk_of[indices]).tolist():
+                if chunk in announced:
+                    continue
+                announced.add(chunk)
+                first = chunk * self._chunk_size
+                last = min(first + self._chunk_size, len(places)) - 1
+                start = int(places[first]) // mmap.PAGESIZE * mmap.PAGESIZE
+                self._mapping.madvise(mmap.MADV_WILLNEED, start, int(places[last] + sizes[last]) - start)
+
     def _code(self, operation):
         """The code of an FFCV operation, ready to run."""
         operation.accept_globals(self._records, None)
         return operation.generate_code()
 
-    def stream(self, batches: Sequence[np.ndarray], epoch: int) -> Iterator[Batch]:
-        """Batches of these samples, with as many prepared ahead as configured."""
+    def stream(self, batches: Sequence[np.ndarray], size: int, epoch: int) -> Iterator[Batch]:
+        """Batches of these samples, images of size x size, with as many prepared ahead as configured."""
         pending: deque[Future] = deque()
+        announced: set[int] = set()
         try:
-            for indices in batches:
-                pending.append(self._worker.submit(self._read, indices, epoch))
+            for i, indices in enumerate(batches):
+                upcoming = batches[i + (i > 0) : i + 2]  # one batch ahead of the one that is read
+                pending.append(self._worker.submit(self._read, indices, size, epoch, upcoming, announced))
                 if len(pending) > self._ahead:
                     yield self._receive(pending.popleft())
             while pending:
@@ -224,30 +299,56 @@ class _Pipeline:
                 future.cancel()
 
     def blank(self) -> torch.Tensor:
-        return torch.zeros((1, self._size, self._size, 3), dtype=torch.uint8, device=self._device)
+        return torch.zeros((1, self.image_size, self.image_size, 3), dtype=torch.uint8, device=self._device)
 
     def close(self) -> None:
         self._worker.close()
 
-    def _read(self, indices: np.ndarray, epoch: int) -> tuple[Batch, "torch.cuda.Event | None"]:
-        """One batch; on a GPU with the event that says when its copy has arrived. Runs in the loader's thread."""
+    def _read(
+        self, indices: np.ndarray, size: int, epoch: int, upcoming: Sequence[np.ndarray], announced: set[int]
+    ) -> tuple[Batch, int, "torch.cuda.Event | None"]:
+        """One batch, how many images in it stand in for damaged ones, and on a GPU the event that says when its copy
+        has arrived. Runs in the loader's thread."""
+        self._announce(upcoming, announced)
+        indices = indices.copy()
         on_gpu = self._copy_stream is not None
         with torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
-            images = torch.empty((len(indices), self._size, self._size, 3), dtype=torch.uint8, pin_memory=on_gpu)
+            images = torch.empty((len(indices), size, size, 3), dtype=torch.uint8, pin_memory=on_gpu)
             status = np.zeros((len(indices), 1), np.int32)
+            skipped = 0
             with _COMPILED_LOOPS:
                 self._key.set_epoch(epoch)
                 self._decode(indices, (images.numpy(), status), self._records, self._storage)
+                if self._skip and status.any():
+                    skipped = self._replace_damaged(indices, images.numpy(), status)
                 for transform in self._transforms:
                     transform(images.numpy(), None, indices)
             self._raise_for(indices, status[:, 0])
-            batch = Batch(images, torch.from_numpy(self._labels[indices]), torch.from_numpy(indices.copy()))
+            batch = Batch(images, torch.from_numpy(self._labels[indices]), torch.from_numpy(indices))
             if not on_gpu:
-                return batch, None
+                return batch, skipped, None
             with torch.cuda.stream(self._copy_stream):
                 # The allocator of pinned memory itself keeps `images` until this copy has been made.
                 batch = Batch(*(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in batch))
-                return batch, self._copy_stream.record_event()
+                return batch, skipped, self._copy_stream.record_event()
+
+    def _replace_damaged(self, indices: np.ndarray, images: np.ndarray, status: np.ndarray) -> int:
+        """Put the next readable image of the file, and its number, in the place of each damaged one; returns how many.
+
+        The stand-in depends on the damaged image alone, so batches stay the same for any number of ranks.
+        """
+        failed = np.flatnonzero(status)
+        count = len(failed)
+        for _ in range(SKIP_ATTEMPTS):
+            if not len(failed):
+                break
+            indices[failed] = (indices[failed] + 1) % len(self._records)
+            stand_ins = np.empty((len(failed), *images.shape[1:]), np.uint8)
+            found = np.zeros((len(failed), 1), np.int32)
+            self._decode(indices[failed], (stand_ins, found), self._records, self._storage)
+            images[failed], status[failed] = stand_ins, found
+            failed = failed[found[:, 0] != 0]
+        return count
 
     def _raise_for(self, indices: np.ndarray, status: np.ndarray) -> None:
         failed = np.flatnonzero(status)
@@ -257,7 +358,8 @@ class _Pipeline:
 
     def _receive(self, future: Future) -> Batch:
         """Wait for a batch and make it safe to use on the consumer's current stream."""
-        batch, arrived = self._worker.result(future, self._path)
+        batch, skipped, arrived = self._worker.result(future, self._path)
+        self.skipped += skipped
         if arrived is not None:
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(arrived)
@@ -268,13 +370,15 @@ class _Pipeline:
 
 def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
     """The FFCV operations for a file: a decoder, then operations that work in place. Raises ConfigError."""
-    size = config.image_size
+    size, method = config.image_size, augment.RESIZE_METHODS[config.resize]
     smallest = min(manifest.height_range[0], manifest.width_range[0])
     largest = max(manifest.height_range[1], manifest.width_range[1])
     if not train:
-        return [augment.CropResizeDecoder(size, (config.eval_crop_ratio,) * 2, sums=sums)]
+        return [augment.CropResizeDecoder(size, (config.eval_crop_ratio,) * 2, method=method, sums=sums)]
     if config.crop == "resized":
-        decoder = augment.CropResizeDecoder(size, config.crop_scale, config.crop_ratio, key=key, sums=sums)
+        decoder = augment.CropResizeDecoder(
+            size, config.crop_scale, config.crop_ratio, method=method, key=key, sums=sums
+        )
     elif config.crop == "padded":
         if smallest + 2 * config.pad < size:
             raise ConfigError(
@@ -294,7 +398,23 @@ def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, t
                 "takes images of exactly that size; use data.crop=resized"
             )
         decoder = augment.CropResizeDecoder(size, (1.0, 1.0), sums=sums)
-    return [decoder, augment.RandomFlip(key)] if config.flip else [decoder]
+    operations = [decoder]
+    if config.flip:
+        operations.append(augment.RandomFlip(key))
+    if config.color_jitter:
+        operations.append(augment.ColorJitter(key, config.color_jitter))
+    if config.random_erasing:
+        pixel = config.erasing_mode == "pixel"
+        operations.append(augment.RandomErasing(key, config.random_erasing, config.mean, config.std, pixel=pixel))
+    return operations
+
+
+def _free_memory() -> int:
+    """Bytes of memory that can hold files: what the machine has available, or the container's limit."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
 
 
 def count_workers(config: DataConfig) -> int:

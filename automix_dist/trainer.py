@@ -73,6 +73,7 @@ class Trainer:
         self.position = Position()
         self._loss_sums = torch.zeros(len(Losses._fields), device=process.device)
         self._loss_count = 0
+        self._skipped = 0
 
     def train(self, position: Position) -> int:
         """Train from a position to the end; returns 0, or the number of the signal that stopped it after saving.
@@ -116,6 +117,15 @@ class Trainer:
                     self._save()
         finally:
             batches.close()
+        self._report_skipped()
+
+    def _report_skipped(self) -> None:
+        """Tell of damaged images that the loaders of all ranks replaced, when there are new ones."""
+        total = int(self.process.sum(torch.tensor(self.train_loader.skipped, device=self.process.device)))
+        if total > self._skipped:
+            self._skipped = total
+            self.log.event("skipped", self.position.step, images=total)
+            self.log.message(f"{total} damaged training images replaced since the start (data.on_corrupt=skip)")
 
     def _train_step(self, batches: Iterator[Batch], values: StepValues) -> None:
         """One optimizer step over its micro batches, then the momentum encoder."""

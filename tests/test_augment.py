@@ -1,6 +1,7 @@
 """Augmentations: their distribution, their pixels, and that they depend on (seed, epoch, sample) alone."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,23 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms import RandomResizedCrop
+from PIL import Image, ImageEnhance
+from timm.data.random_erasing import RandomErasing as TimmsRandomErasing
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from automix_dist import augment, beton
-from automix_dist.augment import AugmentKey, CropResizeDecoder, PaddedCropDecoder, RandomFlip
+from automix_dist.augment import (
+    AugmentKey,
+    ColorJitter,
+    CropResizeDecoder,
+    PaddedCropDecoder,
+    RandomErasing,
+    RandomFlip,
+)
 
 COUNT = 24
+FILTERS = [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]
 
 
 def picture(i: int) -> Image.Image:
@@ -161,6 +172,65 @@ def test_crop_and_resize_is_opencvs_area_resize(raw_file):
         assert np.abs(images[i].astype(int) - expected).max() <= 1, (i, box)
 
 
+@pytest.mark.parametrize(("method", "pillows"), FILTERS, ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [9, 32, 101])
+def test_crop_and_resize_is_pillows(raw_file, method, pillows, size):
+    key = AugmentKey(5)
+    method = augment.RESIZE_METHODS[method]
+    decoder = CropResizeDecoder(size, (0.08, 1.0), (3 / 4, 4 / 3), method=method, key=key)
+    images, status = run(raw_file, [decoder], range(COUNT))
+    assert (status == augment.OK).all()
+    for i in range(COUNT):
+        stream = np.uint64(augment.stream_key(5, 0, i, augment.CROP))
+        top, left, h, w = augment.random_box(picture(i).height, picture(i).width, 0.08, 1.0, 3 / 4, 4 / 3, stream)
+        expected = picture(i).crop((left, top, left + w, top + h)).resize((size, size), pillows)
+        assert np.abs(images[i].astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize(("method", "pillows"), FILTERS, ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    ("height", "width", "out_height", "out_width"),
+    [
+        (61, 47, 23, 35),
+        (31, 77, 64, 200),
+        (500, 375, 32, 17),
+        (7, 9, 48, 48),
+        (40, 40, 40, 40),
+        (1, 1, 7, 6),
+        (90, 60, 32, 32),
+    ],
+)
+def test_resize_of_noise_is_pillows(method, pillows, height, width, out_height, out_width):
+    """Noise shows every weight, and that neither the image's neighbour in memory nor the result's is touched."""
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    memory = np.concatenate([noise.ravel(), np.full(augment.SLACK, 255, np.uint8)])
+    results = np.full((3, out_height, out_width, 3), 7, np.uint8)
+    augment._resample(
+        np.uint64(memory.ctypes.data),
+        width,
+        (0, 0, height, width),
+        (out_height, out_width),
+        (0, 0),
+        augment.RESIZE_METHODS[method],
+        results[1],
+    )
+    expected = np.asarray(Image.fromarray(noise).resize((out_width, out_height), pillows))
+    assert np.abs(results[1].astype(int) - expected).max() <= 1
+    assert (results[[0, 2]] == 7).all()
+
+
+@pytest.mark.parametrize(("method", "pillows"), FILTERS, ids=["bilinear", "bicubic"])
+@pytest.mark.parametrize(("size", "ratio"), [(28, 224 / 256), (56, 224 / 256), (31, 0.6), (112, 1.0)])
+def test_evaluation_crop_is_torchvisions(raw_file, method, pillows, size, ratio):
+    """Resize and CenterCrop, the custom of ImageNet, on images of three shapes."""
+    decoder = CropResizeDecoder(size, (ratio, ratio), method=augment.RESIZE_METHODS[method])
+    images, _ = run(raw_file, [decoder], range(COUNT))
+    mode = InterpolationMode(method)
+    theirs = transforms.Compose([transforms.Resize(round(size / ratio), mode), transforms.CenterCrop(size)])
+    for i in range(COUNT):
+        assert np.abs(images[i].astype(int) - np.asarray(theirs(picture(i)))).max() <= 1
+
+
 def test_centre_crop_against_opencv_and_pillow(raw_file):
     images, _ = run(raw_file, [CropResizeDecoder(28, (0.8, 0.8))], range(COUNT))
     for i in range(COUNT):
@@ -222,6 +292,101 @@ def test_flip_mirrors(width):
     assert 10 < sum(mirrored) < 30
 
 
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+
+
+@pytest.mark.parametrize("kind", [augment.BRIGHTNESS, augment.CONTRAST, augment.SATURATION])
+def test_colours_are_adjusted_as_pillow_does(kind):
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    for factor in (0.0, 0.3, 0.77, 1.0, 1.4, 3.0):
+        image = noise.copy()
+        augment.adjust_colour(image.reshape(-1), kind, factor)
+        assert np.array_equal(image, ENHANCERS[kind](Image.fromarray(noise)).enhance(factor))
+
+
+def test_colour_jitter_takes_its_steps():
+    pictures = np.stack([picture(2)] * 8)
+    key = AugmentKey(4)
+    jittered = ColorJitter(key, 0.4).generate_code()(pictures.copy(), None, np.arange(8))
+    for i in range(8):
+        expected = picture(2)
+        for kind, factor in augment.jitter_steps(0.4, np.uint64(augment.stream_key(4, 0, i, augment.JITTER))):
+            expected = ENHANCERS[kind](expected).enhance(factor)
+        assert np.array_equal(jittered[i], expected)
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_colour_jitter_is_distributed_as_torchvisions(strength):
+    count = 3000
+    theirs = transforms.ColorJitter(strength, strength, strength)
+    torch.manual_seed(0)
+    drawn = [theirs.get_params(theirs.brightness, theirs.contrast, theirs.saturation, None) for _ in range(count)]
+    keys = [np.uint64(augment.stream_key(1, 0, i, augment.JITTER)) for i in range(count)]
+    steps = [augment.jitter_steps(strength, key) for key in keys]
+    bound = 1.95 * np.sqrt(2 / count)  # Kolmogorov-Smirnov, two samples, 0.1 %
+    for kind in range(3):
+        ours = np.array([dict(step)[kind] for step in steps])
+        assert kolmogorov_smirnov(ours, np.array([params[1 + kind] for params in drawn])) < bound
+    orders = [tuple(kind for kind, _ in step) for step in steps]
+    assert set(orders) == {(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)}
+    frequencies = np.array([orders.count(order) for order in set(orders)])
+    assert ((frequencies - count / 6) ** 2 / (count / 6)).sum() < 20.5  # chi square, 5 degrees of freedom, 0.1 %
+
+
+def test_erased_boxes_are_distributed_as_timms():
+    import random
+
+    count, height, width = 2000, 60, 90
+    keys = [np.uint64(augment.stream_key(1, 0, i, augment.ERASE)) for i in range(count)]
+    ours = np.array([augment.erased_box(height, width, key) for key in keys])
+    theirs, erase = [], TimmsRandomErasing(probability=1.0, mode="const", device="cpu")
+    random.seed(0)
+    for _ in range(count):
+        gone = erase(torch.ones(3, height, width))[0] == 0
+        rows, columns = gone.any(1).nonzero(), gone.any(0).nonzero()
+        theirs.append((int(rows[0]), int(columns[0]), len(rows), len(columns)))
+    theirs = np.array(theirs)
+    bound = 1.95 * np.sqrt(2 / count)
+    for column in range(4):
+        assert kolmogorov_smirnov(ours[:, column], theirs[:, column]) < bound
+    assert kolmogorov_smirnov(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]) < bound
+
+
+@pytest.mark.parametrize("pixel", [True, False])
+def test_random_erasing(pixel):
+    key, count, mean, std = AugmentKey(2), 400, (0.4, 0.5, 0.6), (0.1, 0.15, 0.2)
+    white = np.full((count, 40, 50, 3), 255, np.uint8)
+    erased = RandomErasing(key, 0.25, mean, std, pixel=pixel).generate_code()(white.copy(), None, np.arange(count))
+    changed = 0
+    values = []
+    for i in range(count):
+        stream = np.uint64(augment.stream_key(2, 0, i, augment.ERASE))
+        top, left, height, width = augment.erased_box(40, 50, stream)
+        if augment.uniform(stream, 0) >= 0.25:
+            assert (erased[i] == 255).all()
+            continue
+        changed += 1
+        values.append(erased[i, top : top + height, left : left + width].reshape(-1, 3).copy())
+        erased[i, top : top + height, left : left + width] = 255
+        assert (erased[i] == 255).all()
+    assert 70 < changed < 130
+    values = np.concatenate(values) / 255
+    assert np.abs(values.mean(0) - mean).max() < 0.003
+    assert np.abs(values.std(0) - (std if pixel else 0)).max() < 0.004
+    if pixel:
+        assert np.abs(np.corrcoef(values.T) - np.eye(3)).max() < 0.03  # channels are independent
+        assert abs(np.corrcoef(values[1:, 0], values[:-1, 0])[0, 1]) < 0.03  # and so are neighbours
+
+
+def every_operation(size: int, key: AugmentKey) -> list:
+    return [
+        CropResizeDecoder(size, (0.08, 1.0), (3 / 4, 4 / 3), method=augment.BICUBIC, key=key),
+        RandomFlip(key),
+        ColorJitter(key, 0.4),
+        RandomErasing(key, 0.5, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), pixel=True),
+    ]
+
+
 def test_pixels_depend_on_seed_epoch_and_sample_only(jpeg_file):
     import numba
 
@@ -230,9 +395,7 @@ def test_pixels_depend_on_seed_epoch_and_sample_only(jpeg_file):
         key.set_epoch(epoch)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         try:
-            return run(
-                jpeg_file, [CropResizeDecoder(32, (0.08, 1.0), (3 / 4, 4 / 3), key=key), RandomFlip(key)], indices
-            )[0]
+            return run(jpeg_file, every_operation(32, key), indices)[0]
         finally:
             numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
 
@@ -253,8 +416,9 @@ def test_no_epoch_and_no_crop_setting_compiles_again(raw_file):
         run(raw_file, [CropResizeDecoder(32, scale, (0.5, 2.0), key=key), RandomFlip(key)], range(4))
         run(raw_file, [PaddedCropDecoder(32, pad, reflect=epoch % 2 == 0, key=key)], range(4))
         run(raw_file, [CropResizeDecoder(24, scale)], range(4))
+        run(raw_file, every_operation(24 + epoch, key), range(4))
 
-    loops = (augment._crop_and_resize, augment._pad_and_crop, augment._flip)
+    loops = (augment._crop_and_resize, augment._pad_and_crop, augment._flip, augment._jitter, augment._erase)
     run_once(0, (0.1, 1.0), 4)
     compiled = [len(loop.signatures) for loop in loops]
     for epoch in range(1, 4):
@@ -312,11 +476,13 @@ from ffcv.fields.decoders import IntDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.transforms import ToTensor
 from automix_dist import beton
-from automix_dist.augment import AugmentKey, CropResizeDecoder, RandomFlip
+from automix_dist.augment import AugmentKey
+from test_augment import every_operation
 
 path, out = sys.argv[1:]
 key, sums = AugmentKey(1), beton.read_index(path).sums
-operations = [CropResizeDecoder(32, (0.08, 1.0), (3 / 4, 4 / 3), key=key, sums=sums), RandomFlip(key), ToTensor()]
+operations = [*every_operation(32, key), ToTensor()]
+operations[0].sums = sums
 loader = Loader(path, batch_size=8, num_workers=1, order=OrderOption.SEQUENTIAL,
                 pipelines={"image": operations, "label": [IntDecoder(), ToTensor()]})
 np.save(out, np.concatenate([batch[0].numpy().copy() for batch in loader]))
@@ -328,11 +494,9 @@ def test_the_operations_run_in_ffcvs_own_loader(jpeg_file, tmp_path):
     # In a process of its own: FFCV's reader changes a type that all of numba's compiled code shares, after which
     # functions compiled earlier fail with a KeyError.
     command = [sys.executable, "-c", FFCVS_LOADER, str(jpeg_file), str(tmp_path / "images.npy")]
-    subprocess.run(command, check=True, timeout=120)
-    key = AugmentKey(1)
-    images, _ = run(
-        jpeg_file, [CropResizeDecoder(32, (0.08, 1.0), (3 / 4, 4 / 3), key=key), RandomFlip(key)], range(COUNT)
-    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run(command, check=True, timeout=120, env=env)
+    images, _ = run(jpeg_file, every_operation(32, AugmentKey(1)), range(COUNT))
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
@@ -346,4 +510,5 @@ def test_a_pipeline_is_one_compiled_stage():
         state, _ = decoder.declare_state_and_memory(INITIAL_STATE)
         assert state.jit_mode
         assert (state.shape, state.dtype) == ((32, 32, 3), np.uint8)
-        assert RandomFlip(key).declare_state_and_memory(state) == (state, None)
+        for operation in every_operation(32, key)[1:]:
+            assert operation.declare_state_and_memory(state) == (state, None)

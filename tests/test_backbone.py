@@ -66,6 +66,15 @@ def test_features_that_cannot_carry_a_mask(name, size, feature, message):
         create_backbone(from_dict({"model": {"backbone": name}}).model, feature, size)
 
 
+def test_other_resolutions_are_tried_before_training():
+    assert create_backbone(from_dict({"model": {"backbone": "resnet18"}}).model, -2, 64, [32, 96]).feature_size == (
+        4,
+        4,
+    )
+    with pytest.raises(ConfigError, match=r"96 px \(data\.resolution_schedule\)"):
+        create_backbone(from_dict({"model": {"backbone": "deit_tiny_patch16_224"}}).model, 5, 64, [96])
+
+
 def test_starting_weights_from_a_file(tmp_path):
     """A timm state dict with another classifier is taken without it; one that does not fit is refused."""
     torch.manual_seed(1)

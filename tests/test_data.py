@@ -1,7 +1,9 @@
 """Loaders: order, shares, position, exact evaluation, and that nothing hangs, leaks or is overwritten."""
 
 import gc
+import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,12 +20,21 @@ from hypothesis import strategies as st
 
 from automix_dist import beton, data
 from automix_dist.beton import BetonError
-from automix_dist.config import ConfigError, DataConfig
-from automix_dist.data import Batch, EvalLoader, LoaderError, TrainLoader, epoch_order, rank_batches
+from automix_dist.config import ConfigError, DataConfig, load_config
+from automix_dist.data import (
+    Batch,
+    EvalLoader,
+    LoaderError,
+    TrainLoader,
+    epoch_order,
+    quasi_random_order,
+    rank_batches,
+)
 
 CPU = torch.device("cpu")
 COUNT = 53
 RESIZED = DataConfig(image_size=24, crop="resized", workers=1)
+AUGMENTED = replace(RESIZED, resize="bicubic", color_jitter=0.4, random_erasing=0.5, order="quasi_random", chunk_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +115,45 @@ def test_shares_cut_one_global_stream(world_size, accumulation_steps, micro, ext
     assert np.array_equal(joined.ravel(), order[: steps * batch_size])
 
 
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_the_same_stream_for_any_world_size(path, accumulation_steps):
+chunk_sizes, windows = st.integers(1, 20), st.integers(1, 10)
+
+
+@given(counts, seeds, epochs, chunk_sizes, windows)
+def test_a_quasi_random_epoch_is_a_permutation(count, seed, epoch, chunk_size, window_chunks):
+    order = quasi_random_order(count, seed, epoch, chunk_size, window_chunks)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(count))
+    assert np.array_equal(order, quasi_random_order(count, seed, epoch, chunk_size, window_chunks))
+
+
+@given(counts, seeds, epochs, chunk_sizes, windows)
+def test_a_quasi_random_epoch_reads_window_after_window(count, seed, epoch, chunk_size, window_chunks):
+    """No chunk is needed again after its window, and no more than one window's chunks at a time."""
+    chunks = quasi_random_order(count, seed, epoch, chunk_size, window_chunks) // chunk_size
+    full, read = count // chunk_size, 0
+    while read < count:
+        # A window holds window_chunks whole chunks; the file's last chunk, and the last window, may be smaller.
+        opened = list(dict.fromkeys(chunks[read:].tolist()))[:window_chunks]
+        length = sum(chunk_size if c < full else count - full * chunk_size for c in opened)
+        assert set(chunks[read : read + length].tolist()) == set(opened)
+        read += length
+
+
+def test_quasi_random_orders_mix_and_never_change():
+    order = quasi_random_order(4096, 1, 0, 16, 32)
+    window = order[:512]
+    assert len(set((window // 16).tolist())) == 32
+    assert np.abs(np.corrcoef(np.arange(512), window)[0, 1]) < 0.2
+    assert len({tuple(quasi_random_order(100, seed, epoch, 4, 5)) for seed in range(9) for epoch in range(9)}) == 81
+    # Old runs are resumed by new versions: these numbers may not change.
+    assert quasi_random_order(12, 5, 3, 2, 2).tolist() == [5, 0, 1, 4, 2, 8, 3, 9, 6, 7, 10, 11]
+
+
+@pytest.mark.parametrize(("accumulation_steps", "config"), [(1, RESIZED), (2, RESIZED), (1, AUGMENTED)])
+def test_the_same_stream_for_any_world_size(path, accumulation_steps, config):
     def stream(world_size):
         loaders = [
-            train_loader(path, rank=rank, world_size=world_size, accumulation_steps=accumulation_steps)
+            train_loader(path, config, rank=rank, world_size=world_size, accumulation_steps=accumulation_steps)
             for rank in range(world_size)
         ]
         micro_batches = zip(*[loader.epoch(2) for loader in loaders], strict=True)
@@ -123,12 +168,13 @@ def test_the_same_stream_for_any_world_size(path, accumulation_steps):
     "config",
     [
         RESIZED,
+        AUGMENTED,
         DataConfig(image_size=32, crop="padded", workers=1),
         DataConfig(image_size=30, crop="padded", pad=2, pad_mode="reflect", workers=1),
         DataConfig(image_size=32, crop="none", workers=1),
         DataConfig(image_size=32, crop="none", flip=False, workers=1),
     ],
-    ids=["resized", "padded", "reflected", "none", "none without flip"],
+    ids=["resized", "augmented", "padded", "reflected", "none", "none without flip"],
 )
 def test_the_same_pixels_for_any_batch_size_and_workers(path, config):
     batches = list(train_loader(path, config).epoch(0))
@@ -160,7 +206,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_data import *
 for workers in (1, 2, 4):
     digest = hashlib.sha256()
-    for batch in train_loader({str(path)!r}, replace(RESIZED, workers=workers)).epoch(0):
+    for batch in train_loader({str(path)!r}, replace(AUGMENTED, workers=workers)).epoch(0):
         for tensor in batch:
             digest.update(tensor.numpy().tobytes())
     print(digest.hexdigest())
@@ -171,9 +217,10 @@ for workers in (1, 2, 4):
     assert len(set(digests)) == 1
 
 
-def test_resume_at_every_step_of_an_epoch(path):
-    whole = list(train_loader(path, accumulation_steps=2).epoch(3))
-    loader = train_loader(path, accumulation_steps=2)
+@pytest.mark.parametrize("config", [RESIZED, AUGMENTED], ids=["resized", "augmented"])
+def test_resume_at_every_step_of_an_epoch(path, config):
+    whole = list(train_loader(path, config, accumulation_steps=2).epoch(3))
+    loader = train_loader(path, config, accumulation_steps=2)
     assert loader.steps_per_epoch == 6
     for step in range(7):
         assert same(loader.epoch(3, start_step=step), whole[2 * step :])
@@ -289,6 +336,125 @@ def test_a_damaged_sample_is_an_error_with_its_number(path, tmp_path, sample):
     for batches in (train_loader(copy, batch_size=53).epoch(0), iter(eval_loader(copy))):
         with pytest.raises(LoaderError, match=rf"damaged\.beton: sample {sample}: its bytes have changed on disk"):
             list(batches)
+
+
+def test_damaged_training_images_can_be_skipped(path, tmp_path):
+    """The next readable image of the file stands in, for any number of ranks, and evaluation does not skip."""
+    order = epoch_order(COUNT, 1, 0)
+    first, other = int(order[0]), int(order[20])
+    damaged = sorted({first, (first + 1) % COUNT, other})
+    copy = damage(path, tmp_path, damaged)
+    config = replace(RESIZED, on_corrupt="skip")
+    loader = train_loader(copy, config)
+    batches = list(loader.epoch(0))
+    read = torch.cat([batch.indices for batch in batches]).tolist()
+    assert loader.skipped == sum(int(i) in damaged for i in order[: len(read)])
+    assert not set(read) & set(damaged)
+    for was, now in zip(order.tolist(), read, strict=False):
+        while was in damaged:
+            was = (was + 1) % COUNT
+        assert now == was
+    labels = beton.read_index(path).records["label"]
+    assert all(np.array_equal(batch.labels, labels[batch.indices]) for batch in batches)
+    whole = by_sample(train_loader(path, batch_size=53).epoch(0))
+    assert all(np.array_equal(pixels, whole[i]) for i, pixels in by_sample(batches).items())
+    ranks = [list(train_loader(copy, config, rank=rank, world_size=2).epoch(0)) for rank in range(2)]
+    assert [torch.cat([a.images, b.images]).tolist() for a, b in zip(*ranks, strict=True)] == [
+        batch.images.tolist() for batch in batches
+    ]
+    with pytest.raises(LoaderError):
+        list(eval_loader(copy, config))
+
+
+def test_a_file_of_damaged_images_is_an_error(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SKIP_ATTEMPTS", 3)
+    copy = damage(path, tmp_path, range(COUNT))
+    with pytest.raises(LoaderError, match=r"its bytes have changed on disk"):
+        next(train_loader(copy, replace(RESIZED, on_corrupt="skip")).epoch(0))
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    monkeypatch.setattr(data, "_free_memory", lambda: 1000)
+
+
+class Mapping:
+    """Stands for a mapped file and keeps what the kernel is told about it."""
+
+    def __init__(self):
+        self.advice = []
+
+    def madvise(self, *arguments):
+        self.advice.append(arguments)
+
+
+def test_reading_is_planned_by_memory_and_said(path, little_memory, monkeypatch):
+    loader = train_loader(path)
+    assert re.search(
+        r"small\.beton: 0\.00 GB, free memory 0\.00 GB: .*image by image.*quasi_random", loader.storage_note
+    )
+    quasi_random = train_loader(path, AUGMENTED)
+    assert "4 neighbouring images at a time" in quasi_random.storage_note
+    records = beton.read_index(path).records["image"]
+    for reader, chunk_size in ((loader, 1), (quasi_random, 4)):
+        expected = list(reader.epoch(0))
+        mapping = reader._pipeline._mapping = Mapping()
+        assert same(reader.epoch(0), expected)
+        monkeypatch.setattr(data, "_free_memory", lambda: 10**12)
+        plenty = train_loader(path, reader._config)
+        assert "stays in memory" in plenty.storage_note
+        assert same(plenty.epoch(0), expected)
+        used = {int(i) // chunk_size for batch in expected for i in batch.indices}
+        assert len(mapping.advice) == len(used)  # each chunk once
+        assert all(advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0 for advice, start, _ in mapping.advice)
+        announced = [(start, start + length) for _, start, length in mapping.advice]
+        for batch in expected:
+            for i in batch.indices:
+                place = int(records["data_ptr"][i])
+                assert any(start <= place < end for start, end in announced)
+
+
+def test_the_quasi_random_loader_reads_few_chunks_at_a_time(path):
+    loader = train_loader(path, replace(AUGMENTED, window_chunks=2))
+    records = beton.read_index(path).records["image"]
+    place = np.argsort(np.argsort(records["data_ptr"]))
+    for batch in loader.epoch(0):  # batches of 8, windows of 2 x 4: each reaches into two windows at most
+        assert len(set((place[batch.indices] // 4).tolist())) <= 4
+
+
+def test_resolution_follows_the_epoch(path):
+    config = replace(RESIZED, resolution_schedule=((0, 32), (3, 64)))
+    loader = train_loader(path, config)
+    sizes = [next(loader.epoch(epoch)).images.shape[1:] for epoch in range(5)]
+    assert sizes == [(32, 32, 3)] * 3 + [(64, 64, 3)] * 2
+    fixed = train_loader(path, replace(RESIZED, image_size=64))
+    assert same(loader.epoch(4), fixed.epoch(4))
+    assert next(iter(eval_loader(path, config))).images.shape[1:] == (24, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution_schedule": ((1, 32),)}, "first of them 0"),
+        ({"resolution_schedule": ((0, 32), (0, 64))}, "rising epochs"),
+        ({"resolution_schedule": ((0, 40),)}, "multiples of 32"),
+        ({"resolution_schedule": ((0, 32),), "crop": "padded"}, r"data\.crop=resized"),
+        ({"resize": "bicubic", "image_size": 5}, "6 or more"),
+        ({"color_jitter": -0.1}, r"data\.color_jitter"),
+        ({"random_erasing": 1.1}, r"data\.random_erasing"),
+        ({"chunk_size": 0}, r"data\.chunk_size"),
+        ({"window_chunks": 0}, r"data\.window_chunks"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**settings)
+
+
+def test_schedules_come_from_yaml():
+    config = load_config(None, ["data.resolution_schedule=[[0, 128], [10, 160]]", "data.image_size=224"]).data
+    assert [config.train_size(epoch) for epoch in (0, 9, 10, 99)] == [128, 128, 160, 160]
+    assert DataConfig().train_size(5) == 224
 
 
 def test_a_failing_operation_reaches_the_consumer(path, monkeypatch):

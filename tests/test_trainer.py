@@ -23,6 +23,7 @@ class ListTrainLoader:
     """Three steps an epoch; `signal_at` sends this process a SIGTERM while that step's batch is made."""
 
     steps_per_epoch = STEPS
+    skipped = 0
 
     def __init__(self, process, signal_at: int | None = None):
         self.process = process
