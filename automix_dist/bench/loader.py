@@ -1,0 +1,734 @@
+"""`automix bench loader`: images per second of CPU time, and in all, from this loader and from its alternatives.
+
+    automix bench loader --images 1024 --repeat 3 --out DIR
+
+Every candidate reads the same generated images of ImageNet's shapes and gives batches of 64 random resized crops of
+224 x 224, half of them mirrored, as uint8. Each lives in a process of its own (FFCV's Loader changes a type that all
+compiled code of its process shares). A first epoch warms it up; then the candidates take turns, an epoch each, so that
+a busy moment of the machine hits all alike, and the median epoch counts.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import platform
+import re
+import resource
+import select
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import psutil
+
+from automix_dist import beton
+
+BATCH, SIDE, QUALITY = 64, 224, 90
+STORAGES = ("jpg@500", "jpg@400", "raw@256")
+SHARDS_PER_WORKER = 2
+MEMORY_FACTOR = 4
+"""The file of --memory-limit is so many times as large as the limit."""
+
+ANSWER_SECONDS = 900.0
+"""A candidate that is silent for so long is given up."""
+
+DALI_LEAD = 4
+"""Batches of DALI's endless stream between two measured epochs, more than it prepares ahead."""
+
+SAMPLE_SECONDS = 0.25
+NEED_FACTOR = 1.2
+"""A loader shall deliver so many times what a training step asks for."""
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of reading. `epoch_of(job)` prepares it and returns a function that gives an epoch, an iterator over
+    batches of images that does nothing before its first batch is asked for."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """Storage kinds it reads: jpg, raw."""
+    epoch_of: Callable[[dict], Callable[[], Iterable]]
+    module: str = ""
+    """What must be installed for it."""
+    package: str = ""
+    """Name of the package that brings the module."""
+
+
+# The candidates. All of this runs in their own processes; what they import stays out of the others.
+
+
+def ours(job: dict, resize: str = "area", order: str = "random") -> Callable[[], Iterator]:
+    import torch
+
+    from automix_dist.config import DataConfig
+    from automix_dist.data import TrainLoader
+
+    config = DataConfig(image_size=SIDE, resize=resize, order=order, workers=job["workers"])
+    loader = TrainLoader(
+        job["beton"], config, seed=0, batch_size=BATCH, rank=0, world_size=1, accumulation_steps=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    numbers = count()
+
+    def epoch() -> Iterator:
+        for batch in loader.epoch(next(numbers)):
+            yield batch.images
+
+    return epoch
+
+
+def ours_bicubic(job: dict) -> Callable[[], Iterator]:
+    return ours(job, resize="bicubic")
+
+
+def ffcv(job: dict) -> Callable[[], Iterator]:
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    images = [RandomResizedCropRGBImageDecoder((SIDE, SIDE)), RandomHorizontalFlip(), ToTensor()]
+    loader = Loader(
+        job["beton"], batch_size=BATCH, num_workers=job["workers"], order=OrderOption.RANDOM, os_cache=True,
+        pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
+    )  # fmt: skip
+    return partial(_first_of_each, loader)
+
+
+def _first_of_each(batches: Iterable) -> Iterator:
+    """A generator, so that nothing starts before the clock does."""
+    for images, _ in batches:
+        yield images
+
+
+def _pil_transform() -> Callable:
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+def _tensor_transform() -> Callable:
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip()])
+
+
+def _data_loader(dataset, job: dict, **options) -> Callable[[], Iterator]:
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(dataset, num_workers=job["workers"], persistent_workers=True, **options)
+    return partial(_first_of_each, loader)
+
+
+def data_loader_pil(job: dict) -> Callable[[], Iterator]:
+    from torchvision.datasets import ImageFolder
+
+    dataset = ImageFolder(job["folder"], _pil_transform())
+    return _data_loader(dataset, job, batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+def data_loader_decode_jpeg(job: dict) -> Callable[[], Iterator]:
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+    def load(path: str):
+        return decode_jpeg(read_file(path), ImageReadMode.RGB)
+
+    dataset = ImageFolder(job["folder"], _tensor_transform(), loader=load)
+    return _data_loader(dataset, job, batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+class RawImages:
+    """A map-style dataset of the raw images of a .beton file, mapped into memory by numpy."""
+
+    def __init__(self, path: str, transform: Callable):
+        self.records = beton.read_index(path).records
+        self.file = np.memmap(path, np.uint8, "c")  # private, so that torch gets arrays that it may write to
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int):
+        import torch
+
+        image = self.records["image"][i]
+        height, width, start = int(image["height"]), int(image["width"]), int(image["data_ptr"])
+        pixels = self.file[start : start + 3 * height * width].reshape(height, width, 3)
+        return self.transform(torch.from_numpy(pixels).permute(2, 0, 1)), int(self.records["label"][i])
+
+
+def data_loader_memmap(job: dict) -> Callable[[], Iterator]:
+    dataset = RawImages(job["beton"], _tensor_transform())
+    return _data_loader(dataset, job, batch_size=BATCH, shuffle=True, drop_last=True)
+
+
+def webdataset(job: dict) -> Callable[[], Iterator]:
+    import webdataset as wds
+
+    dataset = (
+        wds.WebDataset(job["shards"], shardshuffle=len(job["shards"]), workersplitter=wds.split_by_worker)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(_pil_transform(), int)
+        .batched(BATCH, partial=True)
+    )
+    return _data_loader(dataset, job, batch_size=None)
+
+
+def dali(job: dict) -> Callable[[], Iterator]:
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    @pipeline_def(batch_size=BATCH, num_threads=job["workers"], device_id=None, seed=0)
+    def pipeline():
+        files, labels = fn.readers.file(file_root=job["folder"], random_shuffle=True)
+        images = fn.decoders.image_random_crop(
+            files, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
+        )
+        images = fn.resize(images, resize_x=SIDE, resize_y=SIDE, antialias=True)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    endless = (outputs[0]["images"] for outputs in DALIGenericIterator(pipeline(), ["images", "labels"]))
+
+    def epoch() -> Iterator:
+        # Batches are prepared across the ends of epochs. Those that wait since the last epoch were made while no clock
+        # ran: they are passed over.
+        deque(islice(endless, DALI_LEAD), maxlen=0)
+        return islice(endless, job["images"] // BATCH)
+
+    return epoch
+
+
+CANDIDATES = (
+    Candidate("ours", ("jpg", "raw"), ours),
+    Candidate("ours, bicubic", ("jpg", "raw"), ours_bicubic),
+    Candidate("FFCV's Loader", ("jpg", "raw"), ffcv, "ffcv", "ffcv"),
+    Candidate("DataLoader + PIL", ("jpg",), data_loader_pil),
+    Candidate("DataLoader + decode_jpeg", ("jpg",), data_loader_decode_jpeg),
+    Candidate("DataLoader + numpy.memmap", ("raw",), data_loader_memmap),
+    Candidate("WebDataset + PIL", ("jpg",), webdataset, "webdataset", "webdataset"),
+    Candidate("DALI on the CPU", ("jpg",), dali, "nvidia.dali", "nvidia-dali-cuda120"),
+)
+
+
+def serve(job: dict, answers: io.TextIOBase) -> None:
+    """The candidate's process: prepare, then run one epoch for each line that arrives."""
+    if job["candidate"] == "memory":
+        answers.write(json.dumps(stream_within_limit(job)) + "\n")
+        return
+    start_epoch = next(each for each in CANDIDATES if each.name == job["candidate"]).epoch_of(job)
+    for _ in sys.stdin:
+        epoch, images = start_epoch(), 0
+        cpu, wall = _cpu_seconds(), time.perf_counter()
+        for batch in epoch:
+            assert batch.element_size() == 1 and tuple(batch.shape[1:]) in ((SIDE, SIDE, 3), (3, SIDE, SIDE))
+            images += len(batch)
+        figures = {"images": images, "wall_s": time.perf_counter() - wall, "cpu_s": _cpu_seconds() - cpu}
+        answers.write(json.dumps(figures) + "\n")
+        answers.flush()
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process, of its children that live, and of those that have ended."""
+    total = time.process_time()
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total += ended.ru_utime + ended.ru_stime
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def stream_within_limit(job: dict) -> dict:
+    """Read a large file twice with a process that may not get `limit_mib` more anonymous memory than it has after its
+    first batch; what is more fails. Returns the samples of its memory."""
+    start_epoch = ours(job, order="quasi_random")
+    next(iter(start_epoch()))
+    allowed = _status_mib("VmData") * MIB + job["limit_mib"] * MIB
+    resource.setrlimit(resource.RLIMIT_DATA, (int(allowed), int(allowed)))
+    samples, images, start = [], 0, time.perf_counter()
+    for _ in range(2):
+        for batch in start_epoch():
+            images += len(batch)
+            if not samples or time.perf_counter() - start >= SAMPLE_SECONDS * len(samples):
+                samples.append({"images": images} | {name: _status_mib(name) for name in ("RssAnon", "RssFile")})
+    samples.append({"images": images} | {name: _status_mib(name) for name in ("RssAnon", "RssFile")})
+    return {"images": images, "wall_s": time.perf_counter() - start, "samples": samples}
+
+
+def _status_mib(name: str) -> float:
+    return int(re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+
+
+# The process that asks: data, candidates in turn, figures.
+
+
+class Contestant:
+    """A candidate's process, and what was measured of it."""
+
+    def __init__(self, job: dict):
+        self.storage, self.name = job["storage"], job["candidate"]
+        self.epochs: list[dict] = []
+        self.memory: dict[str, float] = {}
+        self.note = ""
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "automix_dist.bench.loader", json.dumps(job)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            env={"GOMP_SPINCOUNT": "10000", **os.environ},
+        )  # fmt: skip
+
+    def ask(self) -> None:
+        """Have the next epoch run."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the answer says why
+            self._process.stdin.write("epoch\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict | None:
+        """The figures asked for, with the memory watched meanwhile; None, with the reason in `note`, from the first
+        failure on."""
+        if self.note:
+            return None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not select.select([self._process.stdout], [], [], SAMPLE_SECONDS)[0]:
+            self._sample_memory()
+            if time.monotonic() > deadline:
+                self.note = f"no answer for {ANSWER_SECONDS:g} s"
+                self.close()
+                return None
+        self._sample_memory()
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        last = ([""] + [text for line in self._errors if (text := line.strip())])[-1]
+        self.note = f"failed ({self._process.returncode}): {last[:200]}"
+        return None
+
+    def _sample_memory(self) -> None:
+        """Keep the largest sums over the process and its workers."""
+        sums = {"Rss": 0, "Pss_Anon": 0, "Pss_Shmem": 0}
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self._process.pid)
+            for each in (process, *process.children(recursive=True)):
+                with contextlib.suppress(OSError):
+                    for line in Path(f"/proc/{each.pid}/smaps_rollup").read_text().splitlines():
+                        name, _, value = line.partition(":")
+                        if name in sums:
+                            sums[name] += int(value.split()[0])
+        now = {"rss_mib": sums["Rss"] / 1024, "anonymous_mib": (sums["Pss_Anon"] + sums["Pss_Shmem"]) / 1024}
+        self.memory = {name: max(mib, self.memory.get(name, 0.0)) for name, mib in now.items()}
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+
+def make_data(folder: Path, storage: str, images: int, workers: int) -> dict:
+    """A .beton file and, for JPEG, a folder per class and tar shards with the very same bytes; reused if they exist."""
+    kind, _, size = storage.partition("@")
+    file = folder / f"{kind}{size}_{images}.beton"
+    try:
+        beton.check(file)
+    except beton.BetonError:
+        beton.prepare(
+            f"synthetic:{images}", file, write_mode=kind, max_resolution=int(size), quality=QUALITY, progress=False
+        )
+    data = {"beton": str(file), "bytes": file.stat().st_size}
+    if kind == "raw":
+        return data
+    tree = file.with_suffix("")
+    index = beton.read_index(file)
+    stored = np.memmap(file, np.uint8, "r")
+    shards = [tree / f"shard-{i}.tar" for i in range(SHARDS_PER_WORKER * workers)]
+    (tree / "classes").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        tars = [stack.enter_context(tarfile.open(shard, "w")) for shard in shards]
+        for i, (record, length) in enumerate(zip(index.records, index.sizes, strict=True)):
+            start, label = int(record["image"]["data_ptr"]), int(record["label"])
+            jpeg = stored[start : start + int(length)].tobytes()
+            path = tree / "classes" / f"{label:04d}" / f"{i:06d}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(jpeg)
+            for name, content in ((f"{i:06d}.jpg", jpeg), (f"{i:06d}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tars[i % len(tars)].addfile(member, io.BytesIO(content))
+    return data | {"folder": str(tree / "classes"), "shards": [str(shard) for shard in shards]}
+
+
+def measure_storage(storage: str, data: dict, images: int, repeat: int, workers: int) -> list[dict]:
+    """A row for each candidate that could read this storage; `note` says why one has no figures."""
+    job = {"storage": storage, "images": images, "workers": workers, **data}
+    rows, contestants = [], []
+    with contextlib.ExitStack() as stack:
+        for candidate in CANDIDATES:
+            if storage.partition("@")[0] not in candidate.kinds:
+                continue
+            row = {"storage": storage, "candidate": candidate.name, "note": "", "epochs": []}
+            rows.append(row)
+            if candidate.module and not _installed(candidate.module):
+                row["note"] = f"not installed (pip install {candidate.package})"
+                continue
+            contestant = Contestant(job | {"candidate": candidate.name})
+            stack.callback(contestant.close)
+            contestants.append((contestant, row))
+            contestant.ask()
+        print(f"{storage}: warming up {len(contestants)} loaders", file=sys.stderr, flush=True)
+        for contestant, _ in contestants:
+            contestant.answer()
+        for turn in range(repeat):
+            print(f"{storage}: epoch {turn + 1} of {repeat}", file=sys.stderr, flush=True)
+            first = turn % len(contestants)
+            for contestant, row in contestants[first:] + contestants[:first]:
+                contestant.ask()
+                figures = contestant.answer()
+                if figures is not None and figures["images"] != images:
+                    contestant.note = f"an epoch had {figures['images']} images instead of {images}"
+                elif figures is not None:
+                    row["epochs"].append(figures)
+    for contestant, row in contestants:
+        row["note"] = contestant.note
+        if not contestant.note:
+            row.update(summary(row["epochs"]), **contestant.memory)
+    return rows
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it is missing too
+        return False
+
+
+def summary(epochs: list[dict]) -> dict:
+    """Median, smallest and largest images per second and per second of CPU time of some epochs."""
+    result = {}
+    for name, seconds in (("per_second", "wall_s"), ("per_cpu_second", "cpu_s")):
+        rates = [epoch["images"] / epoch[seconds] for epoch in epochs]
+        result[name] = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+    return result
+
+
+def targets(rows: list[dict]) -> list[dict]:
+    """What was aimed at, and what came of it; `ratio` is None where one of the two was not measured."""
+    found = {(row["storage"], row["candidate"]): row for row in rows if "per_second" in row}
+    jpegs = sorted({row["storage"] for row in rows if row["storage"] in ("jpg@400", "jpg@500")}, reverse=True)
+    result = []
+
+    def aim(storage: str, opponent: str, other_storage: str, least: float, by: str) -> None:
+        own, other = found.get((storage, "ours")), found.get((other_storage, opponent))
+        ratio = own[by]["median"] / other[by]["median"] if own and other else None
+        result.append(
+            {"storage": storage, "opponent": opponent, "opponent_storage": other_storage, "by": by, "least": least,
+             "ratio": ratio, "met": None if ratio is None else ratio >= least}
+        )  # fmt: skip
+
+    for storage in dict.fromkeys(row["storage"] for row in rows):
+        for by in ("per_cpu_second", "per_second"):
+            aim(storage, "FFCV's Loader", storage, 0.97, by)
+    for storage in jpegs:
+        aim(storage, "DataLoader + PIL", storage, 3.0, "per_cpu_second")
+        aim(storage, "DataLoader + decode_jpeg", storage, 1.5, "per_cpu_second")
+    if any(row["storage"] == "raw@256" for row in rows):
+        for storage in jpegs:
+            aim("raw@256", "DataLoader + PIL", storage, 10.0, "per_cpu_second")
+    return result
+
+
+def measure_memory(folder: Path, tree: Path, limit_mib: int, workers: int) -> dict:
+    """Stream a raw file MEMORY_FACTOR times as large as the limit through a process that is held to it."""
+    sources = sorted(tree.glob("*/*.jpg"))
+    links = folder / "memory"
+    file = folder / f"memory_{limit_mib}.beton"
+    size = MEMORY_FACTOR * limit_mib * MIB
+    if not (file.exists() and file.stat().st_size >= size):
+        from PIL import Image
+
+        number = 0
+        while size > 0:  # the same images again and again: in the file each copy has its own bytes
+            source = sources[number % len(sources)]
+            path = links / source.parent.name / f"{number:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            os.link(source, path)
+            with Image.open(source) as image:
+                size -= 3 * image.width * image.height
+            number += 1
+        print(f"memory: writing {number} raw images", file=sys.stderr, flush=True)
+        beton.prepare(str(links), file, write_mode="raw", progress=False)
+    job = {
+        "storage": "raw", "candidate": "memory", "beton": str(file), "workers": workers, "limit_mib": limit_mib
+    }  # fmt: skip
+    print("memory: streaming", file=sys.stderr, flush=True)
+    contestant = Contestant(job)
+    try:
+        figures = contestant.answer()
+    finally:
+        contestant.close()
+    return {"limit_mib": limit_mib, "file_mib": file.stat().st_size / MIB, "note": contestant.note} | (figures or {})
+
+
+def read_need(path: Path) -> dict:
+    """Images per second that a training step asks for, from a measured benchmark. Raises ValueError or OSError."""
+    values = json.loads(path.read_text())
+    rate = values.get("images_per_second") if isinstance(values, dict) else None
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < float("inf"):
+        raise ValueError(f'expected {{"images_per_second": a positive number, "device": "..."}}, found {rate!r}')
+    return {"images_per_second": float(rate), "device": str(values.get("device", "a device that it does not name"))}
+
+
+def describe_machine(workers: int) -> dict:
+    names = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow", "webdataset", "nvidia-dali-cuda120")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cores": beton.usable_cores(),
+        "workers": workers,
+        "memory_gib": psutil.virtual_memory().total / 2**30,
+        "load_average": list(os.getloadavg()),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "versions": versions,
+    }
+
+
+# What a person reads; all of it from the dictionary that loader.json holds.
+
+
+def markdown(result: dict) -> str:
+    machine, options = result["machine"], result["options"]
+    lines = [
+        "# Loaders on the CPU", "",
+        f"{machine['cores']}-core CPU machine, {machine['cpu']}, {machine['memory_gib']:.0f} GiB; {machine['date']}; "
+        f"load average at the start {machine['load_average'][0]:.2f}; "
+        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()) + ".", "",
+        f"{options['images']} generated images of ImageNet's shapes, in the page cache; random resized crop "
+        f"{SIDE} and flip, uint8, batches of {BATCH}; {machine['workers']} worker(s) each. Median of "
+        f"{options['repeat']} epochs after a first one that does not count (smallest to largest). `jpg@500`: longer "
+        f"side 500, JPEG quality {QUALITY}; every candidate reads the same JPEG bytes. CPU time is that of the process "
+        "and its workers. DALI prepares batches across epochs; it is measured over as many images of its endless "
+        "stream. Resize: ours and FFCV average areas; `ours, bicubic`, PIL, torchvision and DALI interpolate "
+        "with antialiasing (all but the first of these bilinearly). RSS is summed over a process and its workers, "
+        "pages that they share, and those of a mapped file, count in each; anonymous memory counts once and cannot be "
+        "dropped by the kernel.", "",
+        "| storage | loader | images/s per CPU-second | images/s in all | peak RSS, MiB | of it anonymous | ours is |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    own = {row["storage"]: row for row in result["rows"] if row["candidate"] == "ours" and "per_second" in row}
+    for row in result["rows"]:
+        head = f"| {row['storage']} | {row['candidate']} |"
+        if "per_second" not in row:
+            lines.append(f"{head} {row['note'].replace('|', '/')} | | | | |")
+            continue
+        rates = " | ".join(
+            f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
+            for rate in (row["per_cpu_second"], row["per_second"])
+        )
+        base = own.get(row["storage"])
+        ratio = f"{base['per_cpu_second']['median'] / row['per_cpu_second']['median']:.2f}x" if base else ""
+        ratio = "" if row is base else ratio
+        lines.append(f"{head} {rates} | {row['rss_mib']:,.0f} | {row['anonymous_mib']:,.0f} | {ratio} |")
+    lines += ["", "## Targets", "", "| ours | against | by | at least | is | |", "|---|---|---|---|---|---|"]
+    for target in result["targets"]:
+        by = {"per_cpu_second": "CPU-second", "per_second": "wall"}[target["by"]]
+        verdict = {True: "met", False: "**missed**", None: ""}[target["met"]]
+        ratio = "not measured" if target["ratio"] is None else f"{target['ratio']:.2f}x"
+        lines.append(
+            f"| {target['storage']} | {target['opponent']}, {target['opponent_storage']} | {by} | "
+            f"{target['least']:g}x | {ratio} | {verdict} |"
+        )
+    lines += ["", "## Need and supply", "", need_text(result)]
+    if result["memory"]:
+        lines += ["", "## Memory", "", memory_text(result["memory"])]
+    return "\n".join(lines) + "\n"
+
+
+def need_text(result: dict) -> str:
+    """How many images a ResNet-50 AutoMix step asks for, and which storage delivers that here."""
+    need = result["need"]
+    if need is None:
+        return "Images/s that a ResNet-50 AutoMix step asks for: not measured."
+    rate = need["images_per_second"]
+    lines = [f"A ResNet-50 AutoMix step on {need['device']} asks for {rate:,.0f} images/s."]
+    for row in result["rows"]:
+        if row["candidate"] == "ours" and "per_second" in row:
+            supply, each = row["per_second"]["median"], row["per_cpu_second"]["median"]
+            verdict = "enough" if supply >= NEED_FACTOR * rate else "not enough"
+            lines.append(
+                f"{row['storage']}: this machine delivers {supply / rate:.2f} times that, {verdict} "
+                f"({NEED_FACTOR:g} is wanted); it takes {NEED_FACTOR * rate / each:.1f} of its cores to deliver "
+                f"{NEED_FACTOR:g} times."
+            )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def memory_text(memory: dict) -> str:
+    """What --memory-limit measured, and what it did not."""
+    if memory["note"]:
+        return f"Streaming {memory['file_mib']:,.0f} MiB within {memory['limit_mib']} MiB: {memory['note']}."
+    anonymous = [sample["RssAnon"] for sample in memory["samples"]]
+    mapped = [sample["RssFile"] for sample in memory["samples"]]
+    return (
+        f"A raw file of {memory['file_mib']:,.0f} MiB was read twice in quasi-random order ({memory['images']:,} "
+        f"images, {memory['images'] / memory['wall_s']:,.0f} images/s) by a process that the kernel (RLIMIT_DATA) held "
+        f"to {memory['limit_mib']} MiB of private writable memory beyond what it had after its first batch; more would "
+        f"have ended it. Its anonymous memory was {anonymous[0]:,.0f} MiB at the start, {max(anonymous):,.0f} MiB at "
+        f"most and {anonymous[-1]:,.0f} MiB at the end. Its pages of files, which are the page cache's and which the "
+        f"kernel drops when it needs memory, rose from {mapped[0]:,.0f} to at most {max(mapped):,.0f} MiB. The page "
+        "cache itself was not limited: what dropping pages costs in speed is not measured here."
+    )
+
+
+def bars_svg(result: dict) -> str:
+    """Images per second of CPU time, a panel per storage, each with a scale of its own from zero."""
+    rows = [row for row in result["rows"] if "per_second" in row]
+    left, width, step, gap = 190, 760, 22, 44
+    parts, y = [], 46
+    for storage in dict.fromkeys(row["storage"] for row in rows):
+        panel = [row for row in rows if row["storage"] == storage]
+        scale = (width - left - 90) / max(row["per_cpu_second"]["max"] for row in panel)
+        parts.append(f'<text x="10" y="{y}" font-weight="bold">{escape(storage)}</text>')
+        for row in panel:
+            y += step
+            low, middle, high = (row["per_cpu_second"][key] * scale for key in ("min", "median", "max"))
+            fill = "#c0392b" if row["candidate"].startswith("ours") else "#7f8c8d"
+            parts += [
+                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(row["candidate"])}</text>',
+                f'<rect x="{left}" y="{y - 11}" width="{middle:.1f}" height="14" fill="{fill}"/>',
+                f'<path d="M{left + low:.1f} {y - 4}H{left + high:.1f}" stroke="black"/>',
+                f'<text x="{left + high + 6:.1f}" y="{y}">{row["per_cpu_second"]["median"]:,.0f}</text>',
+            ]
+        y += gap
+    machine = result["machine"]
+    title = f"Images per CPU-second, median and range; {machine['cores']}-core CPU machine, {machine['cpu']}"
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" font-family="sans-serif" '
+            'font-size="12">',
+            f'<rect width="{width}" height="{y}" fill="white"/>',
+            f'<text x="10" y="20">{escape(title)}</text>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="automix bench loader", description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1024, help=f"a multiple of {BATCH} (default: 1024)")
+    parser.add_argument(
+        "--sizes", nargs="+", default=list(STORAGES), metavar="KIND@SIZE",
+        help=f"jpg or raw, and the longer side in pixels (default: {' '.join(STORAGES)})",
+    )  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=3, help="measured epochs of each loader (default: 3)")
+    parser.add_argument("--workers", type=int, default=0, help="of each loader; 0 = the cores it may use (default)")
+    parser.add_argument("--data", type=Path, help="folder to keep and reuse the images in (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="folder for loader.json, loader.md and loader.svg")
+    parser.add_argument(
+        "--step-json", type=Path, metavar="FILE",
+        help='{"images_per_second": N, "device": NAME} of a measured ResNet-50 AutoMix step, to compare with',
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-limit", type=int, metavar="MIB",
+        help=f"also stream a file {MEMORY_FACTOR} times as large through a process held to so much more memory",
+    )  # fmt: skip
+    options = parser.parse_args(argv)
+    if options.images < BATCH or options.images % BATCH:
+        parser.error(f"--images {options.images}: expected a multiple of {BATCH}, the batch size")
+    for storage in options.sizes:
+        if not re.fullmatch(r"(jpg|raw)@[1-9]\d{0,3}", storage):
+            parser.error(f"--sizes {storage}: expected jpg@SIZE or raw@SIZE, as {' '.join(STORAGES)}")
+    if options.repeat < 1:
+        parser.error(f"--repeat {options.repeat}: expected 1 or more")
+    cores = beton.usable_cores()
+    if not 0 <= options.workers <= cores:
+        parser.error(f"--workers {options.workers}: expected 0 to {cores}, the cores that this process may use")
+    if options.memory_limit is not None and options.memory_limit < 1:
+        parser.error(f"--memory-limit {options.memory_limit}: expected a positive number of MiB")
+    options.need = None
+    if options.step_json:
+        try:
+            options.need = read_need(options.step_json)
+        except (OSError, ValueError) as error:
+            parser.error(f"--step-json {options.step_json}: {error}")
+    return options
+
+
+def run(argv: list[str]) -> int:
+    """Measures, prints the table, and with --out writes it; returns 1 if one of our own rows has no figures, else 0."""
+    options = parse(argv)
+    workers = options.workers or beton.usable_cores()
+    result = {
+        "machine": describe_machine(workers),
+        "options": {"images": options.images, "sizes": options.sizes, "repeat": options.repeat, "batch": BATCH},
+        "rows": [],
+        "need": options.need,
+        "memory": None,
+    }
+    with contextlib.ExitStack() as stack:
+        folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="automix-bench-")))
+        for storage in dict.fromkeys(options.sizes):
+            print(f"{storage}: making {options.images} images", file=sys.stderr, flush=True)
+            data = make_data(folder, storage, options.images, workers)
+            result["rows"] += measure_storage(storage, data, options.images, options.repeat, workers)
+        if options.memory_limit:
+            tree = Path(make_data(folder, "jpg@500", options.images, workers)["folder"])
+            result["memory"] = measure_memory(folder, tree, options.memory_limit, workers)
+    result["targets"] = targets(result["rows"])
+    text = markdown(result)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "loader.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / "loader.md").write_text(text)
+        (options.out / "loader.svg").write_text(bars_svg(result))
+    failed = any(row["candidate"].startswith("ours") and "per_second" not in row for row in result["rows"])
+    return int(failed or bool(result["memory"] and result["memory"]["note"]))
+
+
+def _child(job: str) -> None:
+    """One candidate's process. Answers have a descriptor of their own: libraries print to the usual one."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        serve(json.loads(job), answers)
+    except BaseException:  # the last line says what it was
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1])
