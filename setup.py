@@ -7,7 +7,7 @@ Exact versions that are known to work together stand in constraints.txt.
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 setup(
     name="automix-dist",
@@ -17,9 +17,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["automix_dist", "automix_dist.bench", "automix_kernels"],
+    packages=["automix_dist", "automix_dist.bench", "automix_dist.policies", "automix_kernels"],
     package_data={"automix_dist": ["report.html", "report.css", "report.js"]},
     package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},
+    ext_modules=[Extension("automix_dist._jpeg", ["automix_dist/jpeg.c"], libraries=["jpeg"])],
     install_requires=[
         "torch>=2.11,<3",
         "torchvision>=0.26,<1",

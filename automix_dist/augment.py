@@ -8,7 +8,8 @@ The loops are compiled functions of this module, kept in numba's cache on disk, 
 process but the first compiles them, and no new epoch or crop does. Each operation's `generate_code` returns a few lines
 that call them, which runs as it is and in FFCV's own Loader too (with `os_cache=True`).
 
-Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, sorted places, their sizes).
+Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, sorted places, their sizes). They decode
+the crop alone (jpeg.py) and resize it with compiled loops, both faster than FFCV's own, which call OpenCV.
 """
 
 import ctypes
@@ -32,6 +33,8 @@ from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
 
+from automix_dist import jpeg  # noqa: E402
+
 torch.set_num_threads(_threads)  # ... which would starve everything else in the process
 
 JPEG = 0
@@ -41,14 +44,14 @@ OK, UNREADABLE, ALTERED = 0, 1, 2
 """What a decoder reports of each sample: decoded; its JPEG is damaged; its bytes are not those that were written."""
 
 AREA, BILINEAR, BICUBIC = 0, 1, 2
-"""How to resize: by area averaging (OpenCV's), or by Pillow's antialiased bilinear or bicubic filter."""
+"""How to resize: by area averaging as OpenCV's, or by Pillow's antialiased bilinear or bicubic filter."""
 
 RESIZE_METHODS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}
 
-CROP, FLIP, JITTER, ERASE = 1, 2, 3, 4  # the operations' own streams of random numbers
+CROP, FLIP, JITTER, ERASE, POLICY = 1, 2, 3, 4, 5  # the operations' own streams of random numbers
 
 
-def _compiled(*, parallel: bool = False) -> Callable:
+def compiled(*, parallel: bool = False) -> Callable:
     """numba's njit, keeping what it compiled on disk. No fastmath: crops could differ by a pixel between processors."""
 
     def decorate(function: Callable) -> Callable:
@@ -61,23 +64,23 @@ def _compiled(*, parallel: bool = False) -> Callable:
     return decorate
 
 
-def _c_function(name: str, signature: types.FunctionType) -> types.ExternalFunction:
-    """A function of FFCV's library for compiled code, called by name: code with an address cannot be kept on disk."""
-    symbol = f"automix_ffcv_{name}"
-    address = ctypes.cast(getattr(libffcv.lib, name), ctypes.c_void_p).value
+def _c_function(library: ctypes.CDLL, name: str, signature: types.FunctionType) -> types.ExternalFunction:
+    """A library's function for compiled code, called by name: code with an address in it cannot be kept on disk."""
+    symbol = f"automix_loader_{name}"
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
     llvmlite.binding.add_symbol(symbol, address)
     return types.ExternalFunction(symbol, signature)
 
 
-_imdecode = _c_function(
-    "imdecode", types.int32(types.uintp, types.uint64, types.uint32, types.uint32, types.uintp, *[types.uint32] * 8)
+_decode_box = _c_function(
+    jpeg.library, "automix_decode_box", types.int32(types.uintp, types.uint64, *[types.uint32] * 6, types.uintp)
 )
-_resize = _c_function("resize", types.void(*[types.int64] * 11))
-_memcpy = _c_function("my_memcpy", types.void(types.uintp, types.uintp, types.uint64))
+_resize = _c_function(libffcv.lib, "resize", types.void(*[types.int64] * 11))
+_memcpy = _c_function(libffcv.lib, "my_memcpy", types.void(types.uintp, types.uintp, types.uint64))
 
 
 @intrinsic
-def _uint64_at(typing_context, address):
+def uint64_at(typing_context, address):
     """The uint64 in memory at an address."""
 
     def codegen(context, builder, signature, arguments):
@@ -86,7 +89,7 @@ def _uint64_at(typing_context, address):
     return types.uint64(types.uintp), codegen
 
 
-@_compiled()
+@compiled()
 def mix(x):
     """Splitmix64's mixing of 64 bits: a bijection in which each bit of x decides about half of the result's."""
     x = np.uint64(x)
@@ -95,7 +98,7 @@ def mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-@_compiled()
+@compiled()
 def stream_key(seed, epoch, sample, operation):
     """Where one operation's random numbers for one sample in one epoch start."""
     step = np.uint64(0x9E3779B97F4A7C15)
@@ -105,14 +108,14 @@ def stream_key(seed, epoch, sample, operation):
     return mix(key + np.uint64(operation) + step)
 
 
-@_compiled()
+@compiled()
 def uniform(key, i):
     """Random number i of a stream, in [0, 1) with 53 bits."""
     bits = mix(key + np.uint64(0x9E3779B97F4A7C15) * np.uint64(i + 1))
     return np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@_compiled()
+@compiled()
 def random_box(height, width, scale_low, scale_high, ratio_low, ratio_high, key):
     """(top, left, height, width) of a random resized crop, distributed as torchvision's RandomResizedCrop.get_params:
     ten tries of area and log aspect ratio, then the largest centre box of an allowed ratio."""
@@ -133,16 +136,17 @@ def random_box(height, width, scale_low, scale_high, ratio_low, ratio_high, key)
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@_compiled()
+@compiled()
 def centre_box(height, width, ratio):
     """(top, left, height, width) of the centre square with side ratio x the shorter side."""
     side = max(1, round(ratio * min(height, width)))
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-@_compiled()
-def _pixels(image, storage, scratch, sum_address):
-    """(address of an image's pixels, status): in the file if they are raw, decoded into scratch if JPEG.
+@compiled()
+def _pixels(image, storage, scratch, sum_address, box):
+    """(address of an image's pixels, status): in the file if they are raw, decoded into scratch if JPEG, where only the
+    box (top, left, height, width) is then valid.
 
     With a sum (address not 0) the stored bytes are compared with it first; see beton.word_sum.
     """
@@ -155,50 +159,52 @@ def _pixels(image, storage, scratch, sum_address):
         for i in range(len(words)):
             total += (words[i] ^ (words[i] >> np.uint64(32))) * weight
             weight += np.uint64(2)
-        if total != _uint64_at(sum_address):
+        if total != uint64_at(sum_address):
             return np.uint64(0), ALTERED
     source = np.uint64(data.ctypes.data) + start
     if image["mode"] != JPEG:
         return source, OK
     height, width = np.uint32(image["height"]), np.uint32(image["width"])
     pixels = np.uint64(scratch.ctypes.data)
-    if _imdecode(source, size, height, width, pixels, height, width, 0, 0, 1, 1, 0, 0) != 0:
+    top, left, h, w = box
+    if _decode_box(source, size, height, width, top, left, h, w, pixels) != 0:
         return np.uint64(0), UNREADABLE
     return pixels, OK
 
 
-# Pillow's resize: two passes, the first one's result rounded to bytes. Each output value is a weighted sum over an
-# interval of the source; where the image shrinks, the filter widens with it (antialiasing). Pillow computes in fixed
-# point, here it is float32; a value may differ by one level where the sum is all but halfway between two. The two inner
-# loops are written as vectors, because LLVM does not find any in interleaved pixels. Loads may pass the end of a row or
-# of a buffer by less than 16 bytes, whose weights are zero or whose results are not used.
+# Resize in two passes, the first one rounded to bytes, in Pillow's fixed point. An output value is a weighted sum over
+# an interval of the source; where the image shrinks, the filter widens with it (antialiasing). The two inner loops are
+# written as vectors, because LLVM does not find any in interleaved pixels. Loads may pass the end of a row or of a
+# buffer by less than 16 bytes, whose weights are zero or whose results are not used.
+
+PRECISION = 22
+"""Bits after the point of a weight."""
 
 SLACK = 16
 """Bytes that must follow a buffer of pixels that is resized. In a file, tables follow the last image."""
 
-_FLOAT, _BYTE = ir.FloatType(), ir.IntType(8)
+_INT, _BYTE = ir.IntType(32), ir.IntType(8)
 
 
-def _load_floats(builder, address, count: int):
-    """`count` bytes in memory as a vector of float32."""
+def _load_bytes(builder, address, count: int):
+    """`count` bytes in memory as a vector of int32."""
     loaded = builder.load(builder.inttoptr(address, ir.VectorType(_BYTE, count).as_pointer()), align=1)
-    wide = builder.zext(loaded, ir.VectorType(ir.IntType(32), count))
-    return builder.sitofp(wide, ir.VectorType(_FLOAT, count))
+    return builder.zext(loaded, ir.VectorType(_INT, count))
 
 
-def _store_bytes(builder, values, address, count: int) -> None:
-    """Round a vector of float32 to bytes, 0 to 255, and store it."""
-    kind = ir.VectorType(_FLOAT, count)
-    low, high, half = (ir.Constant(kind, [bound] * count) for bound in (0.0, 255.0, 0.5))
-    values = builder.fadd(values, half)
-    values = builder.select(builder.fcmp_ordered("<", values, low), low, values)
-    values = builder.select(builder.fcmp_ordered(">", values, high), high, values)
-    whole = builder.trunc(builder.fptosi(values, ir.VectorType(ir.IntType(32), count)), ir.VectorType(_BYTE, count))
+def _store_bytes(builder, sums, address, count: int) -> None:
+    """Round a vector of weighted sums to bytes, 0 to 255, and store it."""
+    kind = ir.VectorType(_INT, count)
+    half, point, low, high = (ir.Constant(kind, [v] * count) for v in (1 << (PRECISION - 1), PRECISION, 0, 255))
+    values = builder.ashr(builder.add(sums, half), point)
+    values = builder.select(builder.icmp_signed("<", values, low), low, values)
+    values = builder.select(builder.icmp_signed(">", values, high), high, values)
+    whole = builder.trunc(values, ir.VectorType(_BYTE, count))
     builder.store(whole, builder.inttoptr(address, whole.type.as_pointer()), align=1)
 
 
 def _shuffle(builder, vector, lanes: list[int]):
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    mask = ir.Constant(ir.VectorType(_INT, len(lanes)), lanes)
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
@@ -206,20 +212,20 @@ def _shuffle(builder, vector, lanes: list[int]):
 def _weigh_pixels(typing_context, source, weights, pairs, target):
     """Store the weighted sum of 2 * pairs neighbouring RGB pixels, and one byte more.
 
-    weights: float32 [pairs, 8]; the first three of a row weigh one pixel's channels, the next three the other's.
+    weights: int32 [pairs, 8]; the first three of a row weigh one pixel's channels, the next three the other's.
     """
 
     def codegen(context, builder, signature, arguments):
         source, weights, pairs, target = arguments
-        kind = ir.VectorType(_FLOAT, 8)
-        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * 8))
+        kind = ir.VectorType(_INT, 8)
+        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * 8))
         with cgutils.for_range(builder, pairs) as loop:
-            pixels = _load_floats(builder, builder.add(source, builder.mul(loop.index, ir.IntType(64)(6))), 8)
+            pixels = _load_bytes(builder, builder.add(source, builder.mul(loop.index, ir.IntType(64)(6))), 8)
             place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(32)))
             weight = builder.load(builder.inttoptr(place, kind.as_pointer()), align=4)
-            builder.store(builder.fadd(builder.load(total), builder.fmul(pixels, weight)), total)
+            builder.store(builder.add(builder.load(total), builder.mul(pixels, weight)), total)
         both = builder.load(total)
-        one = builder.fadd(_shuffle(builder, both, [0, 1, 2, 6]), _shuffle(builder, both, [3, 4, 5, 7]))
+        one = builder.add(_shuffle(builder, both, [0, 1, 2, 6]), _shuffle(builder, both, [3, 4, 5, 7]))
         _store_bytes(builder, one, target, 4)
         return context.get_dummy_value()
 
@@ -228,26 +234,26 @@ def _weigh_pixels(typing_context, source, weights, pairs, target):
 
 @intrinsic
 def _weigh_rows(typing_context, source, stride, weights, count, target):
-    """Store 16 bytes, the weighted sum of `count` times 16 bytes that lie `stride` apart. weights: float32 [count]."""
+    """Store 16 bytes, the weighted sum of `count` times 16 bytes that lie `stride` apart. weights: int32 [count]."""
 
     def codegen(context, builder, signature, arguments):
         source, stride, weights, count, target = arguments
-        kind = ir.VectorType(_FLOAT, 16)
-        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0.0] * 16))
+        kind = ir.VectorType(_INT, 16)
+        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * 16))
         with cgutils.for_range(builder, count) as loop:
-            values = _load_floats(builder, builder.add(source, builder.mul(loop.index, stride)), 16)
+            values = _load_bytes(builder, builder.add(source, builder.mul(loop.index, stride)), 16)
             place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(4)))
-            weight = builder.load(builder.inttoptr(place, _FLOAT.as_pointer()), align=4)
-            first = builder.insert_element(ir.Constant(kind, ir.Undefined), weight, ir.IntType(32)(0))
-            product = builder.fmul(values, _shuffle(builder, first, [0] * 16))
-            builder.store(builder.fadd(builder.load(total), product), total)
+            weight = builder.load(builder.inttoptr(place, _INT.as_pointer()), align=4)
+            first = builder.insert_element(ir.Constant(kind, ir.Undefined), weight, _INT(0))
+            product = builder.mul(values, _shuffle(builder, first, [0] * 16))
+            builder.store(builder.add(builder.load(total), product), total)
         _store_bytes(builder, builder.load(total), target, 16)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), codegen
 
 
-@_compiled()
+@compiled()
 def _filter_weight(x, method):
     """The filter of a resize method at distance x from its centre."""
     x = abs(x)
@@ -260,16 +266,22 @@ def _filter_weight(x, method):
     return 0.0
 
 
-@_compiled()
+@compiled()
+def _fixed_point(weight):
+    """A weight with PRECISION bits after the point, rounded."""
+    return np.int32(int(weight * (1 << PRECISION) + (0.5 if weight >= 0 else -0.5)))
+
+
+@compiled()
 def _intervals(first, count, scale, length, method):
     """What Pillow weighs for outputs first .. first + count - 1 of a row of `length` reduced by `scale`.
 
-    Returns starts [count], ends [count] and weights float32 [count, most].
+    Returns starts [count], ends [count] and weights in fixed point [count, most].
     """
     stretch = max(scale, 1.0)
     support = stretch * (1.0 if method == BILINEAR else 2.0)
     starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
-    weights = np.zeros((count, 2 * math.ceil(support) + 1), np.float32)
+    weights = np.zeros((count, 2 * math.ceil(support) + 1), np.int32)
     exact = np.empty(weights.shape[1])
     for i in range(count):
         centre = (first + i + 0.5) * scale
@@ -277,37 +289,62 @@ def _intervals(first, count, scale, length, method):
         end = min(int(centre + support + 0.5), length)
         total = 0.0
         for k in range(end - start):
-            exact[k] = _filter_weight((k + start - centre + 0.5) / stretch, method)
+            exact[k] = _filter_weight((k + start - centre + 0.5) * (1.0 / stretch), method)
             total += exact[k]
         for k in range(end - start):
-            weights[i, k] = exact[k] / total
+            weights[i, k] = _fixed_point(exact[k] / total)
         starts[i], ends[i] = start, end
     return starts, ends, weights
 
 
-@_compiled()
+@compiled()
+def _area_intervals(count, scale, length):
+    """As _intervals, what OpenCV's INTER_AREA weighs where an image shrinks: each pixel's share in an interval."""
+    starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
+    weights = np.zeros((count, math.ceil(scale) + 2), np.int32)
+    for i in range(count):
+        starts[i], ends[i] = min(int(i * scale), length - 1), min(math.ceil((i + 1) * scale), length)
+        for k in range(starts[i], ends[i]):
+            share = min(k + 1.0, (i + 1) * scale) - max(float(k), i * scale)
+            weights[i, k - starts[i]] = _fixed_point(max(share, 0.0) / scale)
+    return starts, ends, weights
+
+
+@compiled()
 def _resample(pixels, width, box, whole, first, method, target):
-    """Resize the box (top, left, height, width) of an image to whole (height, width) as Pillow does, and keep the part
-    that begins at first (row, column) and has the size of target, [H, W, 3] with W at least 6.
+    """Resize the box (top, left, height, width) of an image to whole (height, width), and keep the part that begins at
+    first (row, column), (0, 0) for AREA, and has the size of target, [H, W, 3] with W at least 6.
 
     pixels: address of the image.
     """
     top, left, height, length = box
-    row_starts, row_ends, row_weights = _intervals(first[0], target.shape[0], height / whole[0], height, method)
-    starts, ends, weights = _intervals(first[1], target.shape[1], length / whole[1], length, method)
+    if method == AREA and (height < whole[0] or length < whole[1]):  # OpenCV's own, which interpolates then, is fast
+        _resize(
+            0, pixels, top + height, width, top, top + height, left, left + length,
+            target.ctypes.data, target.shape[0], target.shape[1],
+        )  # fmt: skip
+        return
+    if method == AREA:
+        row_starts, row_ends, row_weights = _area_intervals(whole[0], height / whole[0], height)
+        starts, ends, weights = _area_intervals(whole[1], length / whole[1], length)
+        rows_first = True  # the faster way
+    else:
+        row_starts, row_ends, row_weights = _intervals(first[0], target.shape[0], height / whole[0], height, method)
+        starts, ends, weights = _intervals(first[1], target.shape[1], length / whole[1], length, method)
+        rows_first = height - whole[0] > max(0, 2 * (length - whole[1]))  # Pillow's choice: the result depends on it
     count = ((ends - starts).max() + 1) // 2  # the same for all: a loop of known length is faster than a shorter one
-    pairs = np.zeros((len(starts), count, 8), np.float32)
+    pairs = np.zeros((len(starts), count, 8), np.int32)
     for x in range(len(starts)):
         for k in range(ends[x] - starts[x]):
             for channel in range(3):
                 pairs[x, k // 2, 3 * (k % 2) + channel] = weights[x, k]
-    if height - whole[0] > max(0, 2 * (length - whole[1])):  # Pillow's choice: the result depends on it
+    if rows_first:
         _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target)
     else:
         _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_ends, row_weights, target)
 
 
-@_compiled()
+@compiled()
 def _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_ends, row_weights, target):
     """_resample's horizontal pass and then its vertical one."""
     stride = 3 * target.shape[1]
@@ -335,7 +372,7 @@ def _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_e
             )
 
 
-@_compiled()
+@compiled()
 def _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target):
     """_resample's vertical pass and then its horizontal one."""
     low, size = starts[0], target.shape[0]
@@ -368,7 +405,7 @@ def _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts,
             target[size - 1, x, channel] = last[3 * x + channel]
 
 
-@_compiled()
+@compiled()
 def _whole_size(side, shorter, size, ratio):
     """Length of a side after the resize that brings the shorter one to size / ratio, as torchvision's Resize."""
     return int(round(size / ratio) * side / shorter)
@@ -380,7 +417,7 @@ def _whole_size(side, shorter, size, ratio):
 SAMPLES_PER_TASK = 4
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _crop_and_resize(indices, images, status, records, storage, largest, sums, key, scale, ratio, method):
     """Decode, crop and resize samples into images [B, H, W, 3].
 
@@ -392,33 +429,25 @@ def _crop_and_resize(indices, images, status, records, storage, largest, sums, k
             sample = indices[i]
             image = records[sample]
             height, width = int(image["height"]), int(image["width"])
-            sum_address = sums + np.uint64(8) * np.uint64(sample) if sums != 0 else np.uint64(0)
-            pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address)
-            if status[i, 0] != OK:
-                continue
+            target, size = images[i], images.shape[1]
+            whole, first = (size, size), (0, 0)
             if key != 0:
-                stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), sample, CROP)
-                top, left, h, w = random_box(height, width, scale[0], scale[1], ratio[0], ratio[1], stream)
-            else:
-                top, left, h, w = centre_box(height, width, scale[0])
-            target = images[i]
-            size = target.shape[0]
-            if method == AREA:
-                _resize(
-                    0, pixels, height, width, top, top + h, left, left + w,
-                    target.ctypes.data, target.shape[0], target.shape[1],
-                )  # fmt: skip
-            elif key != 0:
-                _resample(pixels, width, (top, left, h, w), (size, size), (0, 0), method, target)
+                stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), sample, CROP)
+                box = random_box(height, width, scale[0], scale[1], ratio[0], ratio[1], stream)
+            elif method == AREA:
+                box = centre_box(height, width, scale[0])
             else:  # the centre of the whole image's resize: unlike a resized centre box, it sees what lies around
-                shorter = min(height, width)
+                box, shorter = (0, 0, height, width), min(height, width)
                 rows = _whole_size(height, shorter, size, scale[0])
                 columns = _whole_size(width, shorter, size, scale[0])
-                first = (round((rows - size) / 2), round((columns - size) / 2))
-                _resample(pixels, width, (0, 0, height, width), (rows, columns), first, method, target)
+                whole, first = (rows, columns), (round((rows - size) / 2), round((columns - size) / 2))
+            sum_address = sums + np.uint64(8) * np.uint64(sample) if sums != 0 else np.uint64(0)
+            pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address, box)
+            if status[i, 0] == OK:
+                _resample(pixels, width, box, whole, first, method, target)
 
 
-@_compiled()
+@compiled()
 def _source_position(position, size, reflect):
     """Which pixel of a row of `size` stands at a position that may lie outside of it; -1 = none (zero padding)."""
     if 0 <= position < size:
@@ -428,7 +457,7 @@ def _source_position(position, size, reflect):
     return -position if position < 0 else 2 * (size - 1) - position
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _pad_and_crop(indices, images, status, records, storage, largest, sums, key, pad, reflect):
     """Decode samples, pad them on each side and cut a random [H, W] out of each into images [B, H, W, 3]."""
     for task in prange((len(indices) + SAMPLES_PER_TASK - 1) // SAMPLES_PER_TASK):
@@ -438,12 +467,12 @@ def _pad_and_crop(indices, images, status, records, storage, largest, sums, key,
             image = records[sample]
             height, width = int(image["height"]), int(image["width"])
             sum_address = sums + np.uint64(8) * np.uint64(sample) if sums != 0 else np.uint64(0)
-            pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address)
+            pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address, (0, 0, height, width))
             if status[i, 0] != OK:
                 continue
             if pixels != np.uint64(scratch.ctypes.data):
                 _memcpy(pixels, np.uint64(scratch.ctypes.data), np.uint64(3 * height * width))
-            stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), sample, CROP)
+            stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), sample, CROP)
             top = int(uniform(stream, 0) * (height + 2 * pad - images.shape[1] + 1)) - pad
             left = int(uniform(stream, 1) * (width + 2 * pad - images.shape[2] + 1)) - pad
             for y in range(images.shape[1]):
@@ -455,12 +484,12 @@ def _pad_and_crop(indices, images, status, records, storage, largest, sums, key,
                         images[i, y, x, channel] = scratch[(row * width + column) * 3 + channel] if inside else 0
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _flip(images, indices, key):
     """Mirror about half of images [B, H, W, 3] from left to right, in place."""
     height, width = images.shape[1], images.shape[2]
     for i in prange(len(indices)):
-        stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), indices[i], FLIP)
+        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], FLIP)
         if uniform(stream, 0) < 0.5:
             for y in range(height):
                 for x in range(width // 2):
@@ -470,14 +499,14 @@ def _flip(images, indices, key):
                         images[i, y, width - 1 - x, channel] = left
 
 
-@_compiled()
-def _blend(value, other, factor):
+@compiled()
+def blend(value, other, factor):
     """Pillow's blend of two bytes: float32, cut off at 0 and 255, rounded towards zero."""
     mixed = np.float32(other) + factor * np.float32(np.int32(value) - np.int32(other))
     return np.uint8(min(max(mixed, np.float32(0)), np.float32(255)))
 
 
-@_compiled()
+@compiled()
 def _gray(image, place):
     """Pillow's gray value of the pixel that starts at a place of a flat image."""
     red, green, blue = np.uint32(image[place]), np.uint32(image[place + 1]), np.uint32(image[place + 2])
@@ -487,29 +516,29 @@ def _gray(image, place):
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
 
 
-@_compiled()
+@compiled()
 def adjust_colour(image, kind, factor):
     """Brightness, contrast or saturation of a flat RGB image x factor, in place, as Pillow's ImageEnhance does it."""
     factor, count = np.float32(factor), len(image) // 3
     if kind == BRIGHTNESS:
         for place in range(len(image)):
-            image[place] = _blend(image[place], 0, factor)
+            image[place] = blend(image[place], 0, factor)
     elif kind == CONTRAST:
         total = np.uint64(0)
         for i in range(count):
             total += np.uint64(_gray(image, 3 * i))
         mean = int(total / count + 0.5)
         for place in range(len(image)):
-            image[place] = _blend(image[place], mean, factor)
+            image[place] = blend(image[place], mean, factor)
     else:
         for i in range(count):
             gray = _gray(image, 3 * i)
-            image[3 * i] = _blend(image[3 * i], gray, factor)  # written out: LLVM makes no vectors of an inner loop
-            image[3 * i + 1] = _blend(image[3 * i + 1], gray, factor)
-            image[3 * i + 2] = _blend(image[3 * i + 2], gray, factor)
+            image[3 * i] = blend(image[3 * i], gray, factor)  # written out: LLVM makes no vectors of an inner loop
+            image[3 * i + 1] = blend(image[3 * i + 1], gray, factor)
+            image[3 * i + 2] = blend(image[3 * i + 2], gray, factor)
 
 
-@_compiled()
+@compiled()
 def jitter_steps(strength, key):
     """((kind, factor), ...) of a colour jitter, distributed as torchvision's ColorJitter: any order, each factor
     uniform in 1 -+ strength."""
@@ -524,17 +553,17 @@ def jitter_steps(strength, key):
     return (first, factors[0]), (second, factors[1]), (3 - first - second, factors[2])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _jitter(images, indices, key, strength):
     """Change brightness, contrast and saturation of images [B, H, W, 3], in place."""
     flat = images.reshape(len(images), -1)
     for i in prange(len(indices)):
-        stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), indices[i], JITTER)
+        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], JITTER)
         for kind, factor in jitter_steps(strength, stream):
             adjust_colour(flat[i], kind, factor)
 
 
-@_compiled()
+@compiled()
 def erased_box(height, width, key):
     """(top, left, height, width) of a random erasing, distributed as timm's RandomErasing: ten tries of an area of 2 %
     to 33 % and an aspect ratio of 0.3 to 1 / 0.3; a box of height 0 if none fits. Uses random numbers 1 to 40."""
@@ -549,7 +578,7 @@ def erased_box(height, width, key):
     return 0, 0, 0, 0
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def _erase(images, indices, key, probability, quantiles):
     """Fill a random box of some images [B, H, W, 3], in place, with draws from quantiles, [3, 4096] for each channel.
 
@@ -557,7 +586,7 @@ def _erase(images, indices, key, probability, quantiles):
     """
     step = np.uint64(0x9E3779B97F4A7C15)
     for i in prange(len(indices)):
-        stream = stream_key(_uint64_at(key), _uint64_at(key + np.uint64(8)), indices[i], ERASE)
+        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], ERASE)
         if uniform(stream, 0) < probability:
             top, left, height, width = erased_box(images.shape[1], images.shape[2], stream)
             start = mix(stream + step)  # a stream of its own for the pixels

@@ -6,15 +6,16 @@ encoder learns from no loss; `momentum.py` moves it after each optimizer step.
 """
 
 import copy
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig
-from automix_dist.draws import Draws, MixDraw
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, ConfigError, LossConfig
+from automix_dist.draws import Draws, MixDraw, draw_step
+from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.mix_block import MixBlock, mask_loss
 
 
@@ -46,18 +47,41 @@ class Logits(NamedTuple):
     momentum_mix: Tensor
 
 
-class Encoder(nn.Module):
-    """A backbone with two linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1)."""
+class Mixes(NamedTuple):
+    """What a policy makes of images, for people to look at."""
 
-    def __init__(self, backbone: nn.Module, num_classes: int):
+    mask: Tensor
+    """[B, H, W], the weight of the partner in each pixel."""
+    images: Tensor
+    """[B, 3, H, W], normalised."""
+    lam: Tensor
+    """[B]"""
+    partner: Tensor
+    """[B]"""
+
+
+class Encoder(nn.Module):
+    """A backbone with linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1)."""
+
+    def __init__(self, backbone: nn.Module, num_classes: int, heads: tuple[str, ...] = ("one", "mix")):
         super().__init__()
         self.backbone = backbone
-        self.head_one = _head(backbone.width, num_classes)
-        self.head_mix = _head(backbone.width, num_classes)
+        for head in heads:
+            setattr(self, f"head_{head}", _head(backbone.width, num_classes))
 
     def forward(self, images: Tensor, head: str) -> Tensor:
         """[B, 3, H, W] -> [B, classes] float32 logits of `head`: "one" or "mix"."""
-        return {"one": self.head_one, "mix": self.head_mix}[head](self.backbone(images)).float()
+        return getattr(self, f"head_{head}")(self.backbone(images)).float()
+
+    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's feature map for the Mix Block, without a graph, and the logits of the clean head."""
+        features, embedding = self.backbone.features_and_embedding(images)
+        return features.detach(), self.head_one(embedding).float()
+
+    def clean_and_mixed(self, clean: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of clean and of mixed images, each from its head, from one pass over both."""
+        clean_embedding, mixed_embedding = self.backbone(torch.cat([clean, mixed])).chunk(2)
+        return self.head_one(clean_embedding).float(), self.head_mix(mixed_embedding).float()
 
     def both_heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
         embedding = self.backbone(images)
@@ -65,45 +89,89 @@ class Encoder(nn.Module):
 
 
 class AutoMix(nn.Module):
-    """AutoMix (arXiv 2103.13027).
+    """AutoMix (arXiv 2103.13027); its descendants in policies/ are subclasses.
 
     Args:
         backbone: a Backbone, or any module with its attributes; it is copied for the momentum encoder.
         num_classes: width of the heads.
         config: the method's settings.
+        settings: of a descendant, its own ones.
+        loss: form of the classification losses.
         mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
         autocast: dtype of the forward passes; float32 = no autocast. Weights stay float32.
         implementation: of the kernels: "auto", "triton" or "reference".
         immediate_backward: differentiate each loss as soon as it is known, so that only one set of activations lives at
-            a time instead of three; `total.backward()` then delivers the sum. Needs whole parameters (not ZeRO 3).
+            a time instead of three; `total.backward()` then delivers the sum.
+        joint_query: the query encoder reads clean and mixed images in one pass; for networks without BatchNorm.
     """
+
+    Losses = Losses
 
     def __init__(
         self,
         backbone: nn.Module,
         num_classes: int,
         config: AutoMixConfig | None = None,
+        settings: Any = None,
         *,
+        loss: LossConfig | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         autocast: torch.dtype = torch.float32,
         implementation: str = "auto",
         immediate_backward: bool = False,
+        joint_query: bool = False,
     ):
         super().__init__()
         self.config = config or AutoMixConfig()
+        self.settings = settings
+        self.loss = loss or LossConfig()
         self.immediate_backward = immediate_backward
+        self.joint_query = joint_query
         self.autocast = autocast
         self.implementation = implementation
         self.query = Encoder(backbone, num_classes)
         self.momentum = copy.deepcopy(self.query).requires_grad_(False)
-        self.mix_block = MixBlock(backbone.feature_channels, self.config, implementation)
+        self.mix_block = self.make_mix_block(backbone.feature_channels)
+        if joint_query and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
+            raise ConfigError("engine.joint_query needs a backbone without BatchNorm: its statistics are of one batch")
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
+    def make_mix_block(self, channels: int) -> nn.Module:
+        """The Mix Block for a feature map of so many channels."""
+        return MixBlock(channels, self.config, self.implementation)
+
+    def draw(self, images: Tensor, *, judged: bool = True, **where: int) -> Draws:
+        """The random numbers of one forward pass over these images.
+
+        Args:
+            judged: whether the momentum encoder may judge the Mix Block's samples in this step.
+            where: seed, step, and if not 0 micro_step and rank; the draws depend on nothing else.
+        """
+        draws = draw_step(self.config, len(images), **where, device=images.device)
+        return draws if judged else draws._replace(train_mixed_momentum=False)
+
+    def gallery_draw(self, images: Tensor) -> Draws:
+        """Each image with the next one, for lambda from 0.1 to 0.9."""
+        size, device = len(images), images.device
+        lam = torch.linspace(0.1, 0.9, size, device=device)
+        draw = MixDraw(lam, torch.arange(size, device=device).roll(-1), self.config.upsampling[0])
+        return Draws(draw, draw, False, True)
+
+    def compile_regions(self, backend: str = "inductor") -> None:
+        """Have torch.compile replace both encoders and the Mix Block, each as a whole, at their next call.
+
+        Evaluation stays as it is. Dropout and stochastic depth then draw other numbers from the same seed.
+        """
+        for region in (self.query, self.momentum, self.mix_block):
+            region.compile(backend=backend, dynamic=False)
+        features = self.momentum.backbone.features
+        self.momentum.backbone.features = torch.compile(features, backend=backend, dynamic=False)
+
     def forward(
         self, images: Tensor, labels: Tensor | None = None, draws: Draws | None = None, mask_loss_weight: float = 0.0
-    ) -> Losses | Logits | tuple[Tensor, Tensor]:
+    ) -> Losses | Logits | Mixes:
         """One training step's losses; without draws both encoders' logits; without labels what the Mix Block draws.
 
         A pure function of the weights and the arguments, apart from BatchNorm's running statistics (and dropout and
@@ -116,11 +184,10 @@ class AutoMix(nn.Module):
             mask_loss_weight: scheduled weight of the mask loss.
 
         Returns:
-            Losses; or Logits; or for people to look at, the partners' masks [B, H, W] and the mixed images
-            [B, 3, H, W], normalised, of `draws.mix_block`.
+            Losses; or Logits; or the Mixes of `draws.mix_block`.
         """
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            clean = _lay_out(kernels.normalize(images, self.mean, self.std, self.autocast))
+            clean = lay_out(kernels.normalize(images, self.mean, self.std, self.autocast))
             if draws is None:
                 return Logits(*self.query.both_heads(clean), *self.momentum.both_heads(clean))
             if labels is None:
@@ -130,8 +197,12 @@ class AutoMix(nn.Module):
     def _losses(self, images: Tensor, clean: Tensor, labels: Tensor, draws: Draws, mask_loss_weight: float) -> Losses:
         """Steps 1 to 12 of docs/method.md 2.3, in its order: it fixes the order of BatchNorm updates."""
         config = self.config
-        with torch.no_grad():
-            features = self.momentum.backbone.features(clean, full=config.feature_pass == "full")
+        clean_logits, mixed_logits = None, None
+        if config.feature_source == "query":
+            features, clean_logits = self.query.with_features(clean)
+        else:
+            with torch.no_grad():
+                features = self.momentum.backbone.features(clean, full=config.feature_pass == "full")
         train_logits, classifier_logits = self.mix_block(features, draws.mix_block, draws.classifier)
 
         mixed_for_block, mask_mean, mask_square_mean = self._blend(train_logits, images, draws.mix_block)
@@ -146,36 +217,49 @@ class AutoMix(nn.Module):
 
         loss_generator = torch.zeros_like(loss_mask)
         if draws.train_mixed_momentum:
+            if config.generator_share < 1:
+                mixed_for_block = mixed_for_block[: math.ceil(config.generator_share * len(labels))]
             loss_generator = self._mixed_loss(self.momentum(mixed_for_block, "mix"), labels, draws.mix_block)
-        total = self._differentiate(loss_generator + loss_mask * mask_loss_weight, self.mix_block)
+        early = [self._differentiate(loss_generator + loss_mask * mask_loss_weight, self.mix_block)]
 
-        clean_logits = self.query(clean, "one")
-        loss_clean = F.cross_entropy(clean_logits, labels, label_smoothing=config.label_smoothing)
-        total = total + self._differentiate(loss_clean, self.query)
+        if self.joint_query:
+            clean_logits, mixed_logits = self.query.clean_and_mixed(clean, mixed)
+        elif clean_logits is None:
+            clean_logits = self.query(clean, "one")
+        loss_clean = class_loss(clean_logits, labels, self.loss)
+        early.append(loss_clean if self.joint_query else self._differentiate(loss_clean, self.query))
 
-        # The last one keeps its graph: its backward pass overlaps with the engine's reduction.
-        loss_mixed = self._mixed_loss(self.query(mixed, "mix"), labels, draws.classifier)
-        total = total + loss_mixed
+        if mixed_logits is None:
+            mixed_logits = self.query(mixed, "mix")
+        loss_mixed = self._mixed_loss(mixed_logits, labels, draws.classifier)
+        total = sum_losses(early, loss_mixed)
         with torch.no_grad():
             accuracy = (clean_logits.argmax(dim=1) == labels).float().mean()
             parts = (loss_clean, loss_mixed, loss_generator, loss_mask, mask_mean.mean(), accuracy)
             return Losses(total, *(part.detach() for part in parts))
 
-    def _differentiate(self, loss: Tensor, part: nn.Module) -> Tensor:
+    def _differentiate(self, loss: Tensor, part: nn.Module) -> "Tensor | _Differentiated":
         """The loss as it is; or with immediate_backward its value, with the gradients of `part` instead of a graph."""
         if not (self.immediate_backward and loss.requires_grad):
             return loss
         parameters = [p for p in part.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         torch.clear_autocast_cache()  # its casts of the weights hang on the graph that was just freed
-        return _HoldGradients.apply(loss.detach(), gradients, *parameters)
+        # Without those that the loss does not reach: ZeRO 3 has not gathered them, and autograd notes an empty shape.
+        reached = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]
+        gradients, parameters = [g for g, _ in reached], [p for _, p in reached]
+        # These nodes know the shapes of gathered weights, for as long as somebody holds them.
+        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters]
+        return _Differentiated(loss.detach(), gradients, parameters, nodes)
 
-    def _mixes(self, clean: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def _mixes(self, clean: Tensor, draws: Draws) -> Mixes:
         draw = draws.mix_block
         with torch.no_grad():
-            logits, _ = self.mix_block(self.momentum.backbone.features(clean), draw, draws.classifier)
+            encoder = self.query if self.config.feature_source == "query" else self.momentum
+            logits, _ = self.mix_block(encoder.backbone.features(clean), draw, draws.classifier)
             mask = kernels.upsample_mask(logits, tuple(clean.shape[2:]), draw.upsampling)
-            return mask, torch.lerp(clean.float(), clean[draw.partner].float(), mask.unsqueeze(1))
+            mixed = torch.lerp(clean.float(), clean[draw.partner].float(), mask.unsqueeze(1))
+            return Mixes(mask, mixed, draw.lam, draw.partner)
 
     def _blend(self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0):
         mixed, mask_mean, mask_square_mean = kernels.mask_blend(
@@ -190,7 +274,7 @@ class AutoMix(nn.Module):
             self.autocast,
             implementation=self.implementation,
         )
-        return _lay_out(mixed), mask_mean, mask_square_mean
+        return lay_out(mixed), mask_mean, mask_square_mean
 
     def _blend_adjusted(self, logits: Tensor, images: Tensor, draws: Draws) -> Tensor:
         """The classifier's mixed images under masks rescaled to the area lambda (docs/method.md 2.4)."""
@@ -202,28 +286,52 @@ class AutoMix(nn.Module):
         if self.config.lam_margin > 0:
             outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
             own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
-        return _lay_out(torch.lerp(images[draw.partner], images, own.unsqueeze(1)).to(self.autocast))
+        return lay_out(torch.lerp(images[draw.partner], images, own.unsqueeze(1)).to(self.autocast))
 
     def _mixed_loss(self, logits: Tensor, labels: Tensor, draw: MixDraw) -> Tensor:
-        """lambda * CE(y) + (1 - lambda) * CE(y of the partner), with the drawn lambda, not the mask's area."""
-        smoothing = self.config.label_smoothing
-        own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        partner = F.cross_entropy(logits, labels[draw.partner], reduction="none", label_smoothing=smoothing)
-        return (draw.lam * own + (1 - draw.lam) * partner).mean()
+        """With the drawn lambda, not the mask's area; of the first images where there are fewer logits than labels."""
+        size = len(logits)
+        return mixed_loss(logits, labels[:size], labels[draw.partner[:size]], draw.lam[:size], self.loss)
+
+
+class _Differentiated(NamedTuple):
+    """A loss whose backward pass has been done."""
+
+    loss: Tensor
+    gradients: list[Tensor]
+    parameters: list[nn.Parameter]
+    nodes: list[Any]
+
+
+def sum_losses(early: "list[Tensor | _Differentiated]", last: Tensor) -> Tensor:
+    """Losses from `_differentiate`, and the one whose graph is the last, as one to differentiate.
+
+    Gradients that are there already go first in its backward pass; then each one is whole as soon as the last graph
+    delivers its part, and the engine's reduction overlaps with the rest of that graph.
+    """
+    for each in early:
+        if isinstance(each, _Differentiated):
+            each = _HoldGradients.apply(each.loss, each.gradients, *each.parameters)
+        last = last + each
+    return last
 
 
 class _HoldGradients(torch.autograd.Function):
     """A loss value whose backward pass hands out gradients computed earlier, scaled by the incoming one."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.parameters = gradients, parameters
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: Tensor):
-        return None, None, *(g if g is None else g * scale for g in ctx.gradients)
+        # ZeRO 3 has let the weights go, and autograd gives a gradient the shape that its weight has at this moment.
+        sharded = [p for p in ctx.parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
+        if sharded:
+            sharded[0].all_gather(sharded)
+        return None, None, *(g * scale for g in ctx.gradients)
 
 
 def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
@@ -236,7 +344,7 @@ def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
     return torch.where((area - lam).abs() > 1e-8, adjusted, own)
 
 
-def _lay_out(images: Tensor) -> Tensor:
+def lay_out(images: Tensor) -> Tensor:
     """The layout in which convolutions are fast: channels-last on a GPU; on a CPU the weights' own, contiguous one."""
     return images.contiguous(memory_format=torch.channels_last if images.is_cuda else torch.contiguous_format)
 

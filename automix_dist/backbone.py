@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from automix_dist.config import ConfigError, ModelConfig
 
+STEMS = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
+"""First convolution and pooling in timm's ResNets, and in those with pre-activation."""
+
 
 class Backbone(nn.Module):
     """A timm model without its classifier.
@@ -26,7 +29,7 @@ class Backbone(nn.Module):
     width: int
     """Length of the pooled embedding."""
 
-    def __init__(self, model: nn.Module, feature: int, image_size: int):
+    def __init__(self, model: nn.Module, feature: int | None, image_size: int):
         super().__init__()
         self.model = model
         self.feature = feature
@@ -34,8 +37,9 @@ class Backbone(nn.Module):
             training = model.training
             model.eval()
             images = torch.zeros(2, 3, image_size, image_size)
-            _, self.feature_channels, *size = self.features(images).shape
-            self.feature_size = tuple(size)
+            if feature is not None:
+                _, self.feature_channels, *size = self.features(images).shape
+                self.feature_size = tuple(size)
             self.width = self(images).shape[1]
             model.train(training)
 
@@ -52,9 +56,22 @@ class Backbone(nn.Module):
             )
         return maps[0]
 
+    def features_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`features` and `forward` from one pass."""
+        last, maps = self.model.forward_intermediates(images, indices=[self.feature])
+        return maps[0], self.model.forward_head(last, pre_logits=True)
+
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> the embedding [B, width] that the model's own classifier would see."""
-        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return self.pool(self.last_map(images))
+
+    def last_map(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the last feature map: [B, C, h, w] of most CNNs."""
+        return self.model.forward_features(images)
+
+    def pool(self, last_map: Tensor) -> Tensor:
+        """The last feature map -> the embedding [B, width]."""
+        return self.model.forward_head(last_map, pre_logits=True)
 
 
 def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0) -> nn.Module:
@@ -97,11 +114,13 @@ def layer_kwargs(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return kwargs
 
 
-def create_backbone(config: ModelConfig, feature: int, image_size: int, other_sizes: Sequence[int] = ()) -> Backbone:
+def create_backbone(
+    config: ModelConfig, feature: int | None, image_size: int, other_sizes: Sequence[int] = ()
+) -> Backbone:
     """Build the backbone and check that its feature map can carry a mask.
 
     Args:
-        feature: index into timm's feature list, negative from the end (AutoMixConfig.feature).
+        feature: index into timm's feature list, negative from the end (AutoMixConfig.feature); None: not needed.
         image_size: side in pixels of the images it will see.
         other_sizes: further sizes that it must be able to read (DataConfig.resolution_schedule).
 
@@ -110,6 +129,8 @@ def create_backbone(config: ModelConfig, feature: int, image_size: int, other_si
             whole multiple of the feature map's.
     """
     model = create_timm_model(config, image_size)
+    if feature is None:
+        return _read(model, None, image_size, other_sizes)
     names = [info["module"] for info in getattr(model, "feature_info", [])]
     if not hasattr(model, "forward_intermediates") or not names:
         raise ConfigError(f"model.backbone = {config.backbone!r}: timm exposes no intermediate features of this model")
@@ -119,12 +140,7 @@ def create_backbone(config: ModelConfig, feature: int, image_size: int, other_si
             f"automix.feature = {feature}: {config.backbone} has {len(names)} feature maps, 0 to {len(names) - 1} "
             f"({', '.join(names)})"
         )
-    for key, size in [*(("data.resolution_schedule", size) for size in other_sizes), ("data.image_size", image_size)]:
-        try:
-            backbone = Backbone(model, index, size)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{config.backbone} cannot read images of {size} px ({key}): {reason}") from error
+    backbone = _read(model, index, image_size, other_sizes)
     h, w = backbone.feature_size
     if image_size % h or image_size % w:
         raise ConfigError(
@@ -140,6 +156,17 @@ def create_backbone(config: ModelConfig, feature: int, image_size: int, other_si
     return backbone
 
 
+def _read(model: nn.Module, feature: int | None, image_size: int, other_sizes: Sequence[int]) -> Backbone:
+    """The backbone for images of `image_size`, when it can read the other sizes too."""
+    for key, size in [*(("data.resolution_schedule", size) for size in other_sizes), ("data.image_size", image_size)]:
+        try:
+            backbone = Backbone(model, feature, size)
+        except (RuntimeError, AssertionError) as error:
+            reason, name = str(error).splitlines()[0], model.pretrained_cfg.get("architecture")
+            raise ConfigError(f"{name} cannot read images of {size} px ({key}): {reason}") from error
+    return backbone
+
+
 def _nearest_model(name: str) -> str:
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     return f"; did you mean {' or '.join(near)}?" if near else " (see timm.list_models())"
@@ -147,12 +174,16 @@ def _nearest_model(name: str) -> str:
 
 def _shrink_stem(model: nn.Module, name: str) -> None:
     """Replace a ResNet's stem (7x7 stride 2, max-pool) by the CIFAR one: 3x3 stride 1, no pooling."""
-    conv = getattr(model, "conv1", None)
-    if not isinstance(conv, nn.Conv2d) or not hasattr(model, "maxpool"):
-        raise ConfigError(f"model.small_stem: {name} has no stem that can be made small (ResNets and ConvNeXts have)")
-    model.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    modules = dict(model.named_modules())
+    for conv_name, pool_name in STEMS:
+        conv = modules.get(conv_name)
+        if isinstance(conv, nn.Conv2d) and pool_name in modules:
+            small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+            nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+            model.set_submodule(conv_name, small)
+            model.set_submodule(pool_name, nn.Identity())
+            return
+    raise ConfigError(f"model.small_stem: {name} has no stem that can be made small (ResNets and ConvNeXts have)")
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -171,3 +202,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def synchronize_batchnorm(model: nn.Module) -> nn.Module:
+    """The model with every BatchNorm, timm's fused ones too, taking its statistics over all ranks' micro batches."""
+    return timm.layers.convert_sync_batchnorm(model)

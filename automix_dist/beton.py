@@ -11,12 +11,10 @@ Nothing that looks finished exists before it is: the file is written under anoth
 manifest, without which nothing reads the file, comes last.
 """
 
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -27,7 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -37,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from automix_dist import datasets  # noqa: F401 - enters the published datasets in the table of sources
+from automix_dist.jpeg import decodes, restart_interval
 from automix_dist.sources import Source, SourceError, Split, open_source
 
 FORMAT_VERSION = 1
@@ -86,7 +85,7 @@ class Manifest:
     """The source as given to `prepare`."""
     split: str
     options: dict[str, Any]
-    """Storage options: write_mode, max_resolution, quality, skip_broken."""
+    """Storage options: write_mode, max_resolution, quality, restart_markers, skip_broken."""
     count: int
     """Number of images."""
     classes: list[str]
@@ -146,6 +145,7 @@ def prepare(
     write_mode: WriteMode = "raw",
     max_resolution: int | None = None,
     quality: int = 90,
+    restart_markers: bool = True,
     workers: int = 0,
     skip_broken: bool = False,
     progress: bool = True,
@@ -154,7 +154,8 @@ def prepare(
 
     write_mode: "raw" pixels; "jpg"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least
     four times smaller. max_resolution: images with a longer side are reduced to it (antialiased bicubic).
-    quality: of the JPEGs made here. workers: threads, 0 = one for each core that this process may use.
+    quality: of the JPEGs made here. restart_markers: in the JPEGs made here, so that training decodes crops faster.
+    workers: threads, 0 = one for each core that this process may use.
     An image is read as torchvision reads it, `Image.open(...).convert("RGB")`: no EXIF rotation, first frame, alpha
     dropped. A file that exists is replaced.
 
@@ -176,6 +177,7 @@ def prepare(
         "write_mode": write_mode,
         "max_resolution": max_resolution,
         "quality": quality,
+        "restart_markers": restart_markers,
         "skip_broken": skip_broken,
     }
     unfinished = out.with_name(out.name + ".partial")
@@ -338,7 +340,7 @@ def _stored_form(
     fits = max(width, height) <= limit
 
     jpeg = None
-    if wants_jpeg and fits and image.format in ("JPEG", "MPO") and _decodes(loaded, height, width):
+    if wants_jpeg and fits and image.format in ("JPEG", "MPO") and decodes(loaded, height, width):
         jpeg = loaded
         if mode == "jpg" or mode == "proportion":
             return JPEG, height, width, jpeg
@@ -351,39 +353,19 @@ def _stored_form(
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if wants_jpeg and jpeg is None:
-        jpeg = _encode_jpeg(image, options["quality"])
+        jpeg = _encode_jpeg(image, options["quality"], options["restart_markers"])
     if jpeg is not None and (mode != "smart" or SMART_RATIO * len(jpeg) <= 3 * height * width):
         return JPEG, height, width, jpeg
     return RAW, height, width, image.tobytes()
 
 
-def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
+def _encode_jpeg(image: Image.Image, quality: int, restart_markers: bool) -> bytes:
+    interval = restart_interval(image.width) if restart_markers else 0
     # Into a descriptor Pillow encodes without holding the interpreter's lock, into a BytesIO it holds it.
     with open(os.memfd_create("jpeg"), "w+b") as file:
-        image.save(file, "JPEG", quality=quality)
+        image.save(file, "JPEG", quality=quality, restart_marker_blocks=interval)
         file.seek(0)
         return file.read()
-
-
-def _decodes(jpeg: bytes, height: int, width: int) -> bool:
-    """Whether the decoder that training uses reads these bytes without complaint; not if CMYK, nor if damaged."""
-    pixels = np.empty((height, width, 3), np.uint8)
-    decode = _libffcv().imdecode
-    return decode(jpeg, len(jpeg), height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False) == 0
-
-
-@cache
-def _libffcv() -> ctypes.CDLL:
-    """FFCV's compiled part alone; importing the package takes seconds and changes torch's thread count."""
-    spec = importlib.util.find_spec("ffcv")
-    if spec is None:
-        raise BetonError(
-            "FFCV is not installed, and JPEG storage needs its decoder; `automix doctor` says how to get it"
-        )
-    library = ctypes.CDLL(str(next(Path(spec.submodule_search_locations[0]).glob("_libffcv*.so"))))
-    word, pointer, flag = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_bool
-    library.imdecode.argtypes = [pointer, ctypes.c_uint64, word, word, pointer, *[word] * 6, flag, flag]
-    return library
 
 
 def _judge(broken: list[Broken], count: int, skip_broken: bool) -> None:
@@ -600,7 +582,7 @@ def verify(path: Path, *, workers: int = 0, progress: bool = False) -> Manifest:
         start = int(image["data_ptr"])
         stored = data[start : start + int(index.sizes[i])].tobytes()
         whole = word_sum(stored) == int(index.sums[i])
-        return whole and (image["mode"] == RAW or _decodes(stored, int(image["height"]), int(image["width"])))
+        return whole and (image["mode"] == RAW or decodes(stored, int(image["height"]), int(image["width"])))
 
     workers = workers or usable_cores()
     results = _in_order(sample_is_sound, manifest.count, workers)

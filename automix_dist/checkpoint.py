@@ -6,7 +6,7 @@
 
 A step's folder is written under a hidden name; when every rank's file is on disk and the manifest names them all, one
 rename makes it visible. Tensors and JSON only: nothing is ever unpickled. Slices are found by name and place, so a
-checkpoint can be restored by another number of ranks or another ZeRO stage.
+checkpoint can be restored by another number of ranks or another engine.
 """
 
 import hashlib
@@ -14,12 +14,13 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from automix_dist.config import CheckpointConfig
 from automix_dist.distributed import Process
-from automix_dist.engine_state import Piece, after_loading, create_optimizer_state, optimizer_scalars, pieces
+from automix_dist.engine_state import Piece, after_loading, optimizer_scalars, pieces
+from automix_dist.engines import Engine
 
 FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{8,})")
@@ -47,67 +49,128 @@ class Saved:
     manifest: dict[str, Any]
 
 
+class SaveResult(NamedTuple):
+    step: int
+    stall_seconds: float
+    """How long training stood still for it: waiting for the save before, and copying to host memory."""
+    seconds: float
+    """From the call to the rename."""
+    bytes: int
+    """Of all ranks."""
+    written: bool
+
+
 class Checkpoints:
-    """The checkpoints of one run. All methods but `newest` are called by all ranks together."""
+    """The checkpoints of one run. Methods are called by all ranks together.
+
+    A save copies this rank's state to host memory, for which training stands still, and writes it in a thread while
+    training goes on. The thread has a process group of its own, so that its exchange with other ranks meets no other.
+    """
 
     def __init__(self, run: Path, config: CheckpointConfig, process: Process, say: Callable[[str], None]):
         self.root = run / "checkpoints"
         self.config = config
         self.process = process
         self.say = say
+        self._channel = process.channel()
+        self._thread: threading.Thread | None = None
+        self._host: dict[str, Tensor] = {}  # kept from save to save: fresh pages cost more than the copy
+        self._last_written = True
+        self._results: list[SaveResult] = []
 
-    def save(self, engine: Any, state: dict[str, Any], about: dict[str, Any]) -> float | None:
-        """Commit a checkpoint of the step `state["step"]`.
+    def save(self, engine: Engine, state: dict[str, Any], about: dict[str, Any]) -> None:
+        """Begin to commit a checkpoint of the step `state["step"]`; failures are said on the console and told by
+        `settle`, and leave older checkpoints untouched.
 
         Args:
             state: the trainer's own position and counters; plain JSON values.
             about: config, versions: what a person or a later version may want to know.
-
-        Returns:
-            the seconds it took, or None if it could not be written (said on the console; older ones are untouched).
         """
         began = time.perf_counter()
-        step = state["step"]
+        self.settle()
+        tensors, slices = {}, {}
+        for piece in pieces(engine, self.process.rank, self.process.world_size):
+            if piece.save:
+                if piece.name not in self._host:
+                    self._host[piece.name] = torch.empty_like(piece.view, device="cpu", pin_memory=piece.view.is_cuda)
+                tensors[piece.name] = self._host[piece.name].copy_(piece.view, non_blocking=True)
+                slices[piece.name] = [piece.start, list(piece.shape)]
+        manifest = {
+            "format": FORMAT,
+            "step": state["step"],
+            "world_size": self.process.world_size,
+            "engine": engine.name,
+            "state": dict(state),
+            "optimizer_scalars": optimizer_scalars(engine),
+            **about,
+        }
+        if self.process.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        stall = time.perf_counter() - began
+
+        def write() -> None:
+            error, size = "interrupted", 0
+            try:
+                error, size = self._write(tensors, slices, manifest)
+            except RuntimeError as problem:  # another rank is gone
+                error = str(problem).splitlines()[0]
+            finally:
+                if error:
+                    step = manifest["step"]
+                    self.say(f"checkpoint of step {step} NOT written ({error}); earlier checkpoints are untouched")
+                self._last_written = not error
+                seconds = time.perf_counter() - began
+                self._results.append(SaveResult(manifest["step"], stall, seconds, size, not error))
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def settle(self) -> bool:
+        """Wait until the save that was begun is committed or has failed; whether the last one was written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._last_written
+
+    def finished(self) -> list[SaveResult]:
+        """What became of saves since the last call; never waits."""
+        results, self._results = self._results, []
+        return results
+
+    def _write(self, tensors: dict, slices: dict, manifest: dict) -> tuple[str | None, int]:
+        """This rank's shard, and when all ranks have theirs, rank 0's commit: what went wrong, and the bytes of all."""
+        step = manifest["step"]
         staging, final = self.root / f".step_{step:08d}.partial", self.root / f"step_{step:08d}"
-        if self.process.broadcast(self.process.is_main and _is_whole(final)):
-            return time.perf_counter() - began  # a run that was resumed here and stopped again at once
+        if self._channel.broadcast(self.process.is_main and _is_whole(final)):  # stopped again where it resumed
+            return None, 0
         error = self._on_main(lambda: _fresh_folder(staging))
         written: dict[str, Any] | None = None
         if error is None:
             try:
-                written = self._write_shard(engine, staging)
+                written = _write_shard(staging / f"shard_{self.process.rank:05d}.safetensors", tensors, slices)
             except (OSError, SafetensorError) as problem:
                 error = f"rank {self.process.rank}: {_reason(problem)}"
-        results = self.process.gather((error, written))
-        error = next((e for e, _ in results if e), None)
+        outcomes = self._channel.gather((error, written))
+        error = next((e for e, _ in outcomes if e), None)
         if error is None:
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "world_size": self.process.world_size,
-                "zero_stage": engine.zero_optimization_stage(),
-                "state": state,
-                "optimizer_scalars": optimizer_scalars(engine),
-                "files": [files for _, files in results],
-                **about,
-            }
+            manifest["files"] = [files for _, files in outcomes]
             error = self._on_main(lambda: _commit(staging, final, manifest))
         if error is not None:
             self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
-            self.say(f"checkpoint of step {step} NOT written ({error}); earlier checkpoints are untouched")
-            return None
-        return time.perf_counter() - began
+            return error, 0
+        if self.process.is_main:
+            try:
+                self._prune(manifest["state"].get("best_step"))
+            except OSError as problem:
+                self.say(f"old checkpoints could not be removed: {problem}")
+        return None, sum(files["bytes"] for files in manifest["files"])
 
-    def load(self, engine: Any, saved: Saved) -> dict[str, Any]:
-        """Fill the engine from a checkpoint of any world size and ZeRO stage; returns the trainer's state."""
+    def load(self, engine: Engine, saved: Saved) -> dict[str, Any]:
+        """Fill the engine from a checkpoint of any world size and engine; returns the trainer's state."""
         reader = ShardReader(saved)
-        keys: dict[str, set[str]] = defaultdict(set)
-        for name in reader.names("optimizer/"):
-            parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
-            keys[parameter].add(key)
-        create_optimizer_state(engine, keys, saved.manifest["optimizer_scalars"])
+        engine.create_optimizer_state(saved.manifest["optimizer_scalars"])
         own = pieces(engine, self.process.rank, self.process.world_size)
-        reader.check_names({piece.name for piece in own}, partial=engine.zero_optimization_stage() > 0)
+        reader.check_names({piece.name for piece in own}, partial=engine.sharded)
         for piece in own:
             reader.fill(piece, rank=self.process.rank, world_size=self.process.world_size)
         after_loading(engine)
@@ -117,10 +180,8 @@ class Checkpoints:
         """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why."""
         return self.process.broadcast(newest(self.root.parent, self.say) if self.process.is_main else None)
 
-    def prune(self, best_step: int | None) -> None:
+    def _prune(self, best_step: int | None) -> None:
         """Remove what the retention rule does not keep; never the newest. Leftovers of interrupted saves go too."""
-        if not self.process.is_main:
-            return
         steps = sorted(committed(self.root))
         every = self.config.keep_every_steps
         keep = set(steps[-self.config.keep_last :]) | {step for step in steps if every and step % every == 0}
@@ -132,18 +193,6 @@ class Checkpoints:
         for leftover in self.root.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _write_shard(self, engine: Any, folder: Path) -> dict[str, Any]:
-        path = folder / f"shard_{self.process.rank:05d}.safetensors"
-        tensors, slices = {}, {}
-        for piece in pieces(engine, self.process.rank, self.process.world_size):
-            if piece.save:
-                tensors[piece.name] = piece.view
-                slices[piece.name] = [piece.start, list(piece.shape)]
-        tensors = {name: view.detach().to("cpu", copy=True) for name, view in tensors.items()}
-        save_file(tensors, path, metadata={"slices": json.dumps(slices)})
-        _fsync(path)
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Run on rank 0 what may fail for want of space or rights; the reason on all ranks, or None."""
         reason = None
@@ -152,7 +201,7 @@ class Checkpoints:
                 action()
             except OSError as error:
                 reason = f"rank 0: {_reason(error)}"
-        return self.process.broadcast(reason)
+        return self._channel.broadcast(reason)
 
 
 class ShardReader:
@@ -271,6 +320,39 @@ def verify(folder: Path, *, checksums: bool = True) -> Saved:
     return Saved(folder, step, manifest)
 
 
+def reshard(saved: Saved, run: Path, ranks: int) -> Path:
+    """Write a checkpoint again as `ranks` shards of equal size under another run folder; returns its folder.
+
+    Any number of ranks resumes from any number of shards; this is for moving one, or so that a resume reads less.
+    Each shard takes an equal part of every tensor; buffers become the mean over the ranks that wrote them.
+
+    Raises CheckpointError if the run has that step already, or nothing can be written there.
+    """
+    reader, final = ShardReader(saved), run / "checkpoints" / saved.folder.name
+    staging = final.with_name(f".{final.name}.partial")
+    if final.exists():
+        raise CheckpointError(f"{final} exists already: choose another folder")
+    files = []
+    try:
+        _fresh_folder(staging)
+        for rank in range(ranks):
+            path, tensors, slices = staging / f"shard_{rank:05d}.safetensors", {}, {}
+            for name in reader.names(""):
+                whole = reader.tensor(name)
+                part = -(-whole.numel() // ranks)
+                start, end = (0, whole.numel()) if name.startswith("buffer/") else (rank * part, (rank + 1) * part)
+                if start < whole.numel():
+                    tensors[name] = whole.flatten()[start:end].clone()
+                    slices[name] = [start, list(whole.shape)]
+            files.append(_write_shard(path, tensors, slices))
+        manifest = {key: value for key, value in saved.manifest.items() if key not in ("files", "world_size")}
+        _commit(staging, final, manifest | {"world_size": ranks, "files": files})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"{final} cannot be written: {_reason(error)}") from error
+    return final
+
+
 def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
     """Weights and buffers below `prefix` ("query.", "momentum.", "mix_block.", or "" for all) as a state dict."""
     reader = ShardReader(saved)
@@ -291,6 +373,13 @@ def _is_whole(folder: Path) -> bool:
 def _fresh_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor], slices: dict[str, list]) -> dict[str, Any]:
+    """One file of tensors, on disk when this returns; its entry in the manifest."""
+    save_file(tensors, path, metadata={"slices": json.dumps(slices)})
+    _fsync(path)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -64,10 +64,13 @@ def _explain(error: Exception) -> str | None:
         "ConfigError",
         "CommandError",
         "BetonError",
+        "DecoderError",
         "LoaderError",
         "CheckpointError",
         "TrainingError",
         "ReportError",
+        "PeerError",
+        "PreflightError",
     }
     if any(cls.__name__ in known for cls in type(error).__mro__):
         return str(error)
@@ -141,11 +144,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     export.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
 
+    replay = command("replay", _replay, "compute a step again that was skipped, and say where it went wrong")
+    replay.add_argument("dump", type=Path, metavar="RUN/dumps/STEP")
+    replay.add_argument("--rank", type=int, default=0, help="whose images (default: 0)")
+
     checkpoint = command("checkpoint", _checkpoint, "look after a run's checkpoints")
-    checkpoint.add_argument("action", choices=["list", "verify", "to-safetensors"])
+    checkpoint.add_argument("action", choices=["list", "verify", "reshard", "to-safetensors"])
     checkpoint.add_argument("run_folder", type=Path, metavar="RUN")
-    checkpoint.add_argument("--out", type=Path, help="to-safetensors: the file to write")
-    checkpoint.add_argument("--step", type=int, help="to-safetensors: of the checkpoint (default: the newest)")
+    checkpoint.add_argument("--out", type=Path, help="reshard: the run folder to write; to-safetensors: the file")
+    checkpoint.add_argument("--step", type=int, help="of the checkpoint to reshard or convert (default: the newest)")
+    checkpoint.add_argument("--ranks", type=int, default=1, help="reshard: how many shards to write (default: 1)")
 
     report = command("report", _report, "write a page of a run's curves, numbers and mixed samples")
     report.add_argument("run_folder", type=Path, metavar="RUN")
@@ -155,11 +163,16 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("file", type=Path)
 
     bench = command("bench", _bench, "measure; `automix bench NAME --help` lists a benchmark's own options")
-    bench.add_argument("name", choices=["kernels", "loader", "memory"])
+    bench.add_argument("name", choices=["checkpoint", "kernels", "loader", "memory", "scaling", "step", "throughput"])
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
 
     doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
     doctor.add_argument("config", nargs="?", help="check its data and output folder too")
+    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    doctor.add_argument(
+        "--all-ranks", action="store_true", help="under a launcher: every host of the job, and the network between them"
+    )
+    doctor.add_argument("--seconds", type=float, default=60, help="--all-ranks: how long to wait for the other ranks")
     return parser
 
 
@@ -190,34 +203,66 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = load_config(options.config, options.overrides)
+    config = _load_config(options)
     if options.print_config:
-        print(to_yaml(config), end="")
+        print(to_yaml(config) + _what_it_comes_to(config), end="")
         return 0
     if options.resume and options.overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     return train(config, resume=options.resume, overwrite=options.overwrite)
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
-    """One run, from the resolved config to its end; the exit code of `automix train`."""
-    manifest, backbone = _check(config)
-    run = Path(config.output)
-
+def _what_it_comes_to(config: Config) -> str:
+    """The engine's effective settings as YAML comments, for the number of processes that a launcher started, or one."""
     import torch
 
+    from automix_dist.distributed import resolve_device
+    from automix_dist.engines import describe
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    lines = describe(config, world_size, torch.device(resolve_device(config.engine)))
+    return "\n# What this comes to:\n" + "".join(f"#   {line}\n" for line in lines)
+
+
+def _load_config(options: argparse.Namespace) -> Config:
+    """The resolved config, with the settings of its policy written out."""
+    config = load_config(options.config, options.overrides)
+
+    from automix_dist import policy
+
+    return dataclasses.replace(config, policy=policy.complete(config.policy))
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
+    """One run, from the resolved config to its end; the exit code of `automix train`."""
+    manifest, model = _check(config)
+    run = Path(config.output)
+
     from automix_dist import distributed, provenance
-    from automix_dist.checkpoint import Checkpoints
-    from automix_dist.data import EvalLoader, TrainLoader
-    from automix_dist.optimizer import build_optimizer
-    from automix_dist.run_log import RunLog
-    from automix_dist.trainer import Position, Trainer
+    from automix_dist.heartbeat import Heartbeat
+    from automix_dist.rank_log import RankLog
 
     process = distributed.start(config.engine)
     about = {"config": to_dict(config), "environment": provenance.environment(), "classes": manifest.classes}
     problem = process.broadcast(_open_run(run, config, about, resume, overwrite) if process.is_main else None)
     if problem:
         raise CommandError(problem)
+    with Heartbeat(process, config.engine, RankLog(run, process.rank)):
+        code = _run(config, process, run, model, about, resume)
+    distributed.finish()
+    return code
+
+
+def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -> int:
+    """Build the parts of a run and train."""
+    from automix_dist.activation_checkpointing import checkpoint_blocks
+    from automix_dist.backbone import synchronize_batchnorm
+    from automix_dist.checkpoint import Checkpoints
+    from automix_dist.data import EvalLoader, TrainLoader
+    from automix_dist.engines import build_engine
+    from automix_dist.optimizer import build_optimizer
+    from automix_dist.run_log import RunLog
+    from automix_dist.trainer import Position, Trainer
 
     def say(text: str) -> None:
         if process.is_main:
@@ -240,9 +285,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     say(train_loader.storage_note)
     eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
     val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
-    torch.manual_seed(config.seed)
-    model = _build_model(config, backbone, len(manifest.classes), process.device)
-    engine = distributed.build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    model.to(process.device)
+    if config.engine.sync_batchnorm:
+        model = synchronize_batchnorm(model)
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(model.query)
+    if config.engine.compile:
+        model.compile_regions()
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
 
     position = Position()
     if saved is not None:
@@ -263,7 +313,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     finally:
         train_loader.close()
         val_loader.close()
-    distributed.finish()
     if stopped:
         say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, saved; continue with --resume")
         return EXIT_STOPPED
@@ -276,7 +325,7 @@ def _check(config: Config):
     """All that can be wrong with a config, before any process group, folder or file exists.
 
     Returns:
-        the training set's manifest and the backbone, whose construction is a check of its own.
+        the training set's manifest and the model, whose construction is a check of its own.
     """
     from automix_dist import beton
 
@@ -296,32 +345,33 @@ def _check(config: Config):
             f"order: expected the same class list in both"
         )
 
-    from automix_dist.distributed import resolve_device
-
-    resolve_device(config.engine)
     import torch
 
+    from automix_dist.distributed import resolve_device
+    from automix_dist.engines import deepspeed_settings
+
+    device = torch.device(resolve_device(config.engine))
+    if config.engine.sync_batchnorm and device.type == "cpu":
+        raise ConfigError("engine.sync_batchnorm needs GPUs and there is none here: set it to false")
+    deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
+
+    return train, _build_model(config, len(train.classes), device)
+
+
+def _build_model(config: Config, num_classes: int, device):
+    """The model of the config's policy and backbone, on the CPU, to train on `device`."""
+    import torch
+
+    from automix_dist import policy
     from automix_dist.backbone import create_backbone
+    from automix_dist.classifier import build_model
+    from automix_dist.distributed import autocast_dtype
 
     torch.manual_seed(config.seed)
     other_sizes = [size for _, size in config.data.resolution_schedule]
-    return train, create_backbone(config.model, config.automix.feature, config.data.image_size, other_sizes)
-
-
-def _build_model(config: Config, backbone, num_classes: int, device):
-    from automix_dist.automix import AutoMix
-    from automix_dist.distributed import autocast_dtype
-
-    return AutoMix(
-        backbone,
-        num_classes,
-        config.automix,
-        mean=config.data.mean,
-        std=config.data.std,
-        autocast=autocast_dtype(config.engine, device),
-        implementation=config.engine.kernels,
-        immediate_backward=config.engine.immediate_backward,
-    ).to(device)
+    backbone = create_backbone(config.model, policy.needed_feature(config), config.data.image_size, other_sizes)
+    torch.manual_seed(config.seed)
+    return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
 
 
 def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: bool) -> str | None:
@@ -340,7 +390,7 @@ def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: b
         if holder is not None:
             return f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=..."
         if overwrite and steps:
-            for name in ("checkpoints", "gallery", "tensorboard"):
+            for name in ("checkpoints", "gallery", "tensorboard", "logs"):
                 shutil.rmtree(run / name, ignore_errors=True)
         (run / "config.yaml").write_text(to_yaml(config))
         (run / "environment.json").write_text(
@@ -383,6 +433,8 @@ FIXED_ON_RESUME = (
     "automix.norm",
     "automix.feature",
     "optimizer.name",
+    "policy.name",
+    "policy.average",
 )
 """Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
 
@@ -425,14 +477,37 @@ def _find_checkpoint(run: Path, step: int | None, best: bool):
     return verify(root / f"step_{step:08d}")
 
 
+def _saved_model(saved, config: Config, device):
+    """The model of a checkpoint, with its weights, on a device."""
+    from automix_dist.checkpoint import load_module_state
+
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
+    model = _build_model(config, len(saved.manifest["classes"]), device).to(device)
+    model.load_state_dict(load_module_state(saved, ""))
+    return model
+
+
+def _replay(options: argparse.Namespace) -> int:
+    saved = _find_checkpoint(options.dump, None, best=False)
+
+    from automix_dist import distributed
+    from automix_dist.config import from_dict
+    from automix_dist.replay import replay
+
+    config = from_dict(saved.manifest["config"])
+    process = distributed.start(config.engine)
+    sound = replay(_saved_model(saved, config, process.device), config, saved, options.rank, print)
+    print("everything was finite this time" if sound else "not finite again")
+    distributed.finish()
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
     import torch
 
     from automix_dist import beton, distributed
-    from automix_dist.backbone import create_backbone
-    from automix_dist.checkpoint import load_module_state
     from automix_dist.config import from_dict
     from automix_dist.data import EvalLoader
     from automix_dist.evaluate import evaluate
@@ -441,10 +516,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     path = Path(options.data or config.data.val)
     beton.check(path)
     process = distributed.start(config.engine)
-    model_config = dataclasses.replace(config.model, pretrained=False, weights="")
-    backbone = create_backbone(model_config, config.automix.feature, config.data.image_size)
-    model = _build_model(config, backbone, len(saved.manifest["classes"]), process.device)
-    model.load_state_dict(load_module_state(saved, ""))
+    model = _saved_model(saved, config, process.device)
     batch_size = options.batch_size or config.eval_batch_size or config.batch_size
     loader = EvalLoader(
         str(path),
@@ -470,19 +542,24 @@ def _export(options: argparse.Namespace) -> int:
 
     code = export_encoder(saved, options.out, options.encoder, options.head)
     print(
-        f"# {options.encoder} encoder of step {saved.step}, head trained on "
-        f"{'clean' if options.head == 'one' else 'mixed'} images; load it with:\n{code}"
+        f"# {options.encoder} encoder with head_{options.head} of step {saved.step}; load it with:\n{code}"
     )
     return 0
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from automix_dist.checkpoint import CheckpointError, committed, load_module_state, verify
+    from automix_dist.checkpoint import CheckpointError, committed, load_module_state, reshard, verify
 
     root = options.run_folder / "checkpoints"
     steps = sorted(committed(root))
     if not steps:
         raise CheckpointError(f"{options.run_folder} has no checkpoint")
+    if options.action == "reshard":
+        if options.out is None:
+            raise CommandError("reshard needs --out, another run folder")
+        saved = _find_checkpoint(options.run_folder, options.step, best=False)
+        print(f"{reshard(saved, options.out, options.ranks)}: step {saved.step} in {options.ranks} shard(s)")
+        return 0
     if options.action == "to-safetensors":
         from safetensors.torch import save_file
 
@@ -506,7 +583,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
         size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
         best = "  best" if step == best_step else ""
         print(
-            f"step {step}: {size:,.1f} MiB from {manifest['world_size']} rank(s), ZeRO {manifest['zero_stage']}{best}"
+            f"step {step}: {size:,.1f} MiB from {manifest['world_size']} rank(s), engine {manifest['engine']}{best}"
         )
     return EXIT_FAILED if broken else 0
 
@@ -526,6 +603,12 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides) if options.config else None
+    if options.all_ranks:
+        from automix_dist import preflight
+
+        return preflight.run(config, options.seconds)
+
     from automix_dist.doctor import diagnose, print_table
 
-    return print_table(diagnose(load_config(options.config) if options.config else None))
+    return print_table(diagnose(config))

@@ -7,12 +7,13 @@ Section numbers in the docstrings refer to the method's description in docs/meth
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -27,6 +28,24 @@ class ConfigError(ValueError):
 def _require(condition: bool, key: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{key} = {value!r}: expected {expected}")
+
+
+class RandAugmentPolicy(NamedTuple):
+    """Random operations, with timm's defaults."""
+
+    magnitude: float = 10.0
+    std: float = 0.0
+    """Of a normal distribution around the magnitude; above 100 means uniform from 0 to the magnitude."""
+    most: float = 10.0
+    """Where magnitudes are cut off."""
+    count: float = 2
+    """Operations that are drawn for an image."""
+    probability: float = 0.5
+    """Of each to be applied."""
+
+
+RAND_AUGMENT_KEYS = {"m": "magnitude", "mstd": "std", "mmax": "most", "n": "count", "p": "probability"}
+"""The parts of timm's notation."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,8 @@ class DataConfig:
     """What the added pixels hold."""
     flip: bool = True
     """Mirror half of the training images."""
+    rand_augment: str = ""
+    """RandAugment in timm's notation (ViT recipes: rand-m9-mstd0.5-inc1; docs/data.md); empty = off."""
     color_jitter: float = 0.0
     """Change brightness, contrast and saturation by random factors in 1 -+ this (ViT recipes: 0.4); 0 = off."""
     random_erasing: float = 0.0
@@ -83,7 +104,7 @@ class DataConfig:
     """Batches that the loader prepares in advance."""
 
     def __post_init__(self):
-        _require(self.image_size > 0, "data.image_size", self.image_size, "a positive number of pixels")
+        _require(self.image_size >= 6, "data.image_size", self.image_size, "6 or more pixels")
         lo, hi = self.crop_scale
         _require(0 < lo <= hi <= 1, "data.crop_scale", self.crop_scale, "0 < low <= high <= 1")
         lo, hi = self.crop_ratio
@@ -93,8 +114,7 @@ class DataConfig:
         _require(all(s > 0 for s in self.std), "data.std", self.std, "three positive numbers")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or a number of threads")
         _require(self.batches_ahead >= 1, "data.batches_ahead", self.batches_ahead, "1 or more")
-        if self.resize != "area":
-            _require(self.image_size >= 6, "data.image_size", self.image_size, f"6 or more with resize={self.resize}")
+        self.rand_augment_policy()  # raises for what cannot be read
         _require(self.color_jitter >= 0, "data.color_jitter", self.color_jitter, "0 (off) or a positive strength")
         _require(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "a probability")
         _require(self.chunk_size >= 1, "data.chunk_size", self.chunk_size, "1 or more images")
@@ -114,6 +134,23 @@ class DataConfig:
         )
         if starts and self.crop != "resized":
             raise ConfigError(f"data.resolution_schedule needs data.crop=resized, not {self.crop}")
+
+    def rand_augment_policy(self) -> "RandAugmentPolicy | None":
+        """What data.rand_augment says; None if it is empty. Raises ConfigError."""
+        if not self.rand_augment:
+            return None
+        expected = "rand- and some of m (magnitude), n (operations), p, mstd, mmax, with inc1: rand-m9-mstd0.5-inc1"
+        start, *parts = self.rand_augment.split("-")
+        found = [re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d+)?)", part) for part in parts]
+        values = {match[1]: float(match[2]) for match in found if match}
+        _require(start == "rand" and len(values) == len(parts), "data.rand_augment", self.rand_augment, expected)
+        increasing = values.pop("inc", 0)
+        _require(increasing == 1, "data.rand_augment", self.rand_augment, "inc1: there are timm's increasing ones only")
+        policy = RandAugmentPolicy(**{RAND_AUGMENT_KEYS[key]: value for key, value in values.items()})
+        _require(policy.count >= 1 and policy.count % 1 == 0, "data.rand_augment", self.rand_augment, "n of 1 or more")
+        _require(policy.most > 0, "data.rand_augment", self.rand_augment, "mmax above 0")
+        _require(policy.probability <= 1, "data.rand_augment", self.rand_augment, "a probability p")
+        return policy
 
     def train_size(self, epoch: int) -> int:
         """Side of the training images in an epoch."""
@@ -145,6 +182,39 @@ class ModelConfig:
                 raise ConfigError(
                     f"model.timm_kwargs.{key} is decided elsewhere (dataset, model.drop_path, model.pretrained)"
                 )
+
+
+POLICIES = sorted(path.stem for path in Path(__file__).with_name("policies").glob("[a-z]*.py"))
+"""The names of all mixing policies."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    name: str = "automix"
+    """How images are mixed (docs/policies.md). automix, samix and adautomix learn it, and read the section automix too;
+    the others train a plain classifier, and that section means nothing to them."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The policy's own settings."""
+    average: float = 0.0
+    """Decay of a moving average of the classifier, evaluated beside it; 0 = none. Learned policies have their own."""
+
+    def __post_init__(self):
+        if self.name not in POLICIES:
+            near = difflib.get_close_matches(self.name, POLICIES, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(f"policy.name = {self.name!r}: expected one of {', '.join(POLICIES)}{hint}")
+        _require(0 <= self.average < 1, "policy.average", self.average, "a decay in [0, 1), 0 for no average")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    name: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
+    """Form of all classification losses; the binary one is summed over the classes."""
+    label_smoothing: float = 0.0
+    """Label smoothing of all classification losses."""
+
+    def __post_init__(self):
+        _require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "a value in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -181,8 +251,6 @@ class AutoMixConfig:
     """Train the Mix Block's mixed branch only in this share of the steps; 0 = in every step (section 2.3)."""
     no_repeat: bool = False
     """Never pair an image with itself (fine-grained recipes)."""
-    label_smoothing: float = 0.0
-    """Label smoothing of all three classification losses."""
     momentum: float = 0.999
     """Coefficient of the momentum encoder at the start."""
     momentum_end: float = 0.99999
@@ -193,6 +261,15 @@ class AutoMixConfig:
     """Run the momentum encoder's pass over clean images to its end, as the published code does, or stop it at the
     Mix Block's feature. Training is the same; with "cut", the BatchNorm statistics of the momentum encoder's later
     layers see mixed images only, which its evaluation notices."""
+    feature_source: Literal["momentum", "query"] = "momentum"
+    """Whose features the Mix Block reads. With "query" the feature pass falls away; trains something else than
+    the published method (docs/throughput.md)."""
+    generator_every: int = 1
+    """Train the Mix Block's mixed branch in every so many steps; above 1 not the published method."""
+    generator_share: float = 1.0
+    """Share of the batch that the momentum encoder judges for the Mix Block; below 1 not the published method."""
+    mix_block_until: float = 1.0
+    """Share of the training after which the Mix Block stays as it is; below 1 not the published method."""
 
     def __post_init__(self):
         _require(self.alpha > 0, "automix.alpha", self.alpha, "a positive number")
@@ -203,7 +280,9 @@ class AutoMixConfig:
         _require(0 <= self.lam_margin < 0.5, "automix.lam_margin", self.lam_margin, "a value in [0, 0.5)")
         _require(0 <= self.mask_adjust <= 1, "automix.mask_adjust", self.mask_adjust, "a probability")
         _require(0 <= self.switch_off <= 1, "automix.switch_off", self.switch_off, "a probability")
-        _require(0 <= self.label_smoothing < 1, "automix.label_smoothing", self.label_smoothing, "a value in [0, 1)")
+        _require(self.generator_every >= 1, "automix.generator_every", self.generator_every, "1 or more steps")
+        _require(0 < self.generator_share <= 1, "automix.generator_share", self.generator_share, "a share in (0, 1]")
+        _require(0 < self.mix_block_until <= 1, "automix.mix_block_until", self.mix_block_until, "a share in (0, 1]")
         _require(
             0 < self.momentum <= self.momentum_end <= 1,
             "automix.momentum",
@@ -215,8 +294,8 @@ class AutoMixConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    name: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer of the query encoder, its heads and the Mix Block."""
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """Optimizer of the query encoder, its heads and the Mix Block; lamb only where no engine shards tensors."""
     lr: float = 0.1
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -224,7 +303,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     """SGD's momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
+    """AdamW's and LAMB's betas."""
     weight_decay: float = 1e-4
     """Weight decay."""
     decay_norm_and_bias: bool = True
@@ -270,15 +349,34 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
+    name: Literal["deepspeed", "ddp", "fsdp2"] = "deepspeed"
+    """Who reduces gradients and steps: DeepSpeed, torch's DDP (shards nothing) or FSDP2 (shards everything)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards: nothing (plain data parallel), optimizer, + gradients, + parameters."""
+    offload_optimizer: bool = False
+    """Keep DeepSpeed's optimizer state in host memory and step there; with zero_stage 1, 2 or 3."""
+    deepspeed_json: str = ""
+    """A DeepSpeed JSON to merge; a key that contradicts this config is an error."""
     accumulation_steps: int = 1
     """Micro batches per optimizer step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU, float32 on a CPU."""
-    immediate_backward: bool = False
+    immediate_backward: bool = True
     """Differentiate each of the three losses as soon as it is known: one set of activations lives at a time instead of
-    three. The gradients are the same; not with zero_stage 3."""
+    three. The gradients are the same, up to the order in which they are summed."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the backbone's blocks and compute the rest again in the backward pass."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the micro batches of all ranks, in training; needs GPUs."""
+    max_skipped_steps: int = 10
+    """A step whose loss or gradients are not finite is skipped; after so many in a row the run stops with a dump."""
+    compile: bool = False
+    """Compile the encoders and the Mix Block, each as a whole, with torch.compile; the first steps take minutes."""
+    joint_query: bool = False
+    """The query encoder reads clean and mixed images in one pass; for backbones without BatchNorm. The same training,
+    but with immediate_backward two sets of activations live at a time."""
+    deterministic: bool = False
+    """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -287,17 +385,35 @@ class EngineConfig:
     """Elements per gradient bucket; small enough that reduction overlaps with the backward pass."""
     timeout_minutes: float = 10.0
     """How long a collective may wait for the other ranks."""
+    stall_seconds: float = 45.0
+    """How long a rank may stand still, or be silent, before the run ends and names it with its host and line of code; a
+    step that is slow by nature has five times its usual time. Start-up, an epoch's first step, evaluation and saving
+    may stand still for 0.9 timeout_minutes. 0 = for ever, as a debugger needs it."""
 
     def __post_init__(self):
         _require(self.accumulation_steps >= 1, "engine.accumulation_steps", self.accumulation_steps, "1 or more")
-        _require(self.bucket_size >= 1, "engine.bucket_size", self.bucket_size, "1 or more elements")
+        even = self.bucket_size >= 2 and self.bucket_size % 2 == 0
+        _require(even, "engine.bucket_size", self.bucket_size, "an even number of elements")
         _require(
             self.timeout_minutes > 0, "engine.timeout_minutes", self.timeout_minutes, "a positive number of minutes"
         )
-        if self.immediate_backward and self.zero_stage == 3:
+        _require(self.stall_seconds >= 0, "engine.stall_seconds", self.stall_seconds, "0 (off) or more seconds")
+        _require(self.max_skipped_steps >= 1, "engine.max_skipped_steps", self.max_skipped_steps, "1 or more")
+        if self.name != "deepspeed":
+            for key in ("zero_stage", "offload_optimizer", "deepspeed_json"):
+                if getattr(self, key):
+                    raise ConfigError(
+                        f"engine.{key} = {getattr(self, key)!r} has no meaning for engine.name = {self.name!r}: "
+                        f"remove it, or set engine.name=deepspeed"
+                    )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ConfigError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, got 0")
+        if self.sync_batchnorm and self.device == "cpu":
+            raise ConfigError("engine.sync_batchnorm needs GPUs, but engine.device = 'cpu': set it to false")
+        if self.compile and (self.zero_stage == 3 or self.name == "fsdp2"):
             raise ConfigError(
-                "engine.immediate_backward needs whole parameters, which engine.zero_stage = 3 shards: set "
-                "engine.zero_stage to 0, 1 or 2, or engine.immediate_backward=false"
+                "engine.compile needs whole parameters, which engine.zero_stage = 3 and engine.name = 'fsdp2' shard: "
+                "set engine.zero_stage to 0, 1 or 2, or engine.compile=false"
             )
         if self.kernels == "triton" and self.device == "cpu":
             raise ConfigError(
@@ -318,8 +434,11 @@ class CheckpointConfig:
     """Keep every checkpoint whose step is a multiple of this too; 0 = none."""
     keep_best: bool = True
     """Save whenever the validation top-1 is the best so far, and keep that one as well."""
+    stop_after_minutes: float = 0.0
+    """Save and stop, with exit code 75, when the processes have run for so long; 0 = no limit."""
 
     def __post_init__(self):
+        _require(self.stop_after_minutes >= 0, "checkpoint.stop_after_minutes", self.stop_after_minutes, "0 or more")
         _require(self.every_epochs >= 0, "checkpoint.every_epochs", self.every_epochs, "0 or more")
         _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
         _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "1 or more")
@@ -341,6 +460,18 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    steps: int = 0
+    """Steps that the main rank records into OUTPUT/profile, as a trace and a table; 0 = none."""
+    start: int = 20
+    """Steps of a session that pass before the recording begins."""
+
+    def __post_init__(self):
+        _require(self.steps >= 0, "profile.steps", self.steps, "0 (off) or a number of steps")
+        _require(self.start >= 0, "profile.start", self.start, "0 or more steps")
+
+
+@dataclass(frozen=True)
 class Config:
     output: str = "runs/automix"
     """Folder of the run: config, logs, checkpoints."""
@@ -356,11 +487,14 @@ class Config:
     """Images per rank and evaluation batch; 0 = as in training."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     automix: AutoMixConfig = field(default_factory=AutoMixConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self):
         _require(bool(self.output), "output", self.output, "a folder")
@@ -375,6 +509,16 @@ class Config:
             self.optimizer.warmup_epochs,
             f"less than epochs ({self.epochs})",
         )
+        if self.optimizer.name == "lamb" and (self.engine.zero_stage or self.engine.name == "fsdp2"):
+            raise ConfigError(
+                "optimizer.name = 'lamb' steps whole tensors, which this engine shards: set engine.zero_stage=0 or "
+                "engine.name=ddp"
+            )
+        if self.engine.joint_query and self.automix.feature_source == "query":
+            raise ConfigError(
+                "engine.joint_query reads clean and mixed images together, but automix.feature_source = 'query' needs "
+                "the clean ones first: set one of them back"
+            )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Images per rank and forward pass.
@@ -390,6 +534,12 @@ class Config:
                 f"leaves at least 2 images each"
             )
         return size
+
+
+def build_section(cls: type, values: Mapping[str, Any], name: str = "") -> Any:
+    """A dataclass from nested dicts, checked; `name` is its place in the tree, for messages. Raises ConfigError."""
+    prefix = f"{name}." if name else ""
+    return _build(cls, values, prefix, _all_keys(cls, prefix))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -410,7 +560,7 @@ def to_yaml(config: Config) -> str:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Build and check the tree from nested dicts; keys that are absent take their defaults. Raises ConfigError."""
-    return _build(Config, values, prefix="")
+    return build_section(Config, values)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -421,42 +571,56 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     values: dict[str, Any] = {}
     if path is not None:
         values = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(values, override)
+    for override in sorted(overrides, key=lambda each: not each.startswith("policy.name=")):
+        values = _over(values, _read_override(override))
     return from_dict(values)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's settings, over those of the file that its key `base` names, if it has one; `readers` led here."""
+    if path.resolve() in readers:
+        raise ConfigError(f"{path} has itself as its base, by way of {', '.join(each.name for each in readers)}")
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise ConfigError(f"cannot read config {path}: {reason}{hint}") from error
+        asked = f" (the base of {readers[-1]})" if readers else ""
+        raise ConfigError(f"cannot read config {path}{asked}: {reason}{hint}") from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(values).__name__}")
-    return values
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _over(_read_yaml(path.parent / str(base), (*readers, path.resolve())), values)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections merged key by key; any other value replaces the one below it. Under another `name` (of a policy) no
+    `settings` are left from below."""
+    if "name" in above and above["name"] != below.get("name"):
+        below = {k: v for k, v in below.items() if k != "settings"}
+    both = {k: _over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both
+
+
+def _read_override(override: str) -> dict[str, Any]:
+    """`section.key=value` as nested dicts."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value")
-    *sections, leaf = key.split(".")
-    node = values
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    for section in reversed(key.split(".")):
+        value = {section: value}
+    return value
 
 
 def _all_keys(cls: type, prefix: str = "") -> list[str]:
@@ -466,8 +630,7 @@ def _all_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
-def _unknown_key(key: str) -> ConfigError:
-    known = _all_keys(Config)
+def _unknown_key(key: str, known: list[str]) -> ConfigError:
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:
@@ -476,17 +639,17 @@ def _unknown_key(key: str) -> ConfigError:
     return ConfigError(f"unknown key {key}{hint} (`automix train CONFIG --print-config` lists every key)")
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def _build(cls: type, values: Any, prefix: str, known: list[str]) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix[:-1]} = {values!r}: expected a section with keys {', '.join(_all_keys(cls))}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for name, value in values.items():
         if name not in hints:
-            raise _unknown_key(f"{prefix}{name}")
+            raise _unknown_key(f"{prefix}{name}", known)
         key, hint = f"{prefix}{name}", hints[name]
         arguments[name] = (
-            _build(hint, value, f"{key}.") if dataclasses.is_dataclass(hint) else _convert(key, value, hint)
+            _build(hint, value, f"{key}.", known) if dataclasses.is_dataclass(hint) else _convert(key, value, hint)
         )
     return cls(**arguments)
 

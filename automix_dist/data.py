@@ -37,6 +37,9 @@ EXIT_SECONDS = 10.0
 SKIP_ATTEMPTS = 100
 """With data.on_corrupt=skip, so many damaged images in a row are an error after all."""
 
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""A container's limit in bytes, page cache included, in versions 2 and 1 of control groups."""
+
 _COMPILED_LOOPS = threading.Lock()
 """One loader at a time runs compiled loops: numba's simplest threading layer ends the process otherwise."""
 
@@ -401,6 +404,10 @@ def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, t
     operations = [decoder]
     if config.flip:
         operations.append(augment.RandomFlip(key))
+    if policy := config.rand_augment_policy():
+        from automix_dist.rand_augment import RandAugment  # its compiled code is for those who use it
+
+        operations.append(RandAugment(key, policy, config.mean))
     if config.color_jitter:
         operations.append(augment.ColorJitter(key, config.color_jitter))
     if config.random_erasing:
@@ -412,8 +419,9 @@ def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, t
 def _free_memory() -> int:
     """Bytes of memory that can hold files: what the machine has available, or the container's limit."""
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
-        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for limit in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no control group of this version, or no limit ("max")
+            free = min(free, int(limit.read_text()))
     return free
 
 
@@ -424,8 +432,9 @@ def count_workers(config: DataConfig) -> int:
     most = numba.config.NUMBA_NUM_THREADS
     if config.workers > most:
         raise ConfigError(f"data.workers = {config.workers}: this process may use {most} core(s); expected 0 to {most}")
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return config.workers or max(1, min(most, beton.usable_cores() // local_ranks))
+    names = ("AUTOMIX_CORE_SHARERS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the first is 1 where cores have been bound
+    sharers = int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
+    return config.workers or max(1, min(most, beton.usable_cores() // sharers))
 
 
 class _Worker:

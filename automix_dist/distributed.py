@@ -1,24 +1,22 @@
-"""Processes and the engine: Accelerate for the process and device state, DeepSpeed for the sharded step.
+"""The processes of a run: who they are, how they talk, how they stop together. Accelerate gives their state."""
 
-Accelerate's wrappers of DeepSpeed, loaders and schedulers are not used: they step inside `backward`, look one batch
-ahead into reused buffers, and step schedules once per rank. docs/architecture.md has the reasons.
-"""
-
-import contextlib
 import ipaddress
+import math
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from automix_dist.config import Config, ConfigError, EngineConfig
+from automix_dist.config import ConfigError, EngineConfig
+from automix_dist.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,18 @@ class Process:
     device: torch.device
     control: Any
     """A gloo group for small host-side messages that must not wait for the GPU."""
+    timeout: timedelta
+    """How long a collective may wait for the other ranks."""
+    progress: Progress = field(default_factory=Progress)
+    """Where the main thread stands, for the heartbeat."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def channel(self) -> "Process":
+        """The same processes with a control group of their own, for another thread."""
+        return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -89,9 +95,14 @@ def start(engine: EngineConfig) -> Process:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         _name_gloo_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS", local_world_size))  # 1 where launch/rank.sh has bound cores
+    threads = max(1, len(os.sched_getaffinity(0)) // sharers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = not engine.deterministic
+    if engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so; read at its start
+        torch.use_deterministic_algorithms(True)
 
     from accelerate import PartialState
 
@@ -109,6 +120,8 @@ def start(engine: EngineConfig) -> Process:
         local_world_size=local_world_size,
         device=state.device,
         control=dist.new_group(backend="gloo", timeout=timeout),
+        timeout=timeout,
+        progress=Progress(on_gpu=device == "cuda"),
     )
 
 
@@ -118,16 +131,23 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+def address_towards(master: str) -> str | None:
+    """The IPv4 address that this host has on the way to another; None if there is no way."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # no packet is sent; the kernel only picks a route
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
 def _name_gloo_interface(master: str) -> None:
     """Tell gloo the interface that reaches the master: by default it takes the one of the host's name, which often
     resolves to loopback, and the other hosts then wait for their timeout."""
     import psutil
 
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))  # no packet is sent; the kernel only picks a route
-            address = probe.getsockname()[0]
-    except OSError:
+    address = address_towards(master)
+    if address is None:
         return  # not reachable by IPv4: gloo's own choice, and its own message
     for name, entries in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in entries):
@@ -137,94 +157,38 @@ def _name_gloo_interface(master: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 
-def deepspeed_settings(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's JSON, derived from the one config; nothing that it would default is left out.
-
-    Its own bf16 block stays off: it breaks BatchNorm and loses the momentum update; the model autocasts itself.
-    """
-    engine = config.engine
-    return {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
-        "gradient_accumulation_steps": engine.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip_norm,
-        "steps_per_print": 2**62,
-        "wall_clock_breakdown": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": False},
-        "fp16": {"enabled": False},
-        "zero_optimization": {
-            "stage": engine.zero_stage,
-            "overlap_comm": device.type == "cuda" and engine.zero_stage > 0,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": engine.bucket_size,
-            "allgather_bucket_size": engine.bucket_size,
-            "stage3_prefetch_bucket_size": engine.bucket_size,
-            # Norms and biases stay whole: gathering hundreds of tiny tensors per pass costs more than they weigh.
-            "stage3_param_persistence_threshold": 10_000,
-            "stage3_model_persistence_threshold": 2**62,
-        },
-    }
-
-
-def build_engine(model: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
-    """A DeepSpeedEngine around the model, whose weights are laid out contiguously: channels-last ones crash DeepSpeed
-    0.19, and convolutions take channels-last images with contiguous weights."""
-    import logging
-
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # Used by inference only, but compiled for a minute at the first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=model.to(memory_format=torch.contiguous_format),
-        optimizer=optimizer,
-        model_parameters=[p for group in optimizer.param_groups for p in group["params"]],
-        config=deepspeed_settings(config, process.world_size, process.device),
-        dist_init_required=False,
-    )
-    return engine
-
-
-@contextlib.contextmanager
-def averaged_statistics(model: nn.Module, process: Process) -> Iterator[None]:
-    """Within the block, BatchNorm's running statistics are the mean over ranks, so that every rank evaluates the same
-    model. Afterwards each rank has its own again: training never depends on when it was evaluated."""
-    buffers = [b for b in model.buffers() if b.is_floating_point()]
-    own = [b.clone() for b in buffers]
-    try:
-        if process.world_size > 1 and buffers:
-            flat = process.sum(torch.cat([b.flatten() for b in buffers])) / process.world_size
-            for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-                buffer.copy_(mean.view_as(buffer))
-        yield
-    finally:
-        for buffer, value in zip(buffers, own, strict=True):
-            buffer.copy_(value)
+SAME_STOP_SECONDS = 2.0
+"""Launchers often signal a process and its group, or signal twice: within this time it is one request."""
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM or SIGUSR1 asks all ranks to stop after the same step.
+    """Ctrl-C, SIGTERM, SIGUSR1 or a time limit asks all ranks to stop after the same step.
 
     A handler only notes the signal; `agreed` spreads it. A second signal ends the process at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self, process: Process, say: Callable[[str], None]):
+    def __init__(self, process: Process, say: Callable[[str], None], minutes: float = 0.0):
+        """`minutes` is the time limit, counted from the start of this process; 0 = none. It is told as SIGALRM."""
+        import psutil
+
         self._process = process
         self._say = say
+        self._deadline = psutil.Process().create_time() + 60 * minutes if minutes else math.inf
         self._signal = 0
+        self._noted_at = 0.0
         self._agreed = 0
         self._pending: tuple[Any, Tensor] | None = None
         self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
 
     def _note(self, number: int, _frame: Any) -> None:
-        self._signal = number
-        for each in self.SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if self._signal:
+            if time.monotonic() - self._noted_at > SAME_STOP_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
+        self._signal, self._noted_at = number, time.monotonic()
         self._say(f"{signal.Signals(number).name}: stopping after this step, then saving (again: quit at once)")
 
     def agreed(self) -> int:
@@ -232,6 +196,9 @@ class StopRequest:
 
         Call it equally often on all ranks. The exchange of one call is awaited in the next, so it costs no waiting.
         """
+        if not self._signal and time.time() > self._deadline:
+            self._signal = signal.SIGALRM
+            self._say("the time limit is reached: stopping after this step, then saving")
         if self._process.world_size == 1:
             return self._signal
         if self._pending is not None:

@@ -52,7 +52,7 @@ def diagnose(config: Config | None = None) -> list[Check]:
 
     Never raises for what it finds: everything that is missing is a check that warns or fails.
     """
-    checks = [_python(), *_packages(), *_gpus(), _compiler(), *_libraries()]
+    checks = [_python(), *_packages(), *_gpus(), _compiler(), *_libraries(), _decoder()]
     checks += [_shared_memory(), _open_files(), _host_name(), _cores()]
     checks.append(_disk(Path(config.output) if config else Path.cwd()))
     if config is not None:
@@ -149,19 +149,49 @@ def _gpus() -> list[Check]:
         return [Check("GPU", "ok", "none: training runs on the CPU")]
     names = [line.strip() for line in (listed or "an AMD GPU").splitlines() if line.strip()]
     gpus = Check("GPU", "ok", "; ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)))
+    return [gpus, *_gpu_health(), _torch_on_gpu()]
+
+
+def _gpu_health() -> list[Check]:
+    """Memory errors and clocks that heat or power hold down, GPU by GPU, as NVIDIA's driver counts them."""
+    listed = None
+    for reasons in ("clocks_event_reasons", "clocks_throttle_reasons"):  # the second before driver 535
+        fields = f"index,ecc.errors.uncorrected.volatile.total,{reasons}.hw_slowdown,clocks.max.sm"
+        listed = listed or _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    rows = [[cell.strip() for cell in line.split(",")] for line in (listed or "").splitlines()]
+    rows = [row for row in rows if len(row) == 4]
+    if not rows:
+        return []
+    broken = [index for index, errors, _, _ in rows if errors.isdigit() and int(errors)]
+    held_down = [index for index, _, slowed, _ in rows if slowed == "Active"]
+    checks = [Check("GPU memory", "ok", "no uncorrected errors")]
+    if broken:
+        found, mend = (
+            f"uncorrected errors on GPU {', '.join(broken)}",
+            "drain the host and have the GPU reset or replaced",
+        )
+        checks = [Check("GPU memory", "fail", found, mend)]
+    clocks = " or ".join(sorted({row[3] for row in rows}))
+    if held_down:
+        found = f"held down by the hardware on GPU {', '.join(held_down)}"
+        return [*checks, Check("GPU clocks", "warn", found, "check cooling and power: nvidia-smi -q -d PERFORMANCE")]
+    return [*checks, Check("GPU clocks", "ok", f"up to {clocks} MHz")]
+
+
+def _torch_on_gpu() -> Check:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
-        return [gpus, Check("torch on the GPU", "fail", f"torch cannot be imported: {error}", "install torch again")]
+        return Check("torch on the GPU", "fail", f"torch cannot be imported: {error}", "install torch again")
     if torch.cuda.is_available():
-        return [gpus, Check("torch on the GPU", "ok", f"CUDA {torch.version.cuda or torch.version.hip}")]
+        return Check("torch on the GPU", "ok", f"CUDA {torch.version.cuda or torch.version.hip}")
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return [gpus, Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")]
+        return Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
     built = torch.version.cuda or torch.version.hip
     if built is None:
-        return [gpus, Check("torch on the GPU", "warn", "torch is a CPU build", "install torch from the package index")]
+        return Check("torch on the GPU", "warn", "torch is a CPU build", "install torch from the package index")
     mend = f"update the driver to one for CUDA {built}, or install a torch built for this driver"
-    return [gpus, Check("torch on the GPU", "warn", f"torch was built for CUDA {built} and finds no usable GPU", mend)]
+    return Check("torch on the GPU", "warn", f"torch was built for CUDA {built} and finds no usable GPU", mend)
 
 
 def _compiler() -> Check:
@@ -174,7 +204,7 @@ def _compiler() -> Check:
 
 
 def _libraries() -> list[Check]:
-    """pkg-config, OpenCV and libturbojpeg: what building FFCV needs, and what running it needs."""
+    """pkg-config, OpenCV, libturbojpeg and libjpeg: what building FFCV and our decoder needs, and running them."""
     building = _missing("ffcv")
     tool = shutil.which("pkg-config")
     if tool is None:
@@ -185,6 +215,7 @@ def _libraries() -> list[Check]:
     for name, modules, library, package in (
         ("OpenCV", ("opencv4", "opencv"), "opencv_core", "libopencv-dev"),
         ("libturbojpeg", ("libturbojpeg",), "turbojpeg", "libturbojpeg0-dev"),
+        ("libjpeg", ("libjpeg",), "jpeg", "libjpeg-dev"),
     ):
         versions = [_output(tool, "--modversion", module) for module in modules] if tool else []
         version = next((version.strip() for version in versions if version), None)
@@ -194,6 +225,14 @@ def _libraries() -> list[Check]:
         else:
             checks.append(Check(name, "fail", "not found by pkg-config", _apt(package)))
     return checks
+
+
+def _decoder() -> Check:
+    try:
+        from automix_dist import jpeg
+    except ImportError as error:
+        return Check("JPEG decoder", "fail", str(error.__cause__), "run launch/install.sh, which compiles it")
+    return Check("JPEG decoder", "ok", Path(jpeg.library._name).name)
 
 
 def _shared_memory() -> Check:
@@ -271,7 +310,8 @@ def _data_file(key: str, path: str) -> Check:
         return Check(key, "fail", str(error), "make it readable for this user")
     except ValueError as error:  # its message says what to do
         return Check(key, "fail", str(error))
-    return Check(key, "ok", f"{path}: {manifest.count:,} images, {len(manifest.classes):,} classes")
+    numbers = f"{manifest.count:,} images, {len(manifest.classes):,} classes, checksum {manifest.checksum[:8]}"
+    return Check(key, "ok", f"{path}: {numbers}")
 
 
 def _missing(package: str) -> bool:

@@ -51,23 +51,40 @@ def draw_step(
 
     Ranks and micro batches draw independently. The copies to a GPU are asynchronous, from pinned memory.
     """
-    generator = np.random.Generator(np.random.Philox(key=_key(seed, step, micro_step, rank)))
+    generator = step_generator(seed=seed, step=step, micro_step=micro_step, rank=rank)
     lams = generator.beta(config.alpha, config.alpha, size=2)
-    partners = [_partners(generator, batch_size, config.no_repeat) for _ in range(2)]
+    partners = [pairing(generator, batch_size, config.no_repeat) for _ in range(2)]
     modes = [config.upsampling[i] for i in generator.integers(len(config.upsampling), size=2)]
-    adjust, switch = generator.random(2)
-
-    packed = torch.from_numpy(np.stack(partners))
-    lam = torch.from_numpy(np.repeat(lams.astype(np.float32)[:, None], batch_size, axis=1))
-    if torch.device(device).type == "cuda":
-        packed, lam = packed.pin_memory(), lam.pin_memory()
-    packed, lam = packed.to(device, non_blocking=True), lam.to(device, non_blocking=True)
+    adjust = generator.random()
+    switch = shared_generator(seed=seed, step=step, micro_step=micro_step).random()
+    packed = on_device(np.stack(partners), device)
+    lam = on_device(np.repeat(lams[:, None], batch_size, axis=1), device)
     return Draws(
         mix_block=MixDraw(lam[0], packed[0], modes[0]),
         classifier=MixDraw(lam[1], packed[1], modes[1]),
         adjust_mask=bool(adjust < config.mask_adjust),
         train_mixed_momentum=bool(config.switch_off == 0 or switch < config.switch_off),
     )
+
+
+def step_generator(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
+    """The generator of one micro batch's draws."""
+    return np.random.Generator(np.random.Philox(key=_key(seed, step, micro_step, rank)))
+
+
+def shared_generator(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
+    """The same on every rank, for what decides which modules run: where weights are sharded, all ranks must run the
+    same ones or wait for each other for ever."""
+    del rank
+    return step_generator(seed=seed, step=step, micro_step=micro_step, rank=2**32)
+
+
+def on_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """An array as a tensor on a device, float64 as float32; the copy to a GPU is asynchronous, from pinned memory."""
+    tensor = torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def seed_torch(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> None:
@@ -80,7 +97,7 @@ def _key(seed: int, step: int, micro_step: int, rank: int) -> np.ndarray:
     return np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(2, np.uint64)
 
 
-def _partners(generator: np.random.Generator, size: int, no_repeat: bool) -> np.ndarray:
+def pairing(generator: np.random.Generator, size: int, no_repeat: bool) -> np.ndarray:
     """A random permutation of 0 .. size - 1, [size] int64; with no_repeat one that leaves no image with itself."""
     if not no_repeat:
         return generator.permutation(size)

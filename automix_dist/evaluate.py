@@ -1,36 +1,43 @@
-"""Exact accuracy of both encoders and both heads over all ranks."""
+"""Exact accuracy of all of a model's encoders and heads over all ranks."""
 
 import itertools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.automix import Logits
+from automix_dist.batchnorm import averaged_statistics
 from automix_dist.data import EvalLoader
-from automix_dist.distributed import Process, averaged_statistics
+from automix_dist.distributed import Process
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: EvalLoader, process: Process, check_stop: Callable[[], None] = lambda: None
+    model: nn.Module,
+    loader: EvalLoader,
+    process: Process,
+    check_stop: Callable[[], None] = lambda: None,
+    forward: Callable[[Tensor], NamedTuple] | None = None,
 ) -> dict[str, float]:
     """Accuracies in [0, 1] over the whole set: every image counts once, whatever the world size.
 
     Args:
-        model: AutoMix, or the engine around it.
+        model: AutoMix or another model of a policy.
         loader: this rank's share of the set.
         check_stop: called before each batch, equally often on all ranks; may raise.
+        forward: the engine around the model, if there is one.
 
     Returns:
-        top1_* and top5_* for each of query, query_mix, momentum, momentum_mix, and the cross-entropy loss_query.
+        top1_* and top5_* for each of the model's logits (AutoMix: query, query_mix, momentum, momentum_mix), and the
+        cross-entropy loss_query.
         BatchNorm uses the mean over ranks of the running statistics.
     """
     training = model.training
     model.eval()
-    counts = torch.zeros(len(Logits._fields), 2, dtype=torch.float64, device=process.device)
+    counts = torch.zeros(0, 2, dtype=torch.float64, device=process.device)
     loss = torch.zeros((), dtype=torch.float64, device=process.device)
     batches = iter(loader)
     try:
@@ -40,7 +47,10 @@ def evaluate(
                 check_stop()
                 batch = next(batches, None)
                 images = loader.blank() if batch is None else batch.images
-                logits = model(images)
+                logits = (forward or model)(images)
+                if not len(counts):
+                    names = logits._fields
+                    counts = counts.new_zeros(len(names), 2)
                 if batch is not None:
                     counts += torch.stack([_correct(output, batch.labels) for output in logits])
                     loss += F.cross_entropy(logits.query, batch.labels, reduction="sum")
@@ -48,8 +58,8 @@ def evaluate(
         batches.close()
         model.train(training)
     totals = process.sum(torch.cat([counts.flatten(), loss.view(1)])) / loader.num_samples
-    names = [f"{top}_{head}" for head, top in itertools.product(Logits._fields, ("top1", "top5"))]
-    return dict(zip([*names, "loss_query"], totals.tolist(), strict=True))
+    keys = [f"{top}_{name}" for name, top in itertools.product(names, ("top1", "top5"))]
+    return dict(zip([*keys, "loss_query"], totals.tolist(), strict=True))
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:

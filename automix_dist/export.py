@@ -8,7 +8,7 @@ from typing import Literal
 from safetensors.torch import save_file
 from torch import nn
 
-from automix_dist.backbone import create_timm_model, layer_kwargs
+from automix_dist.backbone import STEMS, create_timm_model, layer_kwargs
 from automix_dist.checkpoint import CheckpointError, Saved, load_module_state
 from automix_dist.config import from_dict
 
@@ -23,10 +23,15 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
         Python that loads the file.
 
     Raises:
-        CheckpointError: if the model's own classifier is not a single linear layer.
+        CheckpointError: if there is no such encoder or head, or the model's own classifier is not one linear layer.
     """
     config = from_dict(saved.manifest["config"])
     state = load_module_state(saved, f"{encoder}.")
+    if f"head_{head}.weight" not in state:
+        raise CheckpointError(
+            f"{saved.folder}: the model of policy {config.policy.name} has no {encoder} encoder with head_{head}; "
+            f"use --encoder query --head one"
+        )
     num_classes = state[f"head_{head}.weight"].shape[0]
     model_config = dataclasses.replace(config.model, pretrained=False, weights="")
     model = create_timm_model(model_config, config.data.image_size, num_classes)
@@ -65,11 +70,11 @@ def loading_code(path: Path, architecture: str, kwargs: dict, model: nn.Module) 
     arguments = "".join(f", {k}={v!r}" for k, v in kwargs.items())
     lines = ["import timm, torch", "from safetensors.torch import load_file", ""]
     lines.append(f"model = timm.create_model({architecture!r}{arguments})")
-    if isinstance(getattr(model, "maxpool", None), nn.Identity):
-        conv = model.conv1
-        lines.append(
-            f"model.conv1 = torch.nn.Conv2d({conv.in_channels}, {conv.out_channels}, 3, padding=1, bias=False)"
-        )
-        lines.append("model.maxpool = torch.nn.Identity()")
+    modules = dict(model.named_modules())
+    for conv_name, pool_name in STEMS:
+        if isinstance(modules.get(pool_name), nn.Identity):
+            conv = modules[conv_name]
+            small = f"torch.nn.Conv2d({conv.in_channels}, {conv.out_channels}, 3, padding=1, bias=False)"
+            lines += [f"model.{conv_name} = {small}", f"model.{pool_name} = torch.nn.Identity()"]
     lines.append(f"model.load_state_dict(load_file({str(path)!r}))")
     return "\n".join(lines)

@@ -34,12 +34,7 @@ class MixBlock(nn.Module):
         self.query_bias = nn.Parameter(torch.empty(self.width)) if config.norm == "none" else None
         self.value_weight = nn.Parameter(torch.empty(1, inputs))
         self.value_bias = nn.Parameter(torch.empty(1))
-        norms = {
-            "none": lambda: None,
-            "batch": lambda: nn.BatchNorm2d(self.width),
-            "layer": lambda: ChannelNorm(self.width),
-        }
-        self.norm = norms[config.norm]()
+        self.norm = projection_norm(config.norm, self.width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,6 +97,11 @@ class MixBlock(nn.Module):
     def _normed(self, tokens: Tensor, h: int, w: int) -> Tensor:
         maps = tokens.transpose(1, 2).unflatten(2, (h, w))
         return self.norm(maps).float().flatten(2).transpose(1, 2)
+
+
+def projection_norm(name: str, width: int) -> nn.Module | None:
+    """The norm behind a projection of [B, C, h, w] maps: AutoMixConfig.norm."""
+    return {"none": lambda: None, "batch": lambda: nn.BatchNorm2d(width), "layer": lambda: ChannelNorm(width)}[name]()
 
 
 class ChannelNorm(nn.LayerNorm):

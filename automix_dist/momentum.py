@@ -1,12 +1,14 @@
 """The momentum encoder follows the query encoder: k <- m k + (1 - m) q in float32, in place, without communication.
 
-Where the engine keeps whole parameters on every rank (ZeRO 0, 1, 2), each rank updates them all, and the ranks agree
-because their query encoders do. Where it shards parameters (ZeRO 3), each rank updates its own shards. Called once per
+Where the engine keeps whole parameters on every rank (DDP, ZeRO 0, 1, 2), each rank updates them all, and the ranks agree
+because their query encoders do. Where it shards parameters (ZeRO 3, FSDP2), each rank updates its own shards. Called once per
 applied optimizer step, never per micro batch.
 """
 
 import torch
 from automix_kernels import api as kernels
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from automix_dist.automix import AutoMix
 
@@ -20,11 +22,18 @@ class MomentumUpdate:
     def __init__(self, model: AutoMix, implementation: str = "auto"):
         self.implementation = implementation
         query = dict(model.query.named_parameters())
-        self.pairs = [(momentum, query[name]) for name, momentum in model.momentum.named_parameters()]
+        momentum = dict(model.momentum.named_parameters()) if hasattr(model, "momentum") else {}
+        self.pairs = [(parameter, query[name]) for name, parameter in momentum.items()]
+        self.model = model
+        self.copies_statistics = bool(momentum) and not isinstance(model, AutoMix)
 
     @torch.no_grad()
-    def __call__(self, coefficient: float) -> None:
-        """Move the momentum encoder by one optimizer step; 1.0 leaves it as it is."""
+    def __call__(self, coefficient: float, skipped: Tensor | None = None) -> None:
+        """Move the momentum encoder by one optimizer step; not at all if coefficient is 1 or `skipped`, a scalar on the
+        device, is not 0."""
+        if self.copies_statistics:  # a plain classifier's average has no forward passes of its own
+            for target, source in zip(self.model.momentum.buffers(), self.model.query.buffers(), strict=True):
+                target.copy_(source)
         if coefficient >= 1:
             return
         targets, sources = [], []
@@ -32,11 +41,13 @@ class MomentumUpdate:
             for target, source in zip(_local(momentum), _local(query), strict=True):
                 targets.append(target)
                 sources.append(source)
-        kernels.momentum_update(targets, sources, coefficient, implementation=self.implementation)
+        kernels.momentum_update(targets, sources, coefficient, skipped, implementation=self.implementation)
 
 
-def _local(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
-    """What this rank holds of a parameter: all of it, or under ZeRO 3 its shard, and all of it too while gathered."""
+def _local(parameter: torch.nn.Parameter) -> list[Tensor]:
+    """What this rank holds of a parameter: all of it, or its shard; under ZeRO 3 all of it too while gathered."""
+    if isinstance(parameter, DTensor):  # FSDP2
+        return [parameter.to_local()]
     if not hasattr(parameter, "ds_tensor"):
         return [parameter.data]
     shard, whole = parameter.ds_tensor.data, parameter.data

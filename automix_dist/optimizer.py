@@ -1,6 +1,9 @@
 """The optimizer of all trained parameters, in a few groups: query encoder and Mix Block, with and without decay."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from automix_dist.automix import AutoMix
 from automix_dist.config import OptimizerConfig
@@ -8,23 +11,81 @@ from automix_dist.schedules import StepValues
 
 
 def build_optimizer(model: AutoMix, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the query encoder and the Mix Block; the momentum encoder is in no group.
+    """SGD, AdamW or LAMB over the query encoder and any Mix Block; the momentum encoder is in no group.
 
-    Each group carries the key `schedule`, the field of StepValues that gives its learning rate.
+    Each group carries the key `schedule`, the field of StepValues that gives its learning rate. Fused: few launches,
+    and the engines clip and skip steps inside them.
     """
     settings = {"query": {"schedule": "lr"}, "mix_block": {"schedule": "mix_lr"}}
     if config.mix_momentum is not None:
         settings["mix_block"]["momentum"] = config.mix_momentum
     groups = []
     for part, extra in settings.items():
-        parameters = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        parameters = [p for p in getattr(model, part).parameters() if p.requires_grad] if hasattr(model, part) else []
         decayed = [p for p in parameters if config.decay_norm_and_bias or p.ndim > 1]
         plain = [p for p in parameters if not (config.decay_norm_and_bias or p.ndim > 1)]
         groups += [{"params": decayed, "weight_decay": config.weight_decay, **extra}] if decayed else []
         groups += [{"params": plain, "weight_decay": 0.0, **extra}] if plain else []
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    if config.name == "lamb":
+        return Lamb(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (arXiv 1904.00962): AdamW whose step has the length lr x the tensor's norm; AdamW's in groups without decay.
+
+    The step is a function of whole tensors, so it is wrong for an engine that shards them. As torch's fused optimizers
+    it obeys `grad_scale`, by which gradients are divided, and `found_inf`, which is 1 to leave everything as it is.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        for group in self.param_groups:
+            tensors = [p for p in group["params"] if p.grad is not None]
+            if tensors:
+                self._step_group(group, tensors)
+
+    def _step_group(self, group: dict, tensors: list[Tensor]) -> None:
+        for each in tensors:
+            state = self.state[each]
+            if not state:
+                state["step"] = torch.zeros((), device=each.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(each), torch.zeros_like(each)
+        counts, means, squares = ([self.state[p][k] for p in tensors] for k in ("step", "exp_avg", "exp_avg_sq"))
+        kept = torch.ones_like(counts[0]) if self.found_inf is None else 1 - self.found_inf
+        scale = torch.ones_like(kept) if self.grad_scale is None else self.grad_scale
+        # A gradient that is not finite counts as 0, and what comes of it is multiplied by 0.
+        gradients = [torch.nan_to_num(p.grad / scale, 0.0, 0.0, 0.0) for p in tensors]
+        torch._foreach_add_(counts, kept)
+        (first, second), count = group["betas"], counts[0].clamp(min=1)
+        for averages, values, beta in (
+            (means, gradients, first),
+            (squares, torch._foreach_mul(gradients, gradients), second),
+        ):
+            change = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(change, (1 - beta) * kept)
+            torch._foreach_add_(averages, change)
+        denominator = torch._foreach_div(squares, 1 - second**count)
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, group["eps"])
+        update = torch._foreach_div(means, 1 - first**count)
+        torch._foreach_div_(update, denominator)
+        length = group["lr"] * kept
+        if group["weight_decay"]:
+            torch._foreach_add_(update, tensors, alpha=group["weight_decay"])
+            norms, steps = torch._foreach_norm(tensors), torch._foreach_norm(update)
+            ratios = [torch.where((n > 0) & (s > 0), n / s, 1.0) for n, s in zip(norms, steps, strict=True)]
+            torch._foreach_mul_(update, ratios)
+        torch._foreach_mul_(update, -length)
+        torch._foreach_add_(tensors, update)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:

@@ -20,6 +20,8 @@ class StepValues(NamedTuple):
     mix_lr: float
     momentum: float
     mask_loss_weight: float
+    generator: float = 1.0
+    """1 where the momentum encoder judges the Mix Block's samples, 0 where it does not."""
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -44,7 +46,11 @@ class Schedule:
             mix_lr=self._mix_learning_rate(step),
             momentum=self._momentum(step),
             mask_loss_weight=self._mask_loss_weight(step),
+            generator=float(not self._mix_block_rests(step) and step % self.config.automix.generator_every == 0),
         )
+
+    def _mix_block_rests(self, step: int) -> bool:
+        return step >= self.config.automix.mix_block_until * self.total_steps
 
     def _progress(self, step: int) -> float:
         if self.config.optimizer.update == "epoch":
@@ -63,6 +69,8 @@ class Schedule:
     def _mix_learning_rate(self, step: int) -> float:
         """The Mix Block's own cosine, without warm-up; where it has no rate of its own it follows the main one."""
         optimizer = self.config.optimizer
+        if self._mix_block_rests(step):
+            return 0.0
         if optimizer.mix_lr is None and optimizer.mix_min_lr is None:
             return self._learning_rate(step)
         start = optimizer.lr if optimizer.mix_lr is None else optimizer.mix_lr
@@ -73,12 +81,16 @@ class Schedule:
         """Constant, then a cosine whose progress is counted from step 0, so that it starts with a small jump
         (section 2.7). Step 0 keeps the base even with momentum_start = 0."""
         automix = self.config.automix
+        if self.config.policy.average:
+            return self.config.policy.average
         if step < automix.momentum_start * self.total_steps:
             return automix.momentum
         return cosine(automix.momentum, automix.momentum_end, step / self.total_steps)
 
     def _mask_loss_weight(self, step: int) -> float:
         automix = self.config.automix
+        if self._mix_block_rests(step):
+            return 0.0
         if automix.mask_loss_schedule == "constant":
             return automix.mask_loss_weight
         if automix.mask_loss_schedule == "cosine":

@@ -3,20 +3,27 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from automix_dist.automix import AutoMix, Losses
+from automix_dist.automix import AutoMix
+from automix_dist.batchnorm import RunningStatistics
 from automix_dist.checkpoint import Checkpoints
-from automix_dist.config import Config
+from automix_dist.classifier import Classifier
+from automix_dist.config import Config, ProfileConfig
 from automix_dist.data import Batch, EvalLoader, TrainLoader
 from automix_dist.distributed import Process, StopRequest
-from automix_dist.draws import Draws, MixDraw, draw_step, seed_torch
+from automix_dist.draws import seed_torch
+from automix_dist.engines import Engine
 from automix_dist.evaluate import evaluate
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
+from automix_dist.profiling import StepProfile
+from automix_dist.replay import write_dump
 from automix_dist.run_log import RunLog
 from automix_dist.schedules import Schedule, StepValues
 
@@ -44,13 +51,45 @@ class Position:
     best_top1: float = -1.0
 
 
+class Tally:
+    """Losses and skipped steps, summed on the device and read now and then."""
+
+    def __init__(self, process: Process, fields: tuple[str, ...]):
+        self._process = process
+        self.fields = fields
+        self._sums = torch.zeros(len(fields) + 1, device=process.device)  # the last: steps that were applied
+        self._in_a_row = torch.zeros((), device=process.device)
+        self._skipped = torch.zeros((), device=process.device)
+        self.last = torch.zeros(len(fields), device=process.device)
+
+    def add(self, losses: Tensor, skipped: Tensor) -> None:
+        """The losses [fields] of one step, and 1 if it was skipped, which leaves its losses out."""
+        self.last = losses
+        counted = torch.cat([losses, torch.ones_like(losses[:1])])
+        self._sums += torch.where(skipped.bool(), 0.0, counted)
+        self._in_a_row = (self._in_a_row + 1) * skipped
+        self._skipped += skipped
+
+    def read_losses(self) -> tuple[dict[str, float], int]:
+        """Mean losses over ranks and applied steps since the last call (NaN if there were none), and how many steps
+        were skipped in this session so far."""
+        *sums, count = self._process.sum(self._sums.clone()).tolist()
+        self._sums.zero_()
+        means = [each / count if count else math.nan for each in sums]
+        return dict(zip(self.fields, means, strict=True)), int(self._skipped)
+
+    def skipped_in_a_row(self) -> int:
+        """Up to the last step; the same on all ranks."""
+        return int(self._in_a_row)
+
+
 class Trainer:
     def __init__(
         self,
         config: Config,
         process: Process,
-        model: AutoMix,
-        engine: Any,
+        model: AutoMix | Classifier,
+        engine: Engine,
         train_loader: TrainLoader,
         val_loader: EvalLoader,
         checkpoints: Checkpoints,
@@ -69,20 +108,23 @@ class Trainer:
         self.about = about
         self.schedule = Schedule(config, train_loader.steps_per_epoch)
         self.update_momentum = MomentumUpdate(model, config.engine.kernels)
-        self.micro_batch_size = config.micro_batch_size(process.world_size)
+        self.statistics = RunningStatistics(model)
         self.position = Position()
-        self._loss_sums = torch.zeros(len(Losses._fields), device=process.device)
-        self._loss_count = 0
-        self._skipped = 0
+        self.progress = process.progress
+        self.last_batches: list[Batch] = []
+        self._tally = Tally(process, model.Losses._fields)
+        self._replaced_images = 0
 
     def train(self, position: Position) -> int:
         """Train from a position to the end; returns 0, or the number of the signal that stopped it after saving.
 
-        Raises TrainingError if the loss is no longer finite, or if the last checkpoint cannot be written.
+        Raises TrainingError if too many steps in a row were not finite, or if the last checkpoint cannot be written.
         """
         self.position = position
+        recorded = self.config.profile if self.process.is_main else ProfileConfig()
+        self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
         self.log.start(self.schedule.total_steps, self.schedule.steps_per_epoch, position.step)
-        self.stop = StopRequest(self.process, self.log.message)
+        self.stop = StopRequest(self.process, self.log.message, self.config.checkpoint.stop_after_minutes)
         try:
             while position.step < self.schedule.total_steps:
                 self._between_epochs()
@@ -90,63 +132,79 @@ class Trainer:
             self._between_epochs()
             return 0
         except Stopped as stopped:
-            if position.saved_step != position.step:
+            self.progress.enter("saving", patient=True)
+            if not self.checkpoints.settle() or position.saved_step != position.step:
                 self._save(must=True)
+            self._report_saves()
             self.log.event("stopped", position.step, signal=stopped.args[0])
             return stopped.args[0]
         finally:
+            self.profile.close()
             self.stop.close()
             self.log.close()
 
     def _train_epoch(self) -> None:
         """From the current position to the end of its epoch."""
         epoch, first = divmod(self.position.step, self.schedule.steps_per_epoch)
-        self.engine.train()
+        self.model.train()
         batches = self.train_loader.epoch(epoch, start_step=first)
         try:
-            for _ in range(first, self.schedule.steps_per_epoch):
+            for index in range(first, self.schedule.steps_per_epoch):
                 self._check_stop()
+                self.progress.begin_step(self.position.step, patient=index == first)
+                self.profile.begin_step(self.position.step)
                 values = self.schedule.at(self.position.step)
                 self._train_step(batches, values)
                 self.position.step += 1
                 self.log.step(self.position.step, self.config.batch_size)
+                if self.position.step % min(self.config.log.every_steps, self.config.engine.max_skipped_steps) == 0:
+                    self._check_skipped()
                 if self.position.step % self.config.log.every_steps == 0:
                     self._log_training(epoch, values)
+                self.progress.end_step()
                 every = self.config.checkpoint.every_steps
                 if every and self.position.step % every == 0:
                     self._save()
         finally:
             batches.close()
-        self._report_skipped()
+        self._report_replaced()
 
-    def _report_skipped(self) -> None:
+    def _report_replaced(self) -> None:
         """Tell of damaged images that the loaders of all ranks replaced, when there are new ones."""
         total = int(self.process.sum(torch.tensor(self.train_loader.skipped, device=self.process.device)))
-        if total > self._skipped:
-            self._skipped = total
+        if total > self._replaced_images:
+            self._replaced_images = total
             self.log.event("skipped", self.position.step, images=total)
             self.log.message(f"{total} damaged training images replaced since the start (data.on_corrupt=skip)")
 
     def _train_step(self, batches: Iterator[Batch], values: StepValues) -> None:
         """One optimizer step over its micro batches, then the momentum encoder."""
         set_learning_rates(self.engine.optimizer, values)
+        self.statistics.keep()
+        self.last_batches = []
+        losses_of_step = []
         for micro_step in range(self.config.engine.accumulation_steps):
+            self.progress.enter("loading")
             batch = next(batches)
+            self.last_batches.append(batch)
             where = {
                 "seed": self.config.seed,
                 "step": self.position.step,
                 "micro_step": micro_step,
                 "rank": self.process.rank,
             }
-            draws = draw_step(self.config.automix, self.micro_batch_size, **where, device=self.process.device)
+            draws = self.model.draw(batch.images, **where, judged=bool(values.generator))
             seed_torch(**where)  # for dropout and stochastic depth
+            self.progress.enter("forward")
             losses = self.engine(batch.images, batch.labels, draws, values.mask_loss_weight)
+            self.progress.enter("backward")
             self.engine.backward(losses.total)
-            self.engine.step()
-            self._loss_sums += torch.stack([part.detach().float() for part in losses])
-            self._loss_count += 1
-        if self.engine.was_step_applied():
-            self.update_momentum(values.momentum)
+            skipped = self.engine.step()
+            losses_of_step.append(torch.stack([part.detach().float() for part in losses]))
+        # Nobody waits for the verdict: what a skipped step did is undone on the device.
+        self.statistics.restore(skipped)
+        self.update_momentum(values.momentum, skipped)
+        self._tally.add(torch.stack(losses_of_step).mean(dim=0), skipped)
 
     def _between_epochs(self) -> None:
         """What is due at the end of an epoch, unless a resumed run did it already."""
@@ -163,7 +221,8 @@ class Trainer:
             self._save(must=last)
 
     def _evaluate(self, epoch: int) -> None:
-        values = evaluate(self.engine, self.val_loader, self.process, self._check_stop)
+        self.progress.enter("evaluation", patient=True)
+        values = evaluate(self.model, self.val_loader, self.process, self._check_stop, forward=self.engine)
         position = self.position
         position.evaluated_step = position.step
         if values[BEST] > position.best_top1:
@@ -173,72 +232,84 @@ class Trainer:
             self._show_gallery()
 
     def _save(self, must: bool = False) -> None:
-        self._finite_losses()  # weights behind a non-finite loss are not worth keeping
-        position = self.position
-        saved_before, position.saved_step = position.saved_step, position.step
-        seconds = self.checkpoints.save(self.engine, asdict(position), self.about)
-        if seconds is None:
-            position.saved_step = saved_before
-            if must:
-                raise TrainingError(f"the last checkpoint, of step {position.step}, could not be written")
-            return
-        self.log.event("checkpoint", position.step, seconds=seconds)
-        self.checkpoints.prune(position.best_step)
+        self.progress.enter("saving", patient=True)
+        self.position.saved_step = self.position.step
+        self.checkpoints.save(self.engine, asdict(self.position), self.about)
+        if must and not self.checkpoints.settle():
+            raise TrainingError(f"the last checkpoint, of step {self.position.step}, could not be written")
+        self._report_saves()
+
+    def _report_saves(self) -> None:
+        for result in self.checkpoints.finished():
+            if result.written:
+                self.log.event("checkpoint", **result._asdict())
 
     def _log_training(self, epoch: int, values: StepValues) -> None:
-        losses = self._finite_losses()
-        self._loss_sums.zero_()
-        self._loss_count = 0
+        """A record of the mean losses since the last: here, and in `_check_skipped`, training waits for the device."""
+        self.progress.enter("logging")
+        self._report_saves()
+        while self.progress.notes:
+            note = self.progress.notes.popleft()
+            self.log.event("straggler", self.position.step, **note)
+            self.log.message(note["text"])
+        losses, skipped = self._tally.read_losses()
         names = {"total": "loss", "mask_area": "mask_area", "accuracy": "top1_train"}
         named = {names.get(k, f"loss_{k}"): v for k, v in losses.items()}
-        self.log.train(self.position.step, epoch, named | values._asdict())
+        scheduled = {"lr": values.lr} if isinstance(self.model, Classifier) else values._asdict()
+        self.log.train(self.position.step, epoch, named | scheduled | {"skipped_steps": skipped})
 
-    def _finite_losses(self) -> dict[str, float]:
-        """Mean losses since the last record, over steps and ranks; the only place where training waits for them."""
-        count = max(self._loss_count, 1) * self.process.world_size
-        means = (self.process.sum(self._loss_sums.clone()) / count).tolist()
-        losses = dict(zip(Losses._fields, means, strict=True))
-        bad = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad:
-            raise TrainingError(
-                f"loss no longer finite ({', '.join(bad)}) by step {self.position.step}; the last checkpoint is of "
-                f"step {self.position.saved_step}. A lower optimizer.lr, a warm-up or engine.precision=float32 may help"
-            )
-        return losses
+    def _check_skipped(self) -> None:
+        """Raise TrainingError, and leave a dump, when too many steps in a row were skipped."""
+        in_a_row = self._tally.skipped_in_a_row()
+        if in_a_row < self.config.engine.max_skipped_steps:
+            return
+        self.progress.enter("writing a dump", patient=True)
+        step = self.position.step
+        last = self.process.gather(dict(zip(self._tally.fields, self._tally.last.tolist(), strict=True)))
+        bad = [
+            f"{name} on rank {rank}"
+            for rank, losses in enumerate(last)
+            for name, v in losses.items()
+            if not math.isfinite(v)
+        ]
+        about = self.about | {"step_values": self.schedule.at(step - 1)._asdict()}
+        root = self.checkpoints.root.parent / "dumps"
+        dump = write_dump(root, self.checkpoints, self.engine, self.last_batches, asdict(self.position), about)
+        raise TrainingError(
+            f"{in_a_row} steps in a row were not finite and skipped; in the last one, step {step - 1}, "
+            f"{', '.join(bad) if bad else 'all losses were finite, but gradients'} were not. Look into it with "
+            f"`automix replay {dump}`; the last checkpoint is of step {self.position.saved_step}. A lower "
+            f"optimizer.lr, a warm-up, optimizer.clip_norm or engine.precision=float32 may help"
+        )
 
     def _check_stop(self) -> None:
+        self.progress.advance()
         number = self.stop.agreed()
         if number:
             raise Stopped(number)
 
     @torch.no_grad()
     def _show_gallery(self) -> None:
-        """What the Mix Block makes of the first validation images, for lambda from 0.1 to 0.9."""
+        """What the policy makes of the first validation images, for lambda from 0.1 to 0.9, if it mixes images."""
         batches = iter(self.val_loader)
         batch = next(batches, None)
         batches.close()
         images = self.val_loader.blank() if batch is None else batch.images[: self.config.log.gallery_pairs]
-        size, device = len(images), images.device
-        draw = MixDraw(
-            lam=torch.linspace(0.1, 0.9, size, device=device),
-            partner=torch.arange(size, device=device).roll(-1),
-            upsampling=self.config.automix.upsampling[0],
-        )
-        self.engine.eval()
-        mask, mixed = self.engine(images, None, Draws(draw, draw, False, True))
-        self.engine.train()
-        if not self.process.is_main or batch is None:
+        self.model.eval()
+        mixes = self.engine(images, None, self.model.gallery_draw(images))
+        self.model.train()
+        if not self.process.is_main or batch is None or mixes is None:
             return
         mean, std = (v[:, None, None] for v in (self.model.mean, self.model.std))
-        pixels = ((mixed * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-        labels = batch.labels[:size]
+        pixels = ((mixes.images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        labels = batch.labels[: len(images)]
         self.log.gallery(
             self.position.step,
             images=images.cpu().numpy(),
-            partners=images[draw.partner].cpu().numpy(),
-            masks=mask.cpu().numpy().astype(np.float16),
+            partners=images[mixes.partner].cpu().numpy(),
+            masks=mixes.mask.cpu().numpy().astype(np.float16),
             mixed=pixels.cpu().numpy(),
-            lam=draw.lam.cpu().numpy(),
+            lam=mixes.lam.cpu().numpy(),
             labels=labels.cpu().numpy(),
-            partner_labels=labels[draw.partner].cpu().numpy(),
+            partner_labels=labels[mixes.partner].cpu().numpy(),
         )

@@ -196,17 +196,24 @@ def mask_blend(
 
 
 def momentum_update(
-    targets: list[Tensor], sources: list[Tensor], coefficient: float, *, implementation: str = "auto"
+    targets: list[Tensor],
+    sources: list[Tensor],
+    coefficient: float,
+    skip: Tensor | None = None,
+    *,
+    implementation: str = "auto",
 ) -> None:
     """target <- coefficient * target + (1 - coefficient) * source, in place, for each pair of tensors.
 
-    "auto" is torch._foreach_lerp_ on every device: it moves the same bytes in as few launches, and the Triton kernel
-    replaces it when a measurement shows a gain.
+    "auto" without `skip` is torch._foreach_lerp_ on every device: it moves the same bytes in as few launches, and the
+    Triton kernel replaces it when a measurement shows a gain. With `skip` the definition takes three passes over the
+    tensors, and "auto" is Triton where it can run.
 
     Args:
         targets: tensors of a floating-point type; float32 and contiguous for Triton.
         sources: tensors of the targets' shapes; float32, bfloat16 or float16 and contiguous for Triton.
         coefficient: 0 to 1, what is kept of the target.
+        skip: float32 scalar on the targets' device; if it is not 0 nothing changes. Nobody waits for its value.
         implementation: "auto", "triton" or "reference".
 
     Raises:
@@ -222,12 +229,12 @@ def momentum_update(
             raise ValueError(f"sources[{i}] must have shape {list(target.shape)}, got {list(source.shape)}")
     if not targets:
         return
-    if implementation == "auto":
+    if implementation == "auto" and skip is None:
         implementation = "reference"
     if _takes_triton(implementation, targets[0].device, _update_obstacle(targets, sources)):
-        triton_momentum.momentum_update(targets, sources, coefficient)
+        triton_momentum.momentum_update(targets, sources, coefficient, skip)
     else:
-        reference.momentum_update(targets, sources, coefficient)
+        reference.momentum_update(targets, sources, coefficient, skip)
 
 
 def _update_obstacle(targets: list[Tensor], sources: list[Tensor]) -> str | None:

@@ -1,6 +1,6 @@
 """The momentum encoder's update in one launch per source dtype: a Triton kernel over a table of pointers.
 
-    target <- target + (1 - coefficient) * (source - target)        float32, in place
+    target <- target + (1 - coefficient) * (source - target)        float32, in place; nothing where `skip` is not 0
 
 Every program takes one chunk of one tensor and finds both by reading the table, which stays on the device from one step
 to the next: pointers of parameters do not change while training. A CUDA graph must be captured after the first call.
@@ -23,12 +23,17 @@ def _lerp_kernel(
     tensors_ptr,
     chunks_ptr,
     weight,
+    skip_ptr,
+    HAS_SKIP: tl.constexpr,
     SOURCE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Grid: (chunks,). tensors[i] = (target pointer, source pointer, elements), chunks[c] = (i, first element)."""
+    if HAS_SKIP:
+        if tl.load(skip_ptr) != 0:
+            return
     chunk = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks_ptr + 2 * chunk)
     start = tl.load(chunks_ptr + 2 * chunk + 1)
@@ -52,13 +57,15 @@ def _lerp_kernel(
 
 
 @torch.library.custom_op("automix::momentum_update", mutates_args=("targets",), device_types="cuda")
-def momentum_update(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> None:
+def momentum_update(
+    targets: list[Tensor], sources: list[Tensor], coefficient: float, skip: Tensor | None = None
+) -> None:
     """Updates contiguous float32 targets from contiguous sources of the same sizes."""
     with torch.cuda.device_of(targets[0]):
-        launch(targets, sources, coefficient)
+        launch(targets, sources, coefficient, skip)
 
 
-def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> None:
+def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, skip: Tensor | None = None) -> None:
     """What `momentum_update` does on a GPU."""
     for dtype in dict.fromkeys(source.dtype for source in sources):
         pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype and t.numel()]
@@ -69,6 +76,8 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> 
             tensors_ptr=tensors,
             chunks_ptr=chunks,
             weight=1 - coefficient,
+            skip_ptr=skip,
+            HAS_SKIP=skip is not None,
             SOURCE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
             ALIGNED=all(tensor.data_ptr() % 16 == 0 for pair in pairs for tensor in pair),
             BLOCK=1024,
@@ -92,5 +101,5 @@ def _table(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 @momentum_update.register_fake
-def _(targets, sources, coefficient):
+def _(targets, sources, coefficient, skip=None):
     return None

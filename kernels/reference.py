@@ -270,6 +270,14 @@ def mask_blend_backward(
     return grad_logits.squeeze(1).to(logits.dtype)
 
 
-def momentum_update(targets: list[Tensor], sources: list[Tensor], coefficient: float) -> None:
-    """target <- coefficient * target + (1 - coefficient) * source, in place, for each pair of tensors."""
-    torch._foreach_lerp_(targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], 1 - coefficient)
+def momentum_update(
+    targets: list[Tensor], sources: list[Tensor], coefficient: float, skip: Tensor | None = None
+) -> None:
+    """target <- coefficient * target + (1 - coefficient) * source, in place, for each pair of tensors; unless skip."""
+    sources = [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)]
+    if skip is None:
+        torch._foreach_lerp_(targets, sources, 1 - coefficient)
+        return
+    steps = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(steps, (1 - coefficient) * (1 - skip.to(targets[0].dtype)))
+    torch._foreach_add_(targets, steps)

@@ -14,7 +14,7 @@ case "${1:-}" in
     *) die "unknown option $1; expected --dev or nothing" ;;
 esac
 
-# System packages: FFCV is compiled against OpenCV and libturbojpeg when it is installed.
+# System packages: FFCV is compiled against OpenCV and libturbojpeg when it is installed, our decoder against libjpeg.
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || die "$python not found: install Python 3.11 or newer, or set PYTHON to it"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -24,6 +24,7 @@ command -v c++ >/dev/null || missing+=(g++)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
+pkg-config --exists libjpeg 2>/dev/null || missing+=(libjpeg-dev)
 "$python" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 "$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || missing+=(python3-dev)
 if [ -n "$extras" ]; then # the report page is tested in a browser
@@ -43,7 +44,7 @@ fi
 # Python packages, pinned in constraints.txt; the stamp tells whether anything has changed since they were installed.
 stamp=".venv/.installed${extras:+-dev}"
 [ -n "$extras" ] || [ ! -f "$stamp-dev" ] || stamp="$stamp-dev" # what the tests need includes the rest
-wanted=$({ pwd; "$python" --version; cat constraints.txt setup.py pyproject.toml; } | sha256sum)
+wanted=$({ pwd; "$python" --version; cat constraints.txt setup.py pyproject.toml automix_dist/jpeg.c; } | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "Installing Python packages into .venv (about 6 GB; several minutes the first time)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv

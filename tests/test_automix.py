@@ -127,7 +127,7 @@ def test_switched_off_branch_still_trains_the_mix_block_on_its_masks():
 
 
 def test_mixed_loss_uses_the_drawn_lambda_and_both_labels():
-    config = tiny_config(automix={"label_smoothing": 0.1})
+    config = tiny_config(loss={"label_smoothing": 0.1})
     model = tiny_model(config)
     logits, labels = torch.randn(6, CLASSES, dtype=torch.float64), torch.randint(0, CLASSES, (6,))
     draw = MixDraw(torch.full((6,), 0.3), torch.randperm(6), "nearest")
@@ -214,7 +214,7 @@ def test_evaluation_changes_nothing_and_answers_with_all_heads():
     images, _ = micro_batch(0, 0, 8)
     with torch.no_grad():
         logits = model(images)
-        mask, mixed = model(images, None, rank_draws(config, 0, 0, 8))
+        mask, mixed, *_ = model(images, None, rank_draws(config, 0, 0, 8))
     assert [tuple(each.shape) for each in logits] == [(8, CLASSES)] * 4
     assert mask.shape == (8, 16, 16) and mixed.shape == (8, 3, 16, 16)
     for name, tensor in model.state_dict().items():

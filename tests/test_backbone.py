@@ -97,13 +97,17 @@ def saved_model(config, model, folder) -> Saved:
 
     engine = SimpleNamespace(
         module=model,
-        zero_optimization_stage=lambda: 0,
+        name="zero0",
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad]),
     )
-    process = SimpleNamespace(rank=0, world_size=1, is_main=True, broadcast=lambda v: v, gather=lambda v: [v])
+    process = SimpleNamespace(
+        rank=0, world_size=1, is_main=True, device=torch.device("cpu"), broadcast=lambda v: v, gather=lambda v: [v]
+    )
+    process.channel = lambda: process
     about = {"config": to_dict(config), "classes": ["a", "b", "c"], "environment": {"commit": None}}
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
-    assert checkpoints.save(engine, {"step": 1}, about) is not None
+    checkpoints.save(engine, {"step": 1}, about)
+    assert checkpoints.settle()
     return verify(folder / "checkpoints" / "step_00000001")
 
 

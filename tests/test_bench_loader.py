@@ -1,9 +1,13 @@
 """The loader benchmark at its smallest: what it measures, writes and refuses. No timing is judged."""
 
+import io
 import json
 import xml.etree.ElementTree
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from automix_dist import beton
 from automix_dist.bench import loader
@@ -48,25 +52,35 @@ def test_end_to_end(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_memory_limit(tmp_path):
+def test_reading_stays_within_a_memory_limit(tmp_path):
+    """A file of four times the limit, which where possible is one of a control group: page cache included."""
     data = loader.make_data(tmp_path, "jpg@500", 64, 1)
-    memory = loader.measure_memory(tmp_path, tmp_path / "jpg500_64" / "classes", 64, 1)
-    assert memory["note"] == "" and memory["file_mib"] >= 4 * 64
-    count = beton.read_manifest(tmp_path / "memory_64.beton").count
+    memory = loader.measure_memory(tmp_path, tmp_path / "jpg500_64" / "classes", 100, 1)
+    assert memory["note"] == "" and memory["file_mib"] >= 4 * 100
+    count = beton.read_manifest(tmp_path / "memory_100.beton").count
     assert memory["images"] == 2 * (count // 64 * 64)
     anonymous = [sample["RssAnon"] for sample in memory["samples"]]
-    assert max(anonymous) - anonymous[0] < 64 and "RLIMIT_DATA" in loader.memory_text(memory)
+    assert max(anonymous) - anonymous[0] < 100 and "RLIMIT_DATA" in loader.memory_text(memory)
     assert data["bytes"] == (tmp_path / "jpg500_64.beton").stat().st_size
+    if memory["group_mib"] is None:
+        pytest.skip("no control group can be made here: the page cache was not limited")
+    assert 50 < memory["group_mib"] <= 100
+    assert "page cache included, to 100 MiB" in loader.memory_text(memory)
 
 
-def test_every_form_has_the_same_bytes(tmp_path):
+def stored(path: Path) -> list[bytes]:
+    index, whole = beton.read_index(path), path.read_bytes()
+    starts = index.records["image"]["data_ptr"].tolist()
+    return [whole[start : start + size] for start, size in zip(starts, index.sizes.tolist(), strict=True)]
+
+
+def test_every_form_has_the_same_pixels(tmp_path):
     data = loader.make_data(tmp_path, "jpg@64", 64, 2)
     files = {path.stem: path.read_bytes() for path in (tmp_path / "jpg64_64" / "classes").glob("*/*.jpg")}
-    index = beton.read_index(tmp_path / "jpg64_64.beton")
-    whole = (tmp_path / "jpg64_64.beton").read_bytes()
-    starts = index.records["image"]["data_ptr"].tolist()
-    stored = [whole[start : start + size] for start, size in zip(starts, index.sizes.tolist(), strict=True)]
-    assert [files[f"{i:06d}"] for i in range(64)] == stored
+    plain, ours = stored(Path(data["plain"])), stored(Path(data["beton"]))
+    assert [files[f"{i:06d}"] for i in range(64)] == plain != ours
+    for pair in zip(plain, ours, strict=True):
+        assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(each))) for each in pair))
     assert len(data["shards"]) == 2 * loader.SHARDS_PER_WORKER
     written = (tmp_path / "jpg64_64.beton").stat().st_mtime_ns
     assert loader.make_data(tmp_path, "jpg@64", 64, 2) == data

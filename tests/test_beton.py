@@ -367,7 +367,7 @@ def test_which_jpegs_are_kept(exotic, tmp_path):
 
 
 def test_a_jpeg_that_the_decoder_complains_about_is_encoded_anew(tmp_path):
-    # Pillow reads it without a word; FFCV's decoder reports junk before the end marker, which training takes as damage.
+    # Pillow reads it without a word; our decoder reports junk before the end marker, which training takes as damage.
     data = jpeg(photo(5))
     make_tree(tmp_path, {"a/odd.jpg": data[:-2] + b"\x00\x11\x22\x33\x44\x55" + data[-2:], "a/plain.jpg": data})
     write(tmp_path, tmp_path / "x.beton", write_mode="jpg")
@@ -376,13 +376,15 @@ def test_a_jpeg_that_the_decoder_complains_about_is_encoded_anew(tmp_path):
     beton.verify(tmp_path / "x.beton")
 
 
-def test_without_ffcv_jpegs_cannot_be_kept(photos, tmp_path, monkeypatch):
-    beton._libffcv.cache_clear()
-    monkeypatch.setattr(beton.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BetonError, match="FFCV is not installed"):
-        write(photos, tmp_path / "x.beton", write_mode="jpg")
-    assert write(photos, tmp_path / "x.beton", write_mode="raw").count == 12
-    assert write("digits", tmp_path / "x.beton", write_mode="jpg").jpeg_count == 1442
+def test_restart_markers_change_no_pixel(photos, tmp_path):
+    for markers in (True, False):
+        manifest = write(
+            photos, tmp_path / f"{markers}.beton", write_mode="jpg", max_resolution=50, restart_markers=markers
+        )
+        assert manifest.options["restart_markers"] is markers
+    with_markers, plain = stored(tmp_path / "True.beton", 0), stored(tmp_path / "False.beton", 0)
+    assert b"\xff\xdd" in with_markers and b"\xff\xdd" not in plain
+    assert np.array_equal(*(np.asarray(Image.open(io.BytesIO(data))) for data in (with_markers, plain)))
 
 
 def test_max_resolution(photos, tmp_path):
@@ -679,7 +681,13 @@ def test_manifest_tells_how_the_file_was_made(mixed_file, photos):
     manifest = beton.read_manifest(mixed_file)
     assert manifest == beton.check(mixed_file) == beton.verify(mixed_file, progress=False)
     assert manifest.source == str(photos)
-    assert manifest.options == {"write_mode": "proportion", "max_resolution": None, "quality": 90, "skip_broken": False}
+    assert manifest.options == {
+        "write_mode": "proportion",
+        "max_resolution": None,
+        "quality": 90,
+        "restart_markers": True,
+        "skip_broken": False,
+    }
     assert (manifest.classes, manifest.class_counts, manifest.jpeg_count) == (["a", "b"], [6, 6], 6)
     assert (manifest.height_range, manifest.width_range) == ((40, 40), (60, 60))
     assert manifest.file_size == mixed_file.stat().st_size

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import _CONTEXT, run_ranks
-from test_engine import assert_same, engine_steps, save_after, start_engine, train_plain, whole_parameters
+from test_engine import assert_same, engine_steps, save, save_after, start_engine, train_plain, whole_parameters
 from tiny import tiny_config
 
 from automix_dist import checkpoint
@@ -30,7 +30,7 @@ def save_two(config, folder: Path) -> None:
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     for first, last in ((0, 2), (2, 4)):
         engine_steps(config, process, model, engine, first, last)
-        assert checkpoints.save(engine, {"step": last}, {}) is not None
+        assert save(checkpoints, engine, last)
 
 
 def damage_truncate(path: Path) -> None:
@@ -98,7 +98,7 @@ def save_and_die(config, folder: Path, point: str) -> None:
     process, model, engine = start_engine(config)
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     engine_steps(config, process, model, engine, 0, 2)
-    assert checkpoints.save(engine, {"step": 2}, {}) is not None
+    assert save(checkpoints, engine, 2)
     name, _, number = point.partition("#")
     owner = Path if name == "rename" else checkpoint
     original, calls = getattr(owner, name), []
@@ -113,7 +113,7 @@ def save_and_die(config, folder: Path, point: str) -> None:
 
     setattr(owner, name, deadly)
     engine_steps(config, process, model, engine, 2, 4)
-    checkpoints.save(engine, {"step": 4}, {})
+    assert save(checkpoints, engine, 4)
 
 
 @pytest.mark.parametrize("point", KILL_POINTS)
@@ -136,8 +136,7 @@ def resume_and_prune(config, folder: Path) -> dict[str, torch.Tensor]:
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     step = checkpoints.load(engine, checkpoints.agree_on_newest())["step"]
     engine_steps(config, process, model, engine, step, 4)
-    assert checkpoints.save(engine, {"step": 4}, {}) is not None
-    checkpoints.prune(None)
+    assert save(checkpoints, engine, 4)
     state = load_module_state(newest(folder), "")
     return {name: state[name] for name, _ in engine.module.named_parameters()}
 
@@ -147,11 +146,11 @@ def rank_one_dies(config, folder: Path, results) -> None:
     process, model, engine = start_engine(config)
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     engine_steps(config, process, model, engine, 0, 2)
-    assert checkpoints.save(engine, {"step": 2}, {}) is not None
+    assert save(checkpoints, engine, 2)
     engine_steps(config, process, model, engine, 2, 4)
     if process.rank == 1:
         checkpoint.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-    checkpoints.save(engine, {"step": 4}, {})
+    assert save(checkpoints, engine, 4)
 
 
 def test_one_killed_rank_publishes_nothing(tmp_path):
@@ -179,20 +178,20 @@ def fill_the_disk(config, folder: Path) -> tuple[list, list, list]:
     said = []
     checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
     engine_steps(config, process, model, engine, 0, 2)
-    outcomes = [checkpoints.save(engine, {"step": 2}, {}) is not None]
+    outcomes = [save(checkpoints, engine, 2)]
     ballast = folder / "ballast"
     if process.is_main:
         with pytest.raises(OSError):
             ballast.write_bytes(bytes(1 << 20))
     process.barrier()
     engine_steps(config, process, model, engine, 2, 4)
-    outcomes.append(checkpoints.save(engine, {"step": 4}, {}) is not None)
+    outcomes.append(save(checkpoints, engine, 4))
     visible = sorted(p.name for p in (folder / "checkpoints").iterdir())
     process.barrier()
     if process.is_main:
         ballast.unlink()
     process.barrier()
-    outcomes.append(checkpoints.save(engine, {"step": 4}, {}) is not None)
+    outcomes.append(save(checkpoints, engine, 4))
     return outcomes, visible, said
 
 
@@ -204,16 +203,16 @@ def test_a_full_disk_keeps_the_old_ones_and_training_goes_on(small_disk):
     assert newest(small_disk).step == 4
 
 
-def save_where_it_cannot(config, run: Path) -> tuple[float | None, list]:
+def save_where_it_cannot(config, run: Path) -> tuple[bool, list]:
     process, _, engine = start_engine(config)
     said = []
-    return Checkpoints(run, config.checkpoint, process, said.append).save(engine, {"step": 1}, {}), said
+    return save(Checkpoints(run, config.checkpoint, process, said.append), engine, 1), said
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    ((seconds, said),) = run_ranks(1, save_where_it_cannot, tiny_config(), tmp_path)
-    assert seconds is None and "NOT written" in said[0]
+    ((written, said),) = run_ranks(1, save_where_it_cannot, tiny_config(), tmp_path)
+    assert not written and "NOT written" in said[0]
 
 
 def prune_many(config, folder: Path) -> list[list[int]]:
@@ -221,8 +220,8 @@ def prune_many(config, folder: Path) -> list[list[int]]:
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     kept = []
     for step in range(1, 6):
-        assert checkpoints.save(engine, {"step": step}, {}) is not None
-        checkpoints.prune(best_step=2 if step >= 2 else None)
+        checkpoints.save(engine, {"step": step, "best_step": 2 if step >= 2 else None}, {})
+        assert checkpoints.settle()
         kept.append(sorted(committed(checkpoints.root)))
     return kept
 

@@ -118,6 +118,7 @@ def test_what_building_ffcv_needs(bare_path, without):
         ("pkg-config", "pkg-config"),
         ("OpenCV", "libopencv-dev"),
         ("libturbojpeg", "libturbojpeg0-dev"),
+        ("libjpeg", "libjpeg-dev"),
     ):
         check = found(name)
         assert check.status == "fail"
@@ -134,6 +135,17 @@ def test_libraries_that_pkg_config_knows(bare_path, without):
     assert found("OpenCV").status == "fail"
 
 
+def test_a_decoder_that_was_not_compiled(monkeypatch):
+    import importlib.machinery
+
+    assert found("JPEG decoder").status == "ok"
+    monkeypatch.delitem(sys.modules, "automix_dist.jpeg")
+    monkeypatch.delattr("automix_dist.jpeg")
+    monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".of-another-python.so"])
+    check = found("JPEG decoder")
+    assert check.status == "fail" and "cannot open" in check.found and "install.sh" in check.mend
+
+
 def test_a_gpu_that_torch_cannot_use(bare_path):
     import torch
 
@@ -143,6 +155,17 @@ def test_a_gpu_that_torch_cannot_use(bare_path):
     assert found("GPU").found == "2 x NVIDIA H200, 143771 MiB, 580.1"
     check = found("torch on the GPU")
     assert check.status == "warn" and check.mend
+
+
+def test_gpus_with_memory_errors_or_held_down_clocks(bare_path):
+    rows = "0, 0, Not Active, 1980\\n1, 3, Active, 1980\\n2, [N/A], [N/A], 1755"
+    program(
+        bare_path, "nvidia-smi", f"case $1 in *event*) exit 2;; *ecc*) printf '{rows}';; *) echo 'H200, 1, 2';; esac"
+    )
+    assert found("GPU memory").status == "fail" and "on GPU 1" in found("GPU memory").found
+    assert found("GPU clocks").status == "warn" and "on GPU 1" in found("GPU clocks").found
+    program(bare_path, "nvidia-smi", "case $1 in *ecc*) printf '0, 0, Not Active, 1980';; *) echo 'H200, 1, 2';; esac")
+    assert (found("GPU memory").status, found("GPU clocks").found) == ("ok", "up to 1980 MHz")
 
 
 def test_a_driver_that_does_not_answer(bare_path, monkeypatch):
@@ -219,9 +242,9 @@ def test_data_files(tmp_path):
 
 def test_a_good_data_file(tmp_path):
     beton = pytest.importorskip("automix_dist.beton")
-    beton.prepare("synthetic:20x8@5", tmp_path / "set.beton", workers=1, progress=False)
+    checksum = beton.prepare("synthetic:20x8@5", tmp_path / "set.beton", workers=1, progress=False).checksum
     check = found("data.train", Config(data=DataConfig(train=str(tmp_path / "set.beton"))))
-    assert (check.status, check.found) == ("ok", f"{tmp_path}/set.beton: 20 images, 5 classes")
+    assert (check.status, check.found) == ("ok", f"{tmp_path}/set.beton: 20 images, 5 classes, checksum {checksum[:8]}")
 
 
 def test_table(capsys):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from test_engine import start_engine
-from tiny import SIZE, micro_batch, tiny_config
+from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
-from automix_dist.checkpoint import Checkpoints, committed
+from automix_dist.checkpoint import Checkpoints, committed, load_module_state, newest
 from automix_dist.data import Batch
+from automix_dist.replay import replay
 from automix_dist.run_log import RunLog
 from automix_dist.trainer import Position, Trainer, TrainingError
 
@@ -140,13 +141,27 @@ def diverge(settings, folder: Path) -> str:
     return ""
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_and_is_not_saved(tmp_path):
+def test_too_many_skipped_steps_stop_all_ranks_and_leave_a_dump(tmp_path):
     settings = tiny_config(
-        optimizer={"lr": 1e30, "min_lr": 0.0}, log={"every_steps": 2}, checkpoint={"every_epochs": 1}
+        optimizer={"lr": 1e30, "min_lr": 0.0}, log={"every_steps": 2}, engine={"max_skipped_steps": 3}
     )
     messages = run_ranks(2, diverge, settings, tmp_path)
-    assert all("no longer finite" in message and "by step 2" in message for message in messages)
-    assert committed(tmp_path / "checkpoints") == []
+    assert all("3 steps in a row were not finite" in message and "on rank 1" in message for message in messages)
+    (dump,) = (tmp_path / "dumps").iterdir()
+    assert f"automix replay {dump}" in messages[0]
+    assert sorted(p.name for p in dump.glob("*.safetensors")) == [
+        "batches_00000.safetensors",
+        "batches_00001.safetensors",
+    ]
+    ((sound, said),) = run_ranks(1, replay_dump, settings, dump)
+    assert not sound and "first output that is not finite" in "".join(said)
+
+
+def replay_dump(settings, dump: Path) -> tuple[bool, list[str]]:
+    saved, said = newest(dump), []
+    model = tiny_model(settings)
+    model.load_state_dict(load_module_state(saved, ""))
+    return replay(model, settings, saved, 1, said.append), said
 
 
 @pytest.mark.parametrize("stage", [0, 3])

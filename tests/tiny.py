@@ -27,8 +27,12 @@ class TinyBackbone(nn.Module):
             self.top(features)
         return features
 
+    def features_and_embedding(self, images):
+        features = self.stem(images)
+        return features, self.top(features).mean(dim=(2, 3))
+
     def forward(self, images):
-        return self.top(self.features(images)).mean(dim=(2, 3))
+        return self.features_and_embedding(images)[1]
 
 
 def tiny_config(**sections) -> Config:
@@ -41,7 +45,8 @@ def tiny_config(**sections) -> Config:
 
 def tiny_model(config: Config, norm: str = "batch") -> AutoMix:
     torch.manual_seed(config.seed)
-    return AutoMix(TinyBackbone(norm), CLASSES, config.automix, immediate_backward=config.engine.immediate_backward)
+    options = {"loss": config.loss, "immediate_backward": config.engine.immediate_backward}
+    return AutoMix(TinyBackbone(norm), CLASSES, config.automix, **options)
 
 
 def micro_batch(step: int, index: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,6 +46,12 @@ SHARDS_PER_WORKER = 2
 MEMORY_FACTOR = 4
 """The file of --memory-limit is so many times as large as the limit."""
 
+CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+)
+"""Where memory is limited in versions 2 and 1 of control groups, by which file, and which one tells the most used."""
+
 ANSWER_SECONDS = 900.0
 """A candidate that is silent for so long is given up."""
 
@@ -97,6 +103,10 @@ def ours(job: dict, resize: str = "area", order: str = "random") -> Callable[[],
     return epoch
 
 
+def ours_plain(job: dict) -> Callable[[], Iterator]:
+    return ours(job | {"beton": job["plain"]})
+
+
 def ours_bicubic(job: dict) -> Callable[[], Iterator]:
     return ours(job, resize="bicubic")
 
@@ -108,7 +118,7 @@ def ffcv(job: dict) -> Callable[[], Iterator]:
 
     images = [RandomResizedCropRGBImageDecoder((SIDE, SIDE)), RandomHorizontalFlip(), ToTensor()]
     loader = Loader(
-        job["beton"], batch_size=BATCH, num_workers=job["workers"], order=OrderOption.RANDOM, os_cache=True,
+        job["plain"], batch_size=BATCH, num_workers=job["workers"], order=OrderOption.RANDOM, os_cache=True,
         pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
     )  # fmt: skip
     return partial(_first_of_each, loader)
@@ -223,6 +233,7 @@ def dali(job: dict) -> Callable[[], Iterator]:
 CANDIDATES = (
     Candidate("ours", ("jpg", "raw"), ours),
     Candidate("ours, bicubic", ("jpg", "raw"), ours_bicubic),
+    Candidate("ours, plain JPEG", ("jpg",), ours_plain),
     Candidate("FFCV's Loader", ("jpg", "raw"), ffcv, "ffcv", "ffcv"),
     Candidate("DataLoader + PIL", ("jpg",), data_loader_pil),
     Candidate("DataLoader + decode_jpeg", ("jpg",), data_loader_decode_jpeg),
@@ -263,9 +274,11 @@ def _cpu_seconds() -> float:
 
 def stream_within_limit(job: dict) -> dict:
     """Read a large file twice with a process that may not get `limit_mib` more anonymous memory than it has after its
-    first batch; what is more fails. Returns the samples of its memory."""
+    first batch; what is more fails. With a control group, the page cache counts too. Returns samples of its memory."""
     start_epoch = ours(job, order="quasi_random")
     next(iter(start_epoch()))
+    if job["group"]:
+        Path(job["group"], "cgroup.procs").write_text(str(os.getpid()))
     allowed = _status_mib("VmData") * MIB + job["limit_mib"] * MIB
     resource.setrlimit(resource.RLIMIT_DATA, (int(allowed), int(allowed)))
     samples, images, start = [], 0, time.perf_counter()
@@ -354,21 +367,28 @@ class Contestant:
 
 
 def make_data(folder: Path, storage: str, images: int, workers: int) -> dict:
-    """A .beton file and, for JPEG, a folder per class and tar shards with the very same bytes; reused if they exist."""
+    """The files that the candidates read; reused if they exist.
+
+    `beton`: ours. For JPEG its restart markers, which slow other decoders down, are left out of what the others read,
+    with the same pixels: another .beton file `plain`, a `folder` for each class and tar `shards`.
+    """
     kind, _, size = storage.partition("@")
     file = folder / f"{kind}{size}_{images}.beton"
-    try:
-        beton.check(file)
-    except beton.BetonError:
-        beton.prepare(
-            f"synthetic:{images}", file, write_mode=kind, max_resolution=int(size), quality=QUALITY, progress=False
-        )
-    data = {"beton": str(file), "bytes": file.stat().st_size}
+    plain = file.with_stem(f"{file.stem}_plain") if kind == "jpg" else file
+    for path in dict.fromkeys((file, plain)):
+        try:
+            beton.check(path)
+        except beton.BetonError:
+            beton.prepare(
+                f"synthetic:{images}", path, write_mode=kind, max_resolution=int(size), quality=QUALITY,
+                restart_markers=path == file, progress=False,
+            )  # fmt: skip
+    data = {"beton": str(file), "plain": str(plain), "bytes": file.stat().st_size}
     if kind == "raw":
         return data
     tree = file.with_suffix("")
-    index = beton.read_index(file)
-    stored = np.memmap(file, np.uint8, "r")
+    index = beton.read_index(plain)
+    stored = np.memmap(plain, np.uint8, "r")
     shards = [tree / f"shard-{i}.tar" for i in range(SHARDS_PER_WORKER * workers)]
     (tree / "classes").mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -486,16 +506,51 @@ def measure_memory(folder: Path, tree: Path, limit_mib: int, workers: int) -> di
             number += 1
         print(f"memory: writing {number} raw images", file=sys.stderr, flush=True)
         beton.prepare(str(links), file, write_mode="raw", progress=False)
-    job = {
-        "storage": "raw", "candidate": "memory", "beton": str(file), "workers": workers, "limit_mib": limit_mib
-    }  # fmt: skip
+    with open(file, "rb") as opened:  # what is in the page cache already would count as somebody else's
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     print("memory: streaming", file=sys.stderr, flush=True)
-    contestant = Contestant(job)
+    with control_group(limit_mib * MIB) as (group, peak):
+        job = {
+            "storage": "raw", "candidate": "memory", "beton": str(file), "workers": workers, "limit_mib": limit_mib,
+            "group": group and str(group),
+        }  # fmt: skip
+        contestant = Contestant(job)
+        try:
+            figures = contestant.answer()
+        finally:
+            contestant.close()
+        group_mib = group and int((group / peak).read_text()) / MIB
+    return {
+        "limit_mib": limit_mib, "file_mib": file.stat().st_size / MIB, "group_mib": group_mib, "note": contestant.note
+    } | (figures or {})  # fmt: skip
+
+
+@contextlib.contextmanager
+def control_group(limit: int) -> Iterator[tuple[Path | None, str]]:
+    """A new control group whose processes get `limit` bytes, page cache included, and the name of the file that tells
+    the most they had; None where this process may not make one."""
+    name = f"automix-bench-{os.getpid()}"
+    made = ((parent / name, peak) for parent, file, peak in CONTROL_GROUPS if _make_group(parent / name, file, limit))
+    group, peak = next(made, (None, ""))
     try:
-        figures = contestant.answer()
+        yield group, peak
     finally:
-        contestant.close()
-    return {"limit_mib": limit_mib, "file_mib": file.stat().st_size / MIB, "note": contestant.note} | (figures or {})
+        if group:
+            group.rmdir()
+
+
+def _make_group(group: Path, name: str, limit: int) -> bool:
+    try:
+        group.mkdir()
+    except OSError:
+        return False
+    try:
+        with open(group / name, "r+") as file:  # it is there, unless control groups lie elsewhere
+            file.write(str(limit))
+    except OSError:
+        group.rmdir()
+        return False
+    return True
 
 
 def read_need(path: Path) -> dict:
@@ -538,8 +593,9 @@ def markdown(result: dict) -> str:
         f"{options['images']} generated images of ImageNet's shapes, in the page cache; random resized crop "
         f"{SIDE} and flip, uint8, batches of {BATCH}; {machine['workers']} worker(s) each. Median of "
         f"{options['repeat']} epochs after a first one that does not count (smallest to largest). `jpg@500`: longer "
-        f"side 500, JPEG quality {QUALITY}; every candidate reads the same JPEG bytes. CPU time is that of the process "
-        "and its workers. DALI prepares batches across epochs; it is measured over as many images of its endless "
+        f"side 500, JPEG quality {QUALITY}; every candidate reads the same coefficients, and ours the restart markers "
+        "that `automix prepare` adds, except for `plain JPEG`. CPU time is that of the process and its workers. DALI "
+        "prepares batches across epochs; it is measured over as many images of its endless "
         "stream. Resize: ours and FFCV average areas; `ours, bicubic`, PIL, torchvision and DALI interpolate "
         "with antialiasing (all but the first of these bilinearly). RSS is summed over a process and its workers, "
         "pages that they share, and those of a mapped file, count in each; anonymous memory counts once and cannot be "
@@ -601,14 +657,23 @@ def memory_text(memory: dict) -> str:
         return f"Streaming {memory['file_mib']:,.0f} MiB within {memory['limit_mib']} MiB: {memory['note']}."
     anonymous = [sample["RssAnon"] for sample in memory["samples"]]
     mapped = [sample["RssFile"] for sample in memory["samples"]]
+    group = (
+        "The page cache itself was not limited, which needs a control group: what dropping pages costs in speed is not "
+        "measured here."
+    )
+    if memory["group_mib"] is not None:
+        group = (
+            f"A control group held all memory that it got from then on, page cache included, to {memory['limit_mib']} "
+            f"MiB; it used {memory['group_mib']:,.0f} MiB of them at most."
+        )
     return (
         f"A raw file of {memory['file_mib']:,.0f} MiB was read twice in quasi-random order ({memory['images']:,} "
         f"images, {memory['images'] / memory['wall_s']:,.0f} images/s) by a process that the kernel (RLIMIT_DATA) held "
         f"to {memory['limit_mib']} MiB of private writable memory beyond what it had after its first batch; more would "
-        f"have ended it. Its anonymous memory was {anonymous[0]:,.0f} MiB at the start, {max(anonymous):,.0f} MiB at "
-        f"most and {anonymous[-1]:,.0f} MiB at the end. Its pages of files, which are the page cache's and which the "
-        f"kernel drops when it needs memory, rose from {mapped[0]:,.0f} to at most {max(mapped):,.0f} MiB. The page "
-        "cache itself was not limited: what dropping pages costs in speed is not measured here."
+        f"have ended it. {group} Its anonymous memory was {anonymous[0]:,.0f} MiB at the start, "
+        f"{max(anonymous):,.0f} MiB at most and {anonymous[-1]:,.0f} MiB at the end. Its pages of files, which are the "
+        f"page cache's and which the kernel drops when it needs memory, rose from {mapped[0]:,.0f} to at most "
+        f"{max(mapped):,.0f} MiB."
     )
 
 

@@ -1,0 +1,236 @@
+"""`automix bench checkpoint`: seconds and bytes of saving and restoring a run's state, beside the alternatives.
+
+The same live tensors of a real engine (weights, optimizer state, momentum encoder, BatchNorm statistics) go through
+ours, `torch.save` and `torch.distributed.checkpoint`, in turns, to the same folder. "stall" is how long training would
+stand still, "written" when the state is on disk. Ours and `torch.save` end with fsync; ours also hashes every file,
+checks the hashes before it restores, and ends with a rename that makes the checkpoint visible.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import queue
+import shutil
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from automix_dist import distributed
+from automix_dist.automix import AutoMix
+from automix_dist.backbone import create_backbone
+from automix_dist.checkpoint import Checkpoints, verify
+from automix_dist.config import CheckpointConfig, Config, from_dict
+from automix_dist.engine_state import pieces
+from automix_dist.engines import Engine, build_engine
+from automix_dist.optimizer import build_optimizer
+
+ENGINES = {
+    **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)}, "ddp": {"name": "ddp"}, "fsdp2": {"name": "fsdp2"}
+}  # fmt: skip
+
+
+def run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="automix bench checkpoint", description=__doc__)
+    parser.add_argument("--backbone", default="resnet50", help="a timm model (default: resnet50)")
+    parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
+    parser.add_argument("--engine", choices=ENGINES, default="zero2")
+    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="folder for checkpoint.json and checkpoint.md")
+    options = parser.parse_args(arguments)
+    config = from_dict(
+        {
+            "batch_size": 2 * options.ranks,
+            "model": {"backbone": options.backbone},
+            "engine": ENGINES[options.engine],
+            "optimizer": {"name": options.optimizer},
+        }
+    )
+    folder = Path(tempfile.mkdtemp(prefix="automix-bench-", dir=options.folder))
+    try:
+        rows = _measure_on_ranks(config, options.ranks, options.rounds, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    about = {
+        "date": date.today().isoformat(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "machine": platform.machine(), "backbone": options.backbone, "optimizer": options.optimizer,
+        "engine": options.engine, "ranks": options.ranks, "rounds": options.rounds,
+    }  # fmt: skip
+    text = markdown(about, rows)
+    print(text)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "checkpoint.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
+        (options.out / "checkpoint.md").write_text(f"{__doc__.strip()}\n\n{text}\n")
+    return 0
+
+
+def _measure_on_ranks(config: Config, ranks: int, rounds: int, folder: Path) -> list[dict]:
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    results = context.Queue()
+    common = (ranks, port, config, rounds, folder, results)
+    processes = [context.Process(target=_rank, args=(rank, *common), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            rows = results.get(timeout=1)
+            break
+        if any(process.exitcode for process in processes):
+            raise RuntimeError("a rank of the benchmark failed; see its message above")
+    for process in processes:
+        process.join()
+    return rows
+
+
+def _rank(rank: int, ranks: int, port: int, config: Config, rounds: int, folder: Path, results: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    process = distributed.start(config.engine)
+    backbone = create_backbone(config.model, config.automix.feature, 224)
+    model = AutoMix(backbone, 1000, config.automix).to(process.device)
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    rows = measure(engine, process, folder, rounds)
+    if process.is_main:
+        results.put(rows)
+    distributed.finish()
+
+
+def measure(engine: Engine, process: distributed.Process, folder: Path, rounds: int) -> list[dict]:
+    """Medians over rounds, the slowest rank of each, for every way: what `markdown` shows."""
+    ways = [
+        Ours(engine, process, folder / "ours"),
+        TorchSave(engine, process, folder / "torch_save"),
+        Distributed(engine, process, folder / "distributed"),
+    ]
+    samples: list[dict[str, list[float]]] = [{"stall": [], "written": [], "restored": []} for _ in ways]
+    for _ in range(rounds):
+        for way, times in zip(ways, samples, strict=True):
+            if process.is_main:
+                shutil.rmtree(way.folder, ignore_errors=True)
+                way.folder.mkdir(parents=True)
+            process.barrier()
+            began = time.perf_counter()
+            wait = way.save()
+            stall = time.perf_counter() - began
+            wait()
+            written = time.perf_counter() - began
+            process.barrier()
+            began = time.perf_counter()
+            way.restore()
+            restored = time.perf_counter() - began
+            slowest = (max(each) for each in zip(*process.gather((stall, written, restored)), strict=True))
+            for name, value in zip(times, slowest, strict=True):
+                times[name].append(value)
+    sizes = [sum(p.stat().st_size for p in way.folder.rglob("*") if p.is_file()) for way in ways]
+    return [
+        {"way": way.name, "bytes": size} | {k: statistics.median(v) for k, v in times.items()} | {"samples": times}
+        for way, size, times in zip(ways, sizes, samples, strict=True)
+    ]
+
+
+class Way:
+    """One way to save and restore: `save` returns what waits until all is on disk."""
+
+    name: str
+
+    def __init__(self, engine: Engine, process: distributed.Process, folder: Path):
+        self.engine, self.process, self.folder = engine, process, folder
+        own = pieces(engine, process.rank, process.world_size)
+        self.views: dict[str, Tensor] = {p.name: p.view for p in own if p.save}
+
+    def save(self) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        raise NotImplementedError
+
+
+class Ours(Way):
+    name = "ours"
+
+    def __init__(self, engine: Engine, process: distributed.Process, folder: Path):
+        super().__init__(engine, process, folder)
+        self.checkpoints = Checkpoints(folder, CheckpointConfig(), process, print)
+
+    def save(self) -> Callable[[], None]:
+        self.checkpoints.save(self.engine, {"step": 1}, {})
+
+        def wait() -> None:
+            if not self.checkpoints.settle():
+                raise RuntimeError("the checkpoint could not be written")
+
+        return wait
+
+    def restore(self) -> None:
+        self.checkpoints.load(self.engine, verify(self.folder / "checkpoints" / "step_00000001"))
+
+
+class TorchSave(Way):
+    """A file per rank of the same tensors, with fsync."""
+
+    name = "torch.save, a file per rank"
+
+    def save(self) -> Callable[[], None]:
+        with open(self._path, "wb") as file:
+            torch.save(self.views, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return lambda: None
+
+    def restore(self) -> None:
+        loaded = torch.load(self._path, map_location=self.process.device.type, weights_only=True)
+        for name, view in self.views.items():
+            view.copy_(loaded[name])
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.process.rank}.pt"
+
+
+class Distributed(Way):
+    """torch.distributed.checkpoint of the same tensors, each under its rank's own key."""
+
+    name = "torch.distributed.checkpoint"
+
+    def save(self) -> Callable[[], None]:
+        dcp.save(self._state(), checkpoint_id=self.folder, process_group=self.process.control)
+        return lambda: None
+
+    def restore(self) -> None:
+        dcp.load(self._state(), checkpoint_id=self.folder, process_group=self.process.control)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {f"{self.process.rank}/{name}": view for name, view in self.views.items()}
+
+
+def markdown(about: dict, rows: list[dict]) -> str:
+    lines = [
+        f"{about['backbone']}, {about['optimizer']}, {about['engine']}, {about['ranks']} ranks, median of "
+        f"{about['rounds']} rounds; PyTorch {about['torch']}, {about['cores']} CPU cores, {about['date']}.",
+        "",
+        "| | stall, s | written, s | restored, s | MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = " | ".join(f"{row[name]:.2f}" for name in ("stall", "written", "restored"))
+        lines.append(f"| {row['way']} | {times} | {row['bytes'] / 2**20:,.0f} |")
+    return "\n".join(lines)

@@ -1,0 +1,310 @@
+"""`automix bench throughput CONFIG`: a whole job, .beton file to checkpoint, and what holds it up.
+
+    automix bench throughput configs/imagenet/automix_resnet50_100ep.yaml --steps 200 --out DIR
+    torchrun --nproc-per-node=8 -m automix_dist bench throughput CONFIG --data /local/bench ...
+
+Runs `automix train` on generated images of ImageNet's shapes, or with --real on the config's own files: reading,
+augmentation, transfer, step, log, a checkpoint half-way and one at the end, an evaluation. Then the loader alone. Says
+what share of the time the device waited for data, and from that how long the config's full recipe would take here.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from automix_dist import beton, cli, data, policy, trainer
+from automix_dist.bench.step import Clock, _replaced, describe_machine
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.config import Config, ConfigError, load_config
+
+IMAGENET = (1_281_167, 50_000)
+"""Training and validation images that a recipe is extrapolated to where the config's files are not there."""
+
+WAITING = 0.05
+"""From this share of the time on that the device waits for data, the loader counts as what holds the job up."""
+
+
+class Recorder:
+    """What a training does with its time, taken down around the parts it is made of."""
+
+    def __init__(self, warmup: int, micro_batches: int):
+        self.warmup, self.micro_batches = warmup, micro_batches
+        self.clock: Clock | None = None
+        self.steps = 0
+        self.began = self.ended = 0.0
+        self.joules: float | None = None
+        self.saving: list[float] = []
+        self.evaluating: list[tuple[float, int]] = []
+        """Seconds and images of each evaluation."""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the block, trainings are recorded."""
+        with contextlib.ExitStack() as stack:
+            for owner, name, watch in (
+                (data.TrainLoader, "epoch", self._epoch),
+                (Checkpoints, "save", self._save),
+                (trainer, "evaluate", self._evaluate),
+            ):
+                stack.enter_context(_replaced(owner, name, watch(getattr(owner, name))))
+            yield
+
+    def _epoch(self, epoch: Callable) -> Callable:
+        def recorded(loader: data.TrainLoader, number: int, start_step: int = 0) -> Iterator[data.Batch]:
+            batches = epoch(loader, number, start_step)
+            try:
+                for index, batch in enumerate(batches):
+                    device = batch.images.device
+                    self.clock = self.clock or Clock(device)
+                    if self.steps == self.warmup and not self.began:
+                        self._begin()
+                    elif self.began:
+                        # An epoch's first batch waits for the loader to fill; it is told apart.
+                        self.clock.mark("filling" if index == 0 else "waiting")
+                    try:
+                        yield batch
+                    finally:  # the epoch's last batch is followed by close()
+                        self.steps += (index + 1) % self.micro_batches == 0
+                        if self.began:
+                            self.clock.mark("working")
+                            self.ended = time.perf_counter()
+            finally:
+                batches.close()
+
+        return recorded
+
+    def _begin(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.clock.mark("start")
+        self.joules = _joules()
+        self.began = time.perf_counter()
+
+    def _save(self, save: Callable) -> Callable:
+        def recorded(*args, **kwargs):
+            began = time.perf_counter()
+            result = save(*args, **kwargs)
+            self.saving.append(time.perf_counter() - began)
+            return result
+
+        return recorded
+
+    def _evaluate(self, evaluate: Callable) -> Callable:
+        def recorded(model, loader, process, *args, **kwargs):
+            began = time.perf_counter()
+            result = evaluate(model, loader, process, *args, **kwargs)
+            self.evaluating.append((time.perf_counter() - began, loader.num_samples))
+            return result
+
+        return recorded
+
+
+def figures(recorder: Recorder, config: Config, world_size: int) -> dict[str, Any]:
+    """What the record comes to; seconds, images, shares of the time."""
+    spans = recorder.clock.milliseconds()
+    works = [ms for name, ms in recorder.clock.spans() if name == "working"]
+    steps = recorder.steps - recorder.warmup
+    waiting, total = spans.get("waiting", 0.0), sum(spans.values())
+    seconds = recorder.ended - recorder.began
+    used = _joules()
+    return {
+        "steps": steps,
+        "images_per_second": steps * config.batch_size / seconds,
+        "step_ms": statistics.median(works) * recorder.micro_batches,
+        "waiting_share": waiting / total,
+        "filling_share": spans.get("filling", 0.0) / total,
+        "saving_share": sum(recorder.saving[:-1]) / seconds,  # the last one comes after the last step
+        "saving_seconds": statistics.mean(recorder.saving) if recorder.saving else 0.0,
+        "evaluated_per_second": sum(n for _, n in recorder.evaluating) / sum(s for s, _ in recorder.evaluating),
+        "joules_per_image": None if used is None or recorder.joules is None else
+        (used - recorder.joules) * world_size / (steps * config.batch_size),
+        "world_size": world_size,
+    }  # fmt: skip
+
+
+def _joules() -> float | None:
+    """Energy that this process's GPU has used since its driver was loaded; None where nobody tells."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    except pynvml.NVMLError:
+        return None
+
+
+def extrapolate(measured: dict[str, Any], recipe: Config, images: tuple[int, int]) -> dict[str, float]:
+    """Hours of a recipe's training steps, evaluations and checkpoints, and the GPU-hours of all of them."""
+    steps = recipe.epochs * (images[0] // recipe.batch_size)
+    evaluations = math.ceil(recipe.epochs / recipe.eval_every_epochs)
+    saves = recipe.epochs // recipe.checkpoint.every_epochs if recipe.checkpoint.every_epochs else 1
+    rate = measured["images_per_second"] / (1 - measured["filling_share"])  # a real epoch has thousands of steps
+    training = steps * recipe.batch_size / rate / 3600
+    evaluating = evaluations * images[1] / measured["evaluated_per_second"] / 3600
+    saving = saves * measured["saving_seconds"] / 3600
+    hours = training + evaluating + saving
+    return {"training": training, "evaluating": evaluating, "saving": saving, "hours": hours,
+            "device_hours": hours * measured["world_size"]}  # fmt: skip
+
+
+def loader_alone(config: Config, rank: int, world_size: int, device: torch.device, seconds: float) -> float:
+    """Images per second over all ranks that the loader delivers with nobody at work on them."""
+    loader = data.TrainLoader(
+        config.data.train, config.data, seed=config.seed, batch_size=config.batch_size, rank=rank,
+        world_size=world_size, accumulation_steps=config.engine.accumulation_steps, device=device,
+    )  # fmt: skip
+    images, began, epoch = 0, 0.0, 0
+    try:
+        while not began or time.perf_counter() - began < seconds:
+            for batch in loader.epoch(epoch):
+                if not began:  # the first batch compiles
+                    began = time.perf_counter()
+                    continue
+                images += len(batch.images)
+            epoch += 1
+        return images / (time.perf_counter() - began) * world_size
+    finally:
+        loader.close()
+
+
+def job(recipe: Config, folder: Path, files: tuple[str, str], steps: int, warmup: int) -> Config:
+    """The recipe's config, changed to `warmup` + `steps` steps on these files: its last epoch may have more."""
+    count = beton.check(Path(files[0])).count
+    if recipe.batch_size > count:
+        raise ConfigError(
+            f"batch_size = {recipe.batch_size} exceeds the {count} images of {files[0]}: set a smaller one"
+        )
+    epochs = math.ceil((warmup + steps) / (count // recipe.batch_size))
+    return dataclasses.replace(
+        recipe,
+        output=str(folder / "run"),
+        epochs=epochs,
+        eval_every_epochs=epochs,
+        data=dataclasses.replace(recipe.data, train=files[0], val=files[1], resolution_schedule=()),
+        optimizer=dataclasses.replace(recipe.optimizer, warmup_epochs=0.0),
+        checkpoint=dataclasses.replace(
+            recipe.checkpoint, every_epochs=0, every_steps=warmup + max(steps // 2, 1), keep_best=False
+        ),
+        log=dataclasses.replace(recipe.log, gallery_pairs=0),
+    )
+
+
+def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple[str, str]:
+    """A training and a validation file of images of ImageNet's shapes; made by the first process that needs them."""
+    kind, _, size = storage.partition("@")
+    files = []
+    for split, count in (("train", max(images, batch_size)), ("val", max(images // 8, 8))):
+        file = folder / f"{split}_{kind}{size}_{count}.beton"
+        files.append(str(file))
+        try:
+            beton.check(file)
+        except beton.BetonError:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
+            beton.prepare(f"synthetic:{count}@1000", file, write_mode=kind, max_resolution=int(size), progress=False)
+    return files[0], files[1]
+
+
+# What a person reads; all of it from the dictionary that throughput.json holds.
+
+
+def markdown(result: dict[str, Any]) -> str:
+    measured, hours, machine = result["measured"], result["recipe"], result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    rate, alone = measured["images_per_second"], result["loader_alone"]
+    held = "the loader holds the job up" if measured["waiting_share"] > WAITING else "the step is what takes the time"
+    energy = measured["joules_per_image"]
+    rows = [
+        ("images/s, all included", f"{rate:,.1f} on {measured['world_size']} device(s)"),
+        ("one step", f"{measured['step_ms']:.1f} ms of work (median)"),
+        ("device waiting for data", f"{measured['waiting_share']:.1%}: {held}"),
+        ("first batches of epochs", f"{measured['filling_share']:.1%} of the time; left out of the recipe's hours"),
+        ("checkpoints", f"{measured['saving_share']:.1%} of the time, {measured['saving_seconds']:.2f} s each"),
+        ("loader alone", f"{alone:,.0f} images/s, {alone / rate:.1f} times what the job took"),
+        ("evaluation", f"{measured['evaluated_per_second']:,.1f} images/s"),
+        ("energy", "not known" if energy is None else f"{energy:.2f} J/image"),
+        (
+            "the full recipe",
+            f"{hours['hours']:,.1f} hours here ({hours['training']:,.1f} training, {hours['evaluating']:,.1f} "
+            f"evaluating, {hours['saving']:,.2f} saving), {hours['device_hours']:,.1f} device-hours; extrapolated to "
+            f"{result['epochs']} epochs of {result['images'][0]:,} images",
+        ),
+    ]
+    lines = [
+        "# A whole training job", "",
+        f"{result['config']}; {machine['device']}; {versions}; load average at the start "
+        f"{machine['load_average']:.2f}. {result['data']}; {measured['steps']} measured steps of "
+        f"{result['batch_size']} images.", "",
+        "| what | |", "|---|---|",
+    ]  # fmt: skip
+    return "\n".join(lines + [f"| {name} | {text} |" for name, text in rows]) + "\n"
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="automix bench throughput", description=__doc__.splitlines()[0])
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--steps", type=int, default=60, help="measured steps (default: 60)")
+    parser.add_argument("--warmup", type=int, default=10, help="steps before them (default: 10)")
+    parser.add_argument("--images", type=int, default=2048, help="generated training images (default: 2048)")
+    parser.add_argument("--storage", default="jpg@500", metavar="KIND@SIZE", help="jpg or raw (default: jpg@500)")
+    parser.add_argument("--real", action="store_true", help="read the config's own files instead")
+    parser.add_argument("--data", type=Path, help="folder to keep and reuse them in (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.md")
+    options = parser.parse_intermixed_args(argv)
+    for name, least in (("steps", 2), ("warmup", 1), ("images", 16)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} {getattr(options, name)}: expected {least} or more")
+    if options.storage.partition("@")[0] not in ("jpg", "raw") or not options.storage.partition("@")[2].isdigit():
+        parser.error(f"--storage {options.storage}: expected jpg@SIZE or raw@SIZE, as jpg@500")
+    return options
+
+
+def run(argv: list[str]) -> int:
+    """Runs the job, measures and prints; returns the job's exit code."""
+    options = parse(argv)
+    recipe = load_config(options.config, options.overrides)
+    recipe = dataclasses.replace(recipe, policy=policy.complete(recipe.policy))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with contextlib.ExitStack() as stack:
+        folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="automix-bench-")))
+        files = (recipe.data.train, recipe.data.val)
+        if not options.real:
+            files = generated(folder, options.images, options.storage, recipe.batch_size)
+        images = IMAGENET if not options.real else tuple(beton.check(Path(file)).count for file in files)
+        config = job(recipe, folder, files, options.steps, options.warmup)
+        machine, recorder = describe_machine(), Recorder(options.warmup, config.engine.accumulation_steps)
+        with recorder.watching():
+            if code := cli.train(config, overwrite=True):
+                return code
+        measured = figures(recorder, config, world_size)
+        alone = loader_alone(config, rank, world_size, recorder.clock.device, seconds=2.0)
+    storage = "the config's own files" if options.real else f"{options.images} generated images, {options.storage}"
+    result = {
+        "config": options.config, "overrides": options.overrides, "machine": machine, "data": storage,
+        "batch_size": recipe.batch_size, "epochs": recipe.epochs, "images": images, "measured": measured,
+        "loader_alone": alone, "recipe": extrapolate(measured, recipe, images),
+    }  # fmt: skip
+    if rank == 0:
+        print(markdown(result))
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "throughput.json").write_text(json.dumps(result, indent=1) + "\n")
+            (options.out / "throughput.md").write_text(markdown(result))
+    return 0

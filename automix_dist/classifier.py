@@ -1,0 +1,151 @@
+"""A plain classifier: one encoder with one head, trained on images that a hand-made policy mixes."""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from automix_kernels import api as kernels
+from torch import Tensor, nn
+
+from automix_dist.automix import Encoder, Mixes, lay_out
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
+from automix_dist.draws import shared_generator, step_generator
+from automix_dist.loss import mixed_loss
+from automix_dist.policy import Draw, Policy, load
+
+
+class Losses(NamedTuple):
+    """What a training step returns; all scalars, all but `total` detached."""
+
+    total: Tensor
+    """The loss to differentiate."""
+    mask_area: Tensor
+    """Mean share of the partners' labels."""
+    accuracy: Tensor
+    """Top-1 on the mixed images against each image's own label."""
+
+
+class Logits(NamedTuple):
+    query: Tensor
+    """[B, classes] float32."""
+
+
+class AveragedLogits(NamedTuple):
+    """With a moving average of the encoder: both answers, [B, classes] float32."""
+
+    query: Tensor
+    momentum: Tensor
+
+
+class Classifier(nn.Module):
+    """An encoder with one head, trained on the mixed images of a policy.
+
+    Args:
+        backbone: a Backbone, or any module with its attributes.
+        num_classes: width of the head.
+        policy: how images are mixed.
+        loss: form of the classification loss.
+        average: keep a moving average of the encoder beside it, evaluated as `momentum`; momentum.py moves it.
+        mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
+        autocast: dtype of the forward passes; float32 = no autocast. Weights stay float32.
+    """
+
+    Losses = Losses
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        policy: Policy,
+        *,
+        loss: LossConfig | None = None,
+        average: bool = False,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        autocast: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        policy.check(backbone)
+        self.loss = loss or LossConfig()
+        self.autocast = autocast
+        self.policy = policy
+        self.query = Encoder(backbone, num_classes, heads=("one",))
+        if average:
+            self.momentum = copy.deepcopy(self.query).requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def draw(self, images: Tensor, *, judged: bool = True, **where: int) -> Draw:
+        """The random numbers of one forward pass over these images.
+
+        Args:
+            judged: of AutoMix; all models are called alike.
+            where: seed, step, and if not 0 micro_step and rank; the draws depend on nothing else.
+        """
+        return self.policy.draw(step_generator(**where), shared_generator(**where), images)
+
+    def gallery_draw(self, images: Tensor) -> Draw:
+        """Each image with the next one, for lambda from 0.1 to 0.9."""
+        partner = np.roll(np.arange(len(images)), -1)
+        return self.policy.finish_draw(np.random.default_rng(0), np.linspace(0.1, 0.9, len(images)), partner, images)
+
+    def compile_regions(self, backend: str = "inductor") -> None:
+        """Have torch.compile replace the encoder, as a whole, at its next call; evaluation too."""
+        self.query.compile(backend=backend, dynamic=False)
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, draw: Draw | None = None, mask_loss_weight: float = 0.0
+    ) -> Losses | Logits | AveragedLogits | Mixes | None:
+        """One training step's losses; without a draw the logits; without labels the policy's mixes.
+
+        Args:
+            images: [B, H, W, 3] uint8, or [B, 3, H, W] floating point and normalised already.
+            labels: [B] int64.
+            draw: from `draw` or `gallery_draw`.
+            mask_loss_weight: not used; all models are called alike.
+
+        Returns:
+            Losses; or Logits (AveragedLogits with a moving average); or Mixes, None if the policy mixes no images.
+        """
+        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
+            clean = lay_out(kernels.normalize(images, self.mean, self.std))
+            if draw is None:
+                logits = self.query(clean, "one")
+                return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
+            if labels is None:
+                mix = self.policy.mix(clean, draw)
+                return mix and Mixes(mix.mask.expand(-1, *clean.shape[2:]), mix.images, mix.lam, draw.partner)
+            logits, lam = self.policy(self.query, clean, draw)
+        total = mixed_loss(logits, labels, labels[draw.partner], lam, self.loss)
+        with torch.no_grad():
+            accuracy = (logits.argmax(dim=1) == labels).float().mean()
+            return Losses(total, 1 - lam.mean(), accuracy)
+
+    @property
+    def has_average(self) -> bool:
+        return hasattr(self, "momentum")
+
+
+def build_model(config: Config, backbone: nn.Module, num_classes: int, autocast: torch.dtype) -> nn.Module:
+    """The model of a run's policy, on the CPU: a Classifier, AutoMix, or one of its descendants.
+
+    Raises ConfigError for settings that the policy cannot use, alone or with this backbone.
+    """
+    module, settings = load(config.policy)
+    common = {"loss": config.loss, "mean": config.data.mean, "std": config.data.std, "autocast": autocast}
+    if hasattr(module, "Policy"):
+        policy = module.Policy(settings, config.data.mean, config.data.std)
+        return Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
+    if config.policy.average:
+        raise ConfigError(f"policy.average: {config.policy.name} has a momentum encoder; set policy.average=0")
+    return module.Model(
+        backbone,
+        num_classes,
+        config.automix,
+        settings,
+        implementation=config.engine.kernels,
+        immediate_backward=config.engine.immediate_backward,
+        joint_query=config.engine.joint_query,
+        **common,
+    )

@@ -1,0 +1,1 @@
+"""The mixing policies, one a file, found by their names (docs/policies.md)."""

@@ -1,0 +1,57 @@
+"""One of several hand-made policies, drawn for each micro batch of all ranks: the recipes of DeiT and of RSB."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from automix_dist import policy
+from automix_dist.config import ConfigError, PolicyConfig, build_section
+from automix_dist.policy import Draw, Mix, load, require
+
+
+@dataclass(frozen=True)
+class Settings:
+    policies: tuple[dict[str, Any], ...] = field(default=({"name": "mixup"}, {"name": "cutmix"}))
+    """Which: {name: ..., settings: {...}} each."""
+    shares: tuple[float, ...] = ()
+    """How often each is drawn, relative to the others; empty = all alike."""
+
+    def __post_init__(self):
+        require(len(self.policies) > 0, "policies", self.policies, "at least one")
+        fits = len(self.shares) in (0, len(self.policies)) and all(share > 0 for share in self.shares)
+        require(fits, "shares", self.shares, "a positive number for each policy, or none")
+
+
+class Policy(policy.Policy):
+    def __init__(self, settings: Settings, *normalisation: tuple[float, ...]):
+        super().__init__(settings, *normalisation)
+        shares = np.array(settings.shares or [1.0] * len(settings.policies))
+        self.shares = shares / shares.sum()
+        self.policies = nn.ModuleList()
+        for each in settings.policies:
+            module, own = load(build_section(PolicyConfig, each, "policy.settings.policies"))
+            if not hasattr(module, "Policy"):
+                raise ConfigError(f"policy.settings.policies: {each['name']} is no hand-made policy")
+            self.policies.append(module.Policy(own, *normalisation))
+
+    def check(self, backbone: nn.Module) -> None:
+        for each in self.policies:
+            each.check(backbone)
+
+    def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
+        chosen = int(shared.choice(len(self.policies), p=self.shares))
+        return self._mark(chosen, self.policies[chosen].draw(generator, shared, images))
+
+    def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
+        return self._mark(0, self.policies[0].finish_draw(generator, lam, partner, images))
+
+    def mix(self, images: Tensor, draw: Draw) -> Mix | None:
+        return self.policies[draw.more["policy"]].mix(images, draw)
+
+    def forward(self, encoder: nn.Module, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        return self.policies[draw.more["policy"]](encoder, images, draw)
+
+    def _mark(self, chosen: int, draw: Draw) -> Draw:
+        return draw._replace(more=draw.more | {"policy": chosen})

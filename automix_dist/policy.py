@@ -1,0 +1,156 @@
+"""What a hand-made mixing policy is, and how one is found by its name: a file of automix_dist/policies.
+
+Each file there has a frozen dataclass `Settings`, and one of two classes (docs/policies.md):
+    Policy  mixes the images of a `Classifier`
+    Model   a whole model that learns how to mix: AutoMix and its descendants
+"""
+
+import importlib
+from dataclasses import asdict, dataclass, replace
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, PolicyConfig, build_section
+from automix_dist.draws import on_device
+
+
+@dataclass(frozen=True)
+class BetaSettings:
+    """What most policies set; a policy's Settings derive from it."""
+
+    alpha: float = 1.0
+    """Lambda is drawn from Beta(alpha, alpha)."""
+
+    def __post_init__(self):
+        require(self.alpha > 0, "alpha", self.alpha, "a positive number")
+
+
+class Draw(NamedTuple):
+    """How one batch is mixed."""
+
+    lam: Tensor
+    """[B] float32, the share of each image in its pair that the policy aims at."""
+    partner: Tensor
+    """[B] int64, a permutation: the image that each image is mixed with."""
+    more: dict[str, Any]
+    """What the policy drew besides: tensors [B, ...] on the device, or plain numbers and names."""
+
+
+class Mix(NamedTuple):
+    images: Tensor
+    """[B, 3, H, W], the mixed images."""
+    mask: Tensor
+    """[B, H, W], or a shape that expands to it: the weight of the partner in each pixel."""
+    lam: Tensor
+    """[B] float32, the share of each image's own label."""
+
+
+class Policy(nn.Module):
+    """A way to mix a batch with a permutation of itself.
+
+    A subclass gives `mask`; `partners`, where the partner's pixels change too; or `forward`, where the mixing happens
+    inside the network. All of it runs on the device, for the whole batch at once; what is random is drawn on the host
+    in `draw_lam` and `draw_more`, and nowhere else.
+
+    Args:
+        settings: the Settings of the policy's file.
+        mean, std: of the images that it gets, on the [0, 1] scale.
+    """
+
+    def __init__(self, settings: Any, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def check(self, backbone: nn.Module) -> None:
+        """Raise ConfigError if this backbone lacks something that the policy needs."""
+
+    def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
+        """The draws of one micro batch: one lambda, a permutation, and what `draw_more` adds.
+
+        `shared` is the same on all ranks (draws.shared_generator).
+        """
+        lam = np.full(len(images), self.draw_lam(generator))
+        return self.finish_draw(generator, lam, generator.permutation(len(images)), images)
+
+    def draw_lam(self, generator: np.random.Generator) -> float:
+        return generator.beta(self.settings.alpha, self.settings.alpha)
+
+    def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
+        """A draw with given lambdas [B] and partners [B]; the images tell size and device."""
+        height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
+        more = self.draw_more(generator, lam, height, width)
+        device = images.device
+        more = {k: on_device(v, device) if isinstance(v, np.ndarray) else v for k, v in more.items()}
+        return Draw(on_device(lam, device), on_device(partner, device), more)
+
+    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+        """Further draws: arrays whose first axis is the batch, or plain numbers; for lambdas [B] and H x W pixels."""
+        return {}
+
+    def mask(self, images: Tensor, draw: Draw) -> Tensor:
+        """The partners' weights in [0, 1], [B, H, W] or a shape that expands to it."""
+        raise NotImplementedError
+
+    def partners(self, images: Tensor, draw: Draw) -> Tensor:
+        """What each image [B, 3, H, W] is mixed with."""
+        return images[draw.partner]
+
+    def mix(self, images: Tensor, draw: Draw) -> Mix | None:
+        """Mix normalised images [B, 3, H, W]; None if not images are mixed but something inside the network."""
+        mask = self.mask(images, draw)
+        mixed = torch.lerp(images, self.partners(images, draw), mask.unsqueeze(1))
+        return Mix(mixed, mask, 1 - mask.flatten(1).mean(dim=1))
+
+    def forward(self, encoder: nn.Module, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Normalised images to the encoder's logits [B, classes] for their mixes, and the own labels' shares [B]."""
+        mix = self.mix(images, draw)
+        return encoder(mix.images, "one"), mix.lam
+
+
+def box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """[B, 4] integers, top, bottom, left, right, ends excluded -> [B, H, W] float32: 1 inside, 0 outside."""
+    top, bottom, left, right = (edge.view(-1, 1) for edge in boxes.unbind(dim=1))
+    rows, columns = (torch.arange(size, device=boxes.device) for size in (height, width))
+    rows, columns = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).float()
+
+
+def box_edges(centre: Any, share: Any, size: int) -> tuple[Any, Any]:
+    """First and last (excluded) pixel along one side: `share` of it around `centre`, cut off at the image's edges.
+
+    For numpy arrays and tensors alike; CutMix's rounding: half the side is rounded down.
+    """
+    half = 0.5 * size * share
+    half = half.astype(np.int64) if isinstance(half, np.ndarray) else half.long()
+    return (centre - half).clip(0, size), (centre + half).clip(0, size)
+
+
+def load(config: PolicyConfig) -> tuple[ModuleType, Any]:
+    """The policy's module and its settings, checked.
+
+    Raises ConfigError for a setting that the policy does not have or cannot use.
+    """
+    module = importlib.import_module(f"automix_dist.policies.{config.name}")
+    return module, build_section(module.Settings, config.settings, "policy.settings")
+
+
+def needed_feature(config: Config) -> int | None:
+    """Which of the backbone's feature maps a run's policy learns from; None if it is hand-made."""
+    return config.automix.feature if hasattr(load(config.policy)[0], "Model") else None
+
+
+def complete(config: PolicyConfig) -> PolicyConfig:
+    """The same with every setting written out. Raises ConfigError as `load` does."""
+    return replace(config, settings=asdict(load(config)[1]))
+
+
+def require(condition: bool, setting: str, value: object, expected: str) -> None:
+    """Raise ConfigError naming one of a policy's settings unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"policy.settings.{setting} = {value!r}: expected {expected}")

@@ -1,0 +1,69 @@
+"""Where the main thread of this rank stands: plain numbers, cheap to write in a step, read by heartbeat.py's thread."""
+
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+
+class Progress:
+    """The step and phase of the main thread, and how long its own work takes, apart from waiting for other ranks."""
+
+    def __init__(self, on_gpu: bool = False):
+        self.step = 0
+        self.phase = "starting"
+        self.patient = True
+        """Whether the phase may take minutes: start-up, an epoch's first step, evaluation, saving."""
+        self.advances = 0
+        """Grows with every phase and batch, by the same on all ranks: the least advanced rank holds the others up."""
+        self.usual_seconds = 0.0
+        """The slowest recent step; forgotten by 2 % a step."""
+        self.measured_steps = 0
+        self.measured_seconds = 0.0
+        self.own_seconds = {"loading": 0.0, "forward": 0.0}
+        """Sums over the measured steps of what needs no other rank (below ZeRO 3): the straggler has more of it."""
+        self.notes: deque[dict[str, Any]] = deque()
+        """What the heartbeat found out about slow ranks, for the run's log."""
+        self._on_gpu = on_gpu
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._since = self._step_began = time.perf_counter()
+
+    def begin_step(self, step: int, patient: bool) -> None:
+        self.step, self.patient = step, patient
+        self._step_began = time.perf_counter()
+
+    def enter(self, phase: str, patient: bool | None = None) -> None:
+        """The main thread begins another phase; `patient` stays as it is unless given."""
+        now = time.perf_counter()
+        if self._on_gpu and self.phase == "forward":
+            self._forward_ends()
+        elif self.phase in self.own_seconds and not self.patient:
+            self.own_seconds[self.phase] += now - self._since
+        if self._on_gpu and phase == "forward":
+            self._forward_began = torch.cuda.Event(enable_timing=True)
+            self._forward_began.record()
+        self.phase, self._since = phase, now
+        self.patient = self.patient if patient is None else patient
+        self.advances += 1
+
+    def advance(self) -> None:
+        """One more batch within a phase."""
+        self.advances += 1
+
+    def end_step(self) -> None:
+        if not self.patient:
+            seconds = time.perf_counter() - self._step_began
+            self.usual_seconds = max(seconds, 0.98 * self.usual_seconds)
+            self.measured_seconds += seconds
+            self.measured_steps += 1
+
+    def _forward_ends(self) -> None:
+        """The host only enqueues a forward pass; the GPU's own clock times it, read later and without waiting."""
+        ended = torch.cuda.Event(enable_timing=True)
+        ended.record()
+        if not self.patient:
+            self._events.append((self._forward_began, ended))
+        while self._events and self._events[0][1].query():
+            start, end = self._events.popleft()
+            self.own_seconds["forward"] += start.elapsed_time(end) / 1000

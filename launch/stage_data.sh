@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Copies .beton files and their manifests to a folder on every node's own disk, in parallel; what is there is skipped.
+#   launch/stage_data.sh [OPTIONS] FILE.beton [FILE.beton ...] FOLDER
+#
+#   --hostfile FILE   as for launch/deepspeed.sh; default: the nodes of the Slurm job, else this one
+#   --dry-run         print every command, with its reason, and copy nothing
+#   --help
+#
+# A node that sees FILE, as on a shared disk, copies it itself; to the others it is sent through ssh. A copy gets its
+# name only when its checksum is the manifest's. Then train with data.train=FOLDER/FILE.beton.
+. "$(dirname "${BASH_SOURCE[0]}")/job.sh"
+
+hostfile="" only_here=""
+while [ $# -gt 0 ]; do
+    case $1 in
+    --hostfile) hostfile=${2:?--hostfile needs a file} && shift 2 ;;
+    --here) only_here=1 && shift ;; # what runs on each node; "-" for FILE is standard input
+    --dry-run) dry_run=1 && shift ;;
+    --help) usage && exit ;;
+    *) break ;;
+    esac
+done
+[ $# -ge 2 ] || die "expected FILE.beton [FILE.beton ...] FOLDER; see --help"
+folder=$(realpath -m -- "${*: -1}")
+files=("${@:1:$#-1}")
+
+expected() { sed -n 's/^ *"checksum": *"\([0-9a-f]\{64\}\)".*/\1/p' "$1.json" | head -n 1; } # FILE: by its manifest
+
+copy() { # FILE NAME CHECKSUM: to this node; FILE may be "-"
+    local target=$folder/$2
+    if [ -f "$target" ] && [ "$(sha256sum <"$target" | cut -c1-64)" = "$3" ]; then
+        say "$(hostname): $target is there already"
+        return
+    fi
+    mkdir -p "$folder" || die "$(hostname): $folder cannot be made"
+    part=$(mktemp "$folder/.$2.XXXXXX") || die "$(hostname): $folder cannot be written"
+    trap 'rm -f "$part"' EXIT
+    cat -- "$1" >"$part" || die "$(hostname): $target could not be written; $(df -h --output=avail "$folder" | tail -n 1 | tr -d ' ') free there"
+    [ "$(sha256sum <"$part" | cut -c1-64)" = "$3" ] || die "$(hostname): the copy of $1 does not have the manifest's checksum: \`automix verify $1\` tells whether the original does"
+    chmod 644 "$part"
+    mv "$part" "$target"
+    say "$(hostname): $target copied"
+}
+
+if [ -n "$only_here" ]; then # stage_data.sh --here FILE NAME CHECKSUM FOLDER
+    copy "${files[@]}"
+    exit
+fi
+
+for file in "${files[@]}"; do
+    [ -f "$file" ] || die "$file: no such file"
+    [ -f "$file.json" ] || die "$file.json: no such file; \`automix prepare\` writes it beside the data"
+    [ -n "$(expected "$file")" ] || die "$file.json names no checksum: write the data again with \`automix prepare\`"
+done
+
+send() ( # HOST FILE NAME CHECKSUM: a small line for the remote shell, the rest packed
+    cd / # which every host has
+    job_settings=()
+    if ssh "${ssh_options[@]}" "$1" bash -s <<<"$(printf '[ -r %q ]' "$2")"; then
+        from=$2
+    else
+        from=- && exec <"$2"
+    fi
+    script=$(pack "$root/launch/stage_data.sh" --here "$from" "$3" "$4" "$folder")
+    ssh "${ssh_options[@]}" "$1" "$(printf '%q --run-packed %s' "$root/launch/rank.sh" "$script")"
+)
+
+failed=0 running=()
+for file in "${files[@]}"; do
+    file=$(realpath -- "$file")
+    for each in "$file" "$file.json"; do
+        checksum=$(expected "$file")
+        [ "$each" = "$file" ] || checksum=$(sha256sum <"$each" | cut -c1-64)
+        if [ -n "$hostfile" ]; then
+            [ ${#hosts[@]} -gt 0 ] || read_hostfile
+            plan "to each host at once: from its own view of the file, or through ssh" ssh "${ssh_options[@]}" HOST "$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder"
+            for host in "${hosts[@]}"; do
+                [ -n "$dry_run" ] || { send "$host" "$each" "${each##*/}" "$checksum" & running+=($!); }
+            done
+        else
+            command=("$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder")
+            [ -z "${SLURM_JOB_ID:-}" ] || command=(srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "${command[@]}")
+            plan "on every node of the job, or here" "${command[@]}"
+            [ -n "$dry_run" ] || { "${command[@]}" & running+=($!); }
+        fi
+    done
+done
+for each in "${running[@]}"; do wait "$each" || failed=$((failed + 1)); done
+[ $failed = 0 ] || die "$failed of ${#running[@]} copies failed; start again when that is mended: what is there is skipped"

@@ -1,0 +1,281 @@
+"""Training on several hosts, reached by ssh as a user reaches them: launched, stopped, resumed, broken and diagnosed."""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_training import records
+
+from automix_dist.checkpoint import newest
+from automix_dist.cli import EXIT_STOPPED
+
+ROOT = Path(__file__).parent.parent.parent
+DEEPSPEED = ROOT / "launch" / "deepspeed.sh"
+TORCHRUN = ROOT / "launch" / "torchrun.sh"
+QUICK = ["epochs=2", "log.every_steps=1", "log.gallery_pairs=0"]
+
+
+def until(reached, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+
+
+def trained(run: Path, step: int) -> bool:
+    return (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in records(run, "train"))
+
+
+def no_rank_is_left(hosts) -> None:
+    for name in hosts.names:
+        until(lambda name=name: not hosts.processes(name, "automix"), 15, f"the ranks on {name} have ended")
+
+
+def launch(hosts, *arguments, code: int = 0, cwd: Path = ROOT, **options) -> str:
+    done = hosts.run("n1", *arguments, timeout=240, cwd=cwd, **options)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_pdsh_stops_after_saving_and_openmpi_mpich_and_four_nodes_go_on(hosts, two, settings, tmp_path):
+    """ZeRO 2, then 1, then 3; two nodes, then four; hostile arguments and a checkout in a folder with a space."""
+    run, trap = tmp_path / "run $(touch trap); `touch trap`", ROOT / "trap"
+    arguments = [settings, *QUICK, "epochs=12", "checkpoint.every_epochs=0", f"output={run}"]
+    process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, *arguments, "engine.zero_stage=2", cwd=ROOT,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    until(lambda: process.poll() is not None or trained(run, 3), 120, "training has begun")
+    hosts.run("n1", "pkill", "-TERM", "-f", "bash .*launch/deepspeed.sh")
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "stopping: all ranks save first" in output and "stopped by SIGTERM at step" in output
+    stopped = newest(run)
+    assert stopped.manifest["world_size"] == 2 and stopped.manifest["zero_stage"] == 2
+    no_rank_is_left(hosts)
+
+    checkout = tmp_path / "a check out; $(touch trap)"
+    checkout.mkdir()
+    for name in ("launch", "automix_dist", "kernels", ".venv", "configs"):
+        (checkout / name).symlink_to(ROOT / name)
+    arguments[3:5] = [f"epochs={-(-(stopped.step + 1) // 15)}", "checkpoint.every_epochs=1"]
+    output = launch(hosts, checkout / "launch/deepspeed.sh", "--hostfile", two, *arguments, "engine.zero_stage=1", cwd=checkout)
+    assert f"step {stopped.step}\n" in output and "done:" in output and "engine.zero_stage: 2 -> 1" in output
+    second = newest(run).step
+    assert second > stopped.step and newest(run).manifest["zero_stage"] == 1
+
+    arguments[3] = f"epochs={second // 15 + 1}"
+    hostfile = hosts.folder / "hostfile"
+    output = launch(hosts, DEEPSPEED, "--over", "openmpi", "--hostfile", hostfile, *arguments, "engine.zero_stage=3")
+    assert f"step {second}\n" in output and newest(run).manifest["world_size"] == 4
+    assert not trap.exists() and not (checkout / "trap").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpirun.mpich") is None, reason="not installed: mpich")
+def test_mpich_trains_and_its_swallowed_exit_codes_are_found(hosts, two, settings, tmp_path):
+    launch(hosts, DEEPSPEED, "--over", "mpich", "--hostfile", two, settings, *QUICK)
+    assert newest(tmp_path / "run").manifest["world_size"] == 2
+    output = launch(hosts, DEEPSPEED, "--over", "mpich", "--hostfile", two, settings, "optimizer.lrr=1", code=2)
+    assert "optimizer.lr?" in output
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_without_a_lost_node_and_with_it_again(hosts, settings, tmp_path):
+    run, logs = tmp_path / "run", {}
+    arguments = ["--nodes", "1:2", "--rendezvous", "n1", settings, *QUICK, "epochs=200", "checkpoint.every_steps=5"]
+
+    def start(name: str) -> subprocess.Popen:
+        logs[name] = open(tmp_path / f"{name}.log", "w")  # noqa: SIM115
+        return hosts.popen(name, TORCHRUN, *arguments, cwd=ROOT, env={"AUTOMIX_LAST_CALL": "5"}, stdout=logs[name],
+                           stderr=subprocess.STDOUT)  # fmt: skip
+
+    def said(name: str) -> str:
+        return (tmp_path / f"{name}.log").read_text()
+
+    processes = {name: start(name) for name in ("n1", "n2")}
+    until(lambda: newest(run, lambda _: None) is not None, 120, "a checkpoint")
+    assert newest(run).manifest["world_size"] == 2, said("n1")
+    hosts.kill("n2")
+    until(lambda: "resuming from" in said("n1"), 150, "the first node goes on alone")
+    alone = newest(run).step
+    until(lambda: newest(run).step > alone and newest(run).manifest["world_size"] == 1, 60, "it saves alone")
+    hosts.start("n2")
+    processes["n2"] = start("n2")
+    until(lambda: newest(run).manifest["world_size"] == 2, 150, f"both train again:\n{said('n1')}\n{said('n2')}")
+    hosts.run("n2", "pkill", "-TERM", "-f", "bash .*launch/torchrun.sh")  # on either node
+    for name, process in processes.items():
+        assert process.wait(timeout=90) == EXIT_STOPPED, said(name)
+    assert "stopped by SIGTERM" in said("n1") + said("n2")
+    steps = [record["step"] for record in records(run, "train")]
+    assert steps == sorted(set(steps))
+    no_rank_is_left(hosts)
+
+
+@pytest.mark.slow
+def test_accelerate_trains_on_two_nodes(hosts, settings, tmp_path):
+    arguments = [ROOT / "launch" / "accelerate.sh", "--nodes", "2", "--head", "n1", settings, *QUICK]
+    other = hosts.popen("n2", *arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output = launch(hosts, *arguments)
+    assert other.wait(timeout=60) == 0 and "done: 30 steps" in output
+    assert newest(tmp_path / "run").manifest["world_size"] == 2
+
+
+def refused(hosts, hostfile: Path, *options, **keywords) -> str:
+    """A launch that must not start: what it says, within a minute."""
+    began = time.monotonic()
+    output = launch(hosts, DEEPSPEED, "--hostfile", hostfile, "configs/digits/automix_resnet10.yaml", code=2, **keywords)
+    assert time.monotonic() - began < 60
+    return output
+
+
+@pytest.fixture
+def on_n2(hosts):
+    """Bind a file or folder over another on host n2, for one test."""
+    bound = []
+
+    def bind(path: Path | str, over: Path | str) -> None:
+        done = hosts.run("n2", "mount", "--bind", path, over)
+        assert done.returncode == 0, done.stdout
+        bound.append(over)
+
+    yield bind
+    for over in bound:
+        hosts.run("n2", "umount", over)
+
+
+def test_every_host_that_cannot_take_part_is_named_with_what_to_do(hosts, tmp_path, on_n2):
+    """ssh key refused, unknown name, no route: found before anything starts, all in one go."""
+    (tmp_path / "keys").write_text("")
+    on_n2(tmp_path / "keys", "/root/.ssh/authorized_keys")
+    (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\nnowhere slots=1\n")
+    output = refused(hosts, tmp_path / "hostfile")
+    assert "n2: ssh fails" in output and "Permission denied" in output and "ssh-copy-id n2" in output
+    assert "nowhere: ssh fails" in output and "mend the name in" in output
+    assert "2 of 3 hosts cannot take part; nothing was started" in output
+
+
+def test_a_host_that_is_down_is_named(hosts, two):
+    hosts.run("n2", "ip", "link", "set", "e0", "down")
+    try:
+        assert "is it up, with an sshd, and no firewall between?" in refused(hosts, two)
+    finally:
+        hosts.run("n2", "ip", "link", "set", "e0", "up")
+
+
+def test_a_host_without_the_checkout_or_with_another_one_is_named(hosts, two, tmp_path, on_n2):
+    (tmp_path / "other.py").write_text("# another version\n")
+    on_n2(tmp_path / "other.py", ROOT / "automix_dist" / "__init__.py")
+    assert "n2: its files in" in refused(hosts, two)
+    (tmp_path / "empty").mkdir()
+    on_n2(tmp_path / "empty", ROOT / ".venv")
+    output = refused(hosts, two)
+    assert "n2: " in output and ".venv does not work there: run launch/install.sh on it" in output
+    on_n2(tmp_path / "empty", ROOT / "launch")
+    assert "env.sh is not there: every node needs this checkout at the same path" in refused(hosts, two)
+
+
+def test_a_host_with_other_versions_is_named(hosts, two, tmp_path, on_n2):
+    import torch
+
+    (installed,) = Path(torch.__file__).parent.parent.glob("torch-*.dist-info")
+    text = (installed / "METADATA").read_text()
+    (tmp_path / "METADATA").write_text(text.replace("\nVersion: ", "\nVersion: 1.13.0+old", 1))
+    on_n2(tmp_path / "METADATA", installed / "METADATA")
+    output = refused(hosts, two)
+    assert "n2: has Python" in output and "torch 1.13.0+old" in output and "install the same" in output
+
+
+def test_a_port_that_is_taken_and_a_name_that_is_loopback_are_named(hosts, two, tmp_path, on_n2):
+    code = "import socket, time; s = socket.create_server(('', 29500)); print('ready', flush=True); time.sleep(60)"
+    holder = hosts.popen("n1", "python3", "-c", code, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    try:
+        assert "MASTER_PORT = 29500: taken on n1" in refused(hosts, two, env={"MASTER_PORT": "29500"})
+    finally:
+        holder.kill()
+        holder.communicate()
+    (tmp_path / "hosts").write_text("127.0.1.1 n1\n10.77.0.2 n2\n")
+    on_n2(tmp_path / "hosts", "/etc/hosts")
+    assert "n2: resolves n1 to 127.0.1.1, which is itself: mend its /etc/hosts" in refused(hosts, two)
+
+
+def test_debians_loopback_name_of_the_first_host_is_worked_around_and_said(hosts, two, tmp_path):
+    """Debian's /etc/hosts gives the own name 127.0.1.1: the others' view of the address is taken."""
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1 n1\n10.77.0.2 n2\n")
+    script = 'mount --bind "$0" /etc/hosts; trap "umount /etc/hosts" EXIT; "$@"'
+    output = launch(hosts, "bash", "-c", script, tmp_path / "hosts", DEEPSPEED, "--hostfile", two, "--dry-run", "CONFIG")
+    assert "n1 resolves itself to 127.0.1.1 (loopback); using 10.77.0.1, which n2 sees" in output
+    assert "--master_addr=10.77.0.1" in output
+
+
+def test_a_clock_that_is_off_is_told(hosts, two, tmp_path, on_n2):
+    (tmp_path / "date").write_text("#!/bin/sh\necho 1000000000\n")
+    (tmp_path / "date").chmod(0o755)
+    on_n2(tmp_path / "date", shutil.which("date"))
+    output = launch(hosts, DEEPSPEED, "--hostfile", two, "--dry-run", "CONFIG")
+    assert "warning: n2: its clock is off by -" in output
+
+
+def test_data_reaches_the_disk_of_every_node(hosts, two, digits, tmp_path, on_n2):
+    """Each host's own /mnt: copied by those who see the file, sent through ssh to those who do not, then skipped."""
+    source = tmp_path / "a b; $(touch trap)"
+    source.mkdir()
+    for name in ("val.beton", "val.beton.json"):
+        shutil.copy(digits / name, source)
+    (tmp_path / "empty").mkdir()
+    on_n2(tmp_path / "empty", source)
+    stage = [ROOT / "launch" / "stage_data.sh", "--hostfile", two, source / "val.beton", "/mnt/fast disk"]
+    assert launch(hosts, *stage).count("copied") == 4
+    for name in ("n1", "n2"):
+        assert hosts.run(name, "cmp", digits / "val.beton", "/mnt/fast disk/val.beton").returncode == 0
+    assert launch(hosts, *stage).count("there already") == 4
+    hosts.run("n2", "mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", "/mnt/fast disk")
+    output = launch(hosts, *stage, code=2)
+    assert "n2: /mnt/fast disk/val.beton could not be written" in output and "1 of 4 copies failed" in output
+    hosts.run("n2", "umount", "/mnt/fast disk")
+
+
+@pytest.mark.slow
+def test_one_node_without_the_data_ends_the_job_and_is_named(hosts, two, settings, digits, tmp_path, on_n2):
+    (tmp_path / "empty").mkdir()
+    on_n2(tmp_path / "empty", digits)
+    began = time.monotonic()
+    output = launch(hosts, DEEPSPEED, "--hostfile", two, settings, *QUICK, code=2, env={"AUTOMIX_GRACE": "5"})
+    assert time.monotonic() - began < 100
+    assert "n2: automix [rank 1]: error: " in output and "train.beton" in output
+    assert "automix: rank 1 on n2 ended with exit code 2" in output and "ending the other ranks" in output
+    no_rank_is_left(hosts)
+
+
+@pytest.mark.slow
+def test_the_launching_script_is_killed_and_the_ranks_save_and_leave(hosts, two, settings, tmp_path):
+    run = tmp_path / "run"
+    process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, settings, *QUICK, "epochs=200", cwd=ROOT,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    until(lambda: trained(run, 3), 120, "training has begun")
+    hosts.run("n1", "pkill", "-KILL", "-f", "bash .*launch/deepspeed.sh")
+    process.wait(timeout=10)
+    until(lambda: newest(run, lambda _: None) is not None, 60, "the ranks have saved")
+    assert json.loads((newest(run).folder / "manifest.json").read_text())["world_size"] == 2
+    no_rank_is_left(hosts)
+
+
+@pytest.mark.slow
+def test_slow_and_lossy_links_are_survived_and_a_killed_node_is_named(hosts, two, settings, tmp_path):
+    run = tmp_path / "run"
+    hosts.run("n2", "tc", "qdisc", "add", "dev", "e0", "root", "netem", "delay", "3ms", "1ms", "loss", "0.5%")
+    try:
+        process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, settings, *QUICK, "epochs=200", "checkpoint.every_steps=5",
+                              cwd=ROOT, env={"AUTOMIX_GRACE": "10"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        until(lambda: process.poll() is not None or newest(run, lambda _: None) is not None, 120, "a checkpoint")
+        hosts.run("n2", "pkill", "-KILL", "-f", "bin/automix")
+        output, _ = process.communicate(timeout=100)
+    finally:
+        hosts.run("n2", "tc", "qdisc", "del", "dev", "e0", "root")
+    assert process.returncode not in (0, EXIT_STOPPED), output
+    assert "automix: rank 1 on n2 ended with exit code 137" in output
+    assert newest(run) is not None
+    no_rank_is_left(hosts)

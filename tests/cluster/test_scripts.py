@@ -1,0 +1,192 @@
+"""What the launching scripts do without any host: plans, refusals, quoting, and the files other systems read."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+LAUNCH = ROOT / "launch"
+CONFIG = "configs/digits/automix_resnet10.yaml"
+SCRIPTS = ["deepspeed.sh", "torchrun.sh", "accelerate.sh", "slurm.sbatch", "stage_data.sh"]
+HOSTILE = ["output=a b; touch {0} $(touch {0}) `touch {0}` \" ' \\ *", "x=${{HOME}}\nnew line", "", "ünïcode %n %h"]
+
+pytestmark = pytest.mark.skipif(shutil.which("ip") is None, reason="not installed: iproute2")
+
+
+def bash(*arguments: str | Path, code: int = 0, **options) -> str:
+    """Run a script; its output and errors together."""
+    done = subprocess.run(
+        ["bash", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, cwd=ROOT,
+        **options,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_tells_the_whole_header(script):
+    text = bash(LAUNCH / script, "--help")
+    assert script in text and "--dry-run" in text and "#" not in text.splitlines()[0]
+    assert "no config" in bash(LAUNCH / script, code=2) or script == "stage_data.sh"
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "slurm.sbatch"])
+def test_a_dry_run_shows_the_command_the_settings_and_why(script):
+    text = bash(LAUNCH / script, "--dry-run", CONFIG, "epochs=3", "output=a b")
+    assert "automix train --resume configs/digits/automix_resnet10.yaml epochs=3 output=a\\ b" in text
+    settings = [line for line in text.splitlines() if line.startswith("  ") and "=" in line and "#" not in line]
+    reasons = [line for line in text.splitlines() if line.startswith("      # ")]
+    assert len(settings) == len(reasons) >= 6
+
+
+def test_settings_of_the_user_win():
+    environment = os.environ | {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "mine"}
+    text = bash(LAUNCH / "rank.sh", "--explain", env=environment)
+    assert "NCCL_DEBUG=INFO" in text and "PYTHONUNBUFFERED=1" in text
+    shown = bash(LAUNCH / "rank.sh", "bash", "-c", "echo $NCCL_DEBUG $GLOO_SOCKET_IFNAME", env=environment)
+    assert shown == "INFO mine\n"
+
+
+def test_arguments_and_variables_survive_the_packing(tmp_path):
+    """Through `pack` and rank.sh, in a folder with a space, to a program that prints what it got."""
+    trap, folder = tmp_path / "trap", tmp_path / "a b; $(id)"
+    folder.mkdir()
+    arguments = [text.format(trap) for text in HOSTILE]
+    code = "import json, os, sys; print(json.dumps([os.getcwd(), os.environ['NCCL_X'], *sys.argv[1:]]))"
+    script = f'. {LAUNCH}/job.sh; job_settings=(); cd "$1"; shift; pack "$@"'
+    packed = bash("-c", script, "bash", folder, "python3", "-c", code, *arguments, env=os.environ | {"NCCL_X": arguments[0]})
+    assert packed.isascii() and not set(packed) & set(" ;$&|<>'\"\\`*?()")
+    assert json.loads(bash(LAUNCH / "rank.sh", "--packed", packed)) == [str(folder), arguments[0], *arguments]
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "line", ["-oProxyCommand=id slots=1", "a;b slots=1", "$(id) slots=2", "n1", "n1 slots=0", "user@n1 slots=1", "n[1-2] slots=1"]
+)
+def test_a_line_of_a_hostfile_that_is_no_host_is_named(tmp_path, line):
+    (tmp_path / "hosts").write_text(f"# comment\n\nn0 slots=1\n{line}\n")
+    text = bash(LAUNCH / "deepspeed.sh", "--hostfile", tmp_path / "hosts", CONFIG, code=2)
+    assert f"{tmp_path}/hosts:4: " in text and "expected HOST slots=N" in text
+
+
+def test_hostfiles_that_cannot_be_used(tmp_path):
+    (tmp_path / "twice").write_text("n1 slots=1\nn1 slots=2\n")
+    (tmp_path / "empty").write_text("# nothing\n")
+    for name, message in (("twice", "n1 is there twice"), ("empty", "no hosts"), ("absent", "no such hostfile")):
+        assert message in bash(LAUNCH / "deepspeed.sh", "--hostfile", tmp_path / name, CONFIG, code=2)
+
+
+def test_ranks_that_cannot_share_the_batch_are_told_before_anything_starts():
+    text = bash(LAUNCH / "torchrun.sh", "--dry-run", "--ranks-per-node", "3", CONFIG, code=2)
+    assert "batch_size = 64 cannot be shared evenly" in text
+    text = bash(LAUNCH / "torchrun.sh", "--dry-run", "--nodes", "1:4", "--rendezvous", socket.gethostname(), CONFIG)
+    assert "by 3 node(s)" in text and "1 2 4 would do" in text
+
+
+def test_a_rendezvous_that_no_other_node_can_reach_is_refused():
+    text = bash(LAUNCH / "torchrun.sh", "--dry-run", "--nodes", "2", "--rendezvous", "localhost", CONFIG, code=2)
+    assert "localhost resolves to" in text and "this node itself" in text
+    text = bash(LAUNCH / "torchrun.sh", "--dry-run", "--nodes", "2", CONFIG, code=2)
+    assert "needs --rendezvous HOST" in text
+
+
+def test_ports_in_use_are_seen():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = f". {LAUNCH}/env.sh; port_taken {listener.getsockname()[1]}"
+        bash("-c", taken)
+    bash("-c", taken, code=1)
+
+
+def test_cores_are_shared_out_by_numa_node():
+    """Two nodes, hyperthreads numbered last, as on most servers: a rank's threads are siblings of one node."""
+    topology = "".join(f"{cpu % 8 // 4},{cpu % 8},{cpu}\n" for cpu in range(16))
+    script = f'. {LAUNCH}/env.sh; lscpu() {{ printf "# NODE,CORE,CPU\\n{topology}"; }}; ordered_cores 0-11,13'
+    assert bash("-c", script).split() == "0 8 1 9 2 10 3 11 4 5 13 6 7".split()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
+def test_each_rank_of_a_node_gets_cores_of_its_own():
+    code = "import os; print(sorted(os.sched_getaffinity(0)), os.environ['AUTOMIX_CORE_SHARERS'])"
+    seen = [
+        bash(LAUNCH / "rank.sh", "python3", "-c", code, env=os.environ | {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    cores = [set(json.loads(line.rsplit(" ", 1)[0])) for line in seen]
+    assert not cores[0] & cores[1] and cores[0] | cores[1] == os.sched_getaffinity(0)
+
+
+def test_stage_data_copies_once_and_only_what_is_whole(digits, tmp_path):
+    target = tmp_path / "a b"
+    assert "copied" in bash(LAUNCH / "stage_data.sh", digits / "train.beton", digits / "val.beton", target)
+    for name in ("train.beton", "val.beton", "train.beton.json"):
+        assert (target / name).read_bytes() == (digits / name).read_bytes()
+    assert bash(LAUNCH / "stage_data.sh", digits / "train.beton", target).count("there already") == 2
+    torn = bytearray((digits / "val.beton").read_bytes())
+    torn[len(torn) // 2] ^= 1
+    (tmp_path / "val.beton").write_bytes(torn)
+    shutil.copy(digits / "val.beton.json", tmp_path)
+    (target / "val.beton").unlink()
+    text = bash(LAUNCH / "stage_data.sh", tmp_path / "val.beton", target, code=2)
+    assert "does not have the manifest's checksum" in text
+    assert sorted(path.name for path in target.iterdir()) == ["train.beton", "train.beton.json", "val.beton.json"]
+
+
+KINDS = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+
+
+def check(value, schema: dict, where: str) -> None:
+    """A value against a structural schema: types, required and unknown fields, as the API server checks them."""
+    if schema.get("x-kubernetes-int-or-string"):
+        assert isinstance(value, int | str), where
+    elif "type" in schema:
+        assert isinstance(value, KINDS[schema["type"]]), f"{where} is no {schema['type']}"
+    assert value in schema.get("enum", [value]), f"{where} = {value}: not one of {schema.get('enum')}"
+    if isinstance(value, dict):
+        assert set(schema.get("required", [])) <= value.keys(), f"{where} lacks {schema['required']}"
+        for key, inner in value.items():
+            known = schema.get("properties", {}).get(key, schema.get("additionalProperties"))
+            free = ".metadata" in where or schema.get("x-kubernetes-preserve-unknown-fields")
+            assert known is not None or free, f"{where}.{key}: no such field"
+            check(inner, known or {}, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            check(inner, schema.get("items", {}), f"{where}[{index}]")
+
+
+def test_the_kubernetes_manifest_fits_the_published_schema():
+    schemas = json.loads(Path(__file__).with_name("kubeflow_trainer_schema.json").read_text())
+    documents = list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
+    for document in documents:
+        check(document, schemas[document["kind"]], document["kind"])
+    runtime, job = documents
+    assert job["spec"]["runtimeRef"] | {"name": runtime["metadata"]["name"]} == job["spec"]["runtimeRef"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]} >= {"shm"}
+    for field in ("containers", "podTemplateOverrides"):  # what older versions took
+        with pytest.raises(AssertionError, match="no such field"):
+            check(job | {"spec": job["spec"] | {field: []}}, schemas["TrainJob"], "TrainJob")
+
+
+def test_the_pods_command_starts_what_the_trainer_asks_for():
+    job = list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))[1]["spec"]["trainer"]
+    told = {"PET_NNODES": "2", "PET_NPROC_PER_NODE": "8", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "automix-node-0-0.automix"}
+    text = bash(*job["command"][1:], "--dry-run", *job["args"], env=os.environ | told)
+    assert "--nproc-per-node=8" in text and "--rdzv" not in text and "output=/runs/automix_resnet50_100ep" in text
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="not installed: shellcheck")
+def test_shellcheck_is_content():
+    files = [LAUNCH / name for name in (*SCRIPTS, "env.sh", "job.sh", "rank.sh")]
+    # Sourced files and their variables, functions that other functions call, texts meant for another shell.
+    allowed = "SC1091,SC2154,SC2034,SC2317,SC2016,SC2013,SC2029"
+    done = subprocess.run(["shellcheck", "-x", "-e", allowed, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,125 @@
+"""The benchmark of a whole job: that its record adds up, and what it concludes. No timing is judged."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from automix_dist.bench import throughput as bench
+from automix_dist.config import ConfigError, load_config
+from automix_dist.data import Batch
+
+CONFIG = "configs/imagenet/automix_resnet18_100ep.yaml"
+SMALL = ["model.backbone=resnet10t", "data.image_size=32", "batch_size=8", "engine.device=cpu", "automix.feature=-2"]
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path):
+    arguments = [CONFIG, *SMALL, "engine.accumulation_steps=2", "--steps", "6", "--warmup", "2", "--images", "40"]
+    arguments += ["--storage", "raw@48", "--data", str(tmp_path / "data"), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "automix_dist", "bench", "throughput", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "throughput.json").read_text())
+    measured = result["measured"]
+    assert measured["steps"] == 8, "two epochs of five steps, less the two of the warm-up"
+    assert 0 <= measured["waiting_share"] < 1 and 0 < measured["filling_share"] < 1
+    assert 0 < measured["saving_share"] < 1 and measured["saving_seconds"] > 0
+    assert measured["images_per_second"] > 0 and measured["evaluated_per_second"] > 0 and result["loader_alone"] > 0
+    assert result["images"] == [1281167, 50000] and result["epochs"] == 100
+    assert measured["joules_per_image"] is None or torch.cuda.is_available()
+    text = (tmp_path / "throughput.md").read_text()
+    assert text == bench.markdown(result) and text in done.stdout
+    saved = sorted(path.name for path in (tmp_path / "data" / "run" / "checkpoints").glob("step_*"))
+    assert saved == ["step_00000005", "step_00000010"]
+
+
+class Naps:
+    """A loader whose batches take `seconds` each, the first of an epoch three times that."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def epoch(self, number: int, start_step: int = 0):
+        for index in range(4):
+            time.sleep(self.seconds * (3 if index == 0 else 1))
+            yield Batch(torch.zeros(2, 1, 1, 3, dtype=torch.uint8), torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_waiting_and_working_are_told_apart(micro_batches):
+    recorder = bench.Recorder(warmup=1, micro_batches=micro_batches)
+    epoch, loader = recorder._epoch(Naps.epoch), Naps(0.02)
+    for number in range(3):
+        batches = epoch(loader, number)
+        for _ in range(4):
+            next(batches)
+            time.sleep(0.01)
+        batches.close()
+    recorder.saving, recorder.evaluating = [0.1, 0.3], [(2.0, 100)]
+    config = dataclasses.replace(load_config(CONFIG, ["batch_size=2"]))
+    measured = bench.figures(recorder, config, 1)
+    assert measured["steps"] == 12 / micro_batches - 1
+    counted = 12 - micro_batches
+    total = counted * 0.01 + 2 * 0.06 + (counted - 3) * 0.02
+    assert measured["waiting_share"] == pytest.approx((counted - 3) * 0.02 / total, abs=0.1)
+    assert measured["filling_share"] == pytest.approx(2 * 0.06 / total, abs=0.1)
+    assert measured["step_ms"] >= 10 * micro_batches
+    assert measured["saving_seconds"] == pytest.approx(0.2) and measured["evaluated_per_second"] == 50
+
+
+def test_extrapolation():
+    recipe = load_config(CONFIG, ["epochs=10", "batch_size=100", "eval_every_epochs=3", "checkpoint.every_epochs=2"])
+    measured = {
+        "images_per_second": 500.0, "filling_share": 0.5, "evaluated_per_second": 100.0, "saving_seconds": 36.0,
+        "world_size": 4,
+    }  # fmt: skip
+    hours = bench.extrapolate(measured, recipe, (360_050, 90_000))
+    assert hours["training"] == pytest.approx(1.0)  # 10 epochs of 3,600 steps at 1,000 images/s while an epoch runs
+    assert hours["evaluating"] == pytest.approx(1.0)  # four times 900 s
+    assert hours["saving"] == pytest.approx(0.05)
+    assert hours["hours"] == pytest.approx(2.05) and hours["device_hours"] == pytest.approx(8.2)
+
+
+def test_the_verdict():
+    result = {
+        "config": "c", "machine": {"device": "abacus", "versions": {}, "load_average": 0.0}, "data": "beads",
+        "batch_size": 8, "epochs": 1, "images": [1, 1], "loader_alone": 200.0,
+        "measured": {"images_per_second": 100.0, "world_size": 1, "step_ms": 80.0, "waiting_share": 0.2,
+                     "filling_share": 0.0, "saving_share": 0.0, "saving_seconds": 0.0, "steps": 3,
+                     "evaluated_per_second": 1.0, "joules_per_image": 2.5},
+        "recipe": {"hours": 1.0, "training": 1.0, "evaluating": 0.0, "saving": 0.0, "device_hours": 1.0},
+    }  # fmt: skip
+    text = bench.markdown(result)
+    assert "20.0%: the loader holds the job up" in text and "2.50 J/image" in text and "2.0 times" in text
+    result["measured"]["waiting_share"] = 0.01
+    assert "the step is what takes the time" in bench.markdown(result)
+
+
+def test_a_job_is_the_recipe_but_for_its_length(tmp_path):
+    files = bench.generated(tmp_path, 40, "raw@32", 8)
+    assert bench.generated(tmp_path, 40, "raw@32", 8) == files
+    recipe = load_config(CONFIG, SMALL)
+    job = bench.job(recipe, tmp_path, files, steps=7, warmup=2)
+    assert job.epochs == 2 and job.checkpoint.every_steps == 5
+    assert (job.model, job.automix, job.engine, job.batch_size) == (
+        recipe.model, recipe.automix, recipe.engine, recipe.batch_size)  # fmt: skip
+    with pytest.raises(ConfigError, match="batch_size = 41 exceeds the 40 images"):
+        bench.job(dataclasses.replace(recipe, batch_size=41), tmp_path, files, 7, 2)
+
+
+def test_ranks_do_not_make_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        bench.generated(tmp_path, 40, "raw@32", 8)
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "1"], ["--warmup", "0"], ["--images", "3"], ["--storage", "png@5"]])
+def test_refuses(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.run([CONFIG, *arguments])
+    assert stop.value.code == 2 and "expected" in capsys.readouterr().err

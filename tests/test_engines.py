@@ -1,0 +1,206 @@
+"""Settings of the engines: DeepSpeed's JSON and what contradicts it, the linter, activation checkpointing, SyncBN."""
+
+import json
+
+import pytest
+import timm
+import torch
+from ranks import run_ranks
+from test_engine import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine, whole_parameters
+from tiny import micro_batch, rank_draws, tiny_config, tiny_model
+
+from automix_dist.activation_checkpointing import checkpoint_blocks
+from automix_dist.backbone import create_backbone, synchronize_batchnorm
+from automix_dist.config import ConfigError, ModelConfig
+from automix_dist.engines import deepspeed_settings, describe
+from automix_dist.optimizer import build_optimizer, set_learning_rates
+from automix_dist.schedules import Schedule
+
+CPU = torch.device("cpu")
+
+
+def with_json(tmp_path, values, **engine):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    return tiny_config(engine={"deepspeed_json": str(path), **engine}, optimizer={"clip_norm": 2.0})
+
+
+def test_a_users_json_is_merged(tmp_path):
+    added = {
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_scatter": False},
+    }
+    same = {"train_batch_size": "auto", "gradient_clipping": 2.0, "bf16": {"enabled": False}}
+    settings = deepspeed_settings(with_json(tmp_path, {**added, **same}, zero_stage=2), 2, CPU)
+    assert settings["wall_clock_breakdown"] and not settings["zero_optimization"]["reduce_scatter"]
+    assert settings["train_batch_size"] == 16 and settings["zero_optimization"]["stage"] == 2
+    assert settings["gradient_clipping"] == 0.0  # the fused optimizer clips
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gradient_clipping": 1.0}, r"gradient_clipping to 1.0, but optimizer.clip_norm makes it 2.0"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization.stage to 3, but engine.zero_stage makes it 0"),
+        ({"train_batch_size": 64}, r"train_batch_size to 64, but batch_size makes it 16"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled to True, but engine.precision makes it False"),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer cannot be used here"),
+        ({"elasticity": {"enabled": True}}, r"elasticity cannot be used here"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 2}}, r"zero_hpz_partition_size cannot be used here"),
+        ([], r"expected a JSON object"),
+    ],
+)
+def test_contradictions_name_both_values(tmp_path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_settings(with_json(tmp_path, values), 2, CPU)
+
+
+def test_a_json_that_is_missing_or_torn_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.json.*No such file"):
+        deepspeed_settings(tiny_config(engine={"deepspeed_json": "nowhere.json"}), 1, CPU)
+    (tmp_path / "torn.json").write_text('{"zero_opt')
+    with pytest.raises(ConfigError, match=r"torn.json.*cannot be read"):
+        deepspeed_settings(tiny_config(engine={"deepspeed_json": str(tmp_path / "torn.json")}), 1, CPU)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"name": "ddp", "zero_stage": 2}, "engine.zero_stage = 2 has no meaning for engine.name = 'ddp'"),
+        ({"name": "fsdp2", "offload_optimizer": True}, "engine.offload_optimizer"),
+        ({"offload_optimizer": True}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"sync_batchnorm": True}, "needs GPUs"),
+        ({"max_skipped_steps": 0}, "engine.max_skipped_steps"),
+    ],
+)
+def test_impossible_engines_are_refused(engine, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(engine=engine)
+
+
+def test_the_linter_says_what_the_settings_come_to():
+    config = tiny_config(batch_size=64, engine={"zero_stage": 2, "accumulation_steps": 2}, optimizer={"clip_norm": 5.0})
+    text = "\n".join(describe(config, 4, CPU))
+    assert "8 images x 4 rank(s) x 2 micro batch(es) = 64" in text and "at 5" in text and "ZeRO 2" in text
+    assert "clipping: none" in "\n".join(describe(tiny_config(engine={"name": "ddp"}), 1, CPU))
+
+
+def effective_deepspeed(config):
+    """What DeepSpeed itself says that it does."""
+    engine = start_engine(config)[2].deepspeed
+    return (
+        engine.gradient_clipping(),
+        engine.train_batch_size(),
+        engine.zero_optimization_stage(),
+        engine.zero_reduce_bucket_size(),
+    )
+
+
+def test_what_the_linter_says_is_what_deepspeed_does():
+    config = tiny_config(engine={"zero_stage": 2, "bucket_size": 12346}, optimizer={"clip_norm": 5.0})
+    assert run_ranks(1, effective_deepspeed, config) == [(0.0, 16, 2, 12346)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224"])
+def test_activation_checkpointing_changes_nothing_but_memory(name):
+    """Gradients and BatchNorm's running statistics: a block that is computed twice must not count its batch twice."""
+    kwargs = {"img_size": 32, "depth": 3} if name.startswith("vit") else {}
+    results = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=7, **kwargs).train()
+        calls = []
+        if again:
+            assert checkpoint_blocks(model) >= 3
+            first = next(m for m in model.modules() if type(m).__name__.endswith("Block"))
+            next(first.children()).register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+        assert len(calls) == (2 if again else 0)
+        results.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+    for plain, again in zip(*results, strict=True):
+        assert plain.keys() == again.keys()
+        for key in plain:
+            assert torch.equal(plain[key], again[key]), key
+
+
+def test_activation_checkpointing_needs_blocks():
+    with pytest.raises(ConfigError, match="finds no blocks"):
+        checkpoint_blocks(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_synchronized_batchnorm_keeps_weights_and_activations(name):
+    """timm's BatchNorm layers may hold the activation; evaluation, which synchronises nothing, must not change."""
+    backbone = create_backbone(ModelConfig(backbone=name), -2, 32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected, names = backbone(images), list(backbone.state_dict())
+    converted = synchronize_batchnorm(backbone)
+    assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in converted.modules())
+    assert not any(type(m) is torch.nn.BatchNorm2d for m in converted.modules())
+    assert list(converted.state_dict()) == names
+    torch.testing.assert_close(converted(images), expected)
+
+
+def momentum_after(config, folder, steps: int):
+    """The momentum encoder of an engine after many steps, and what float64 makes of the query encoder's path."""
+    process, model, engine = start_engine(config)
+    truth = {n: p.double() for n, p in query_and_momentum(engine, folder, process, config)[1].items()}
+    for step in range(steps):
+        engine_steps(config, process, model, engine, step, step + 1)
+        coefficient = Schedule(config, STEPS_PER_EPOCH).at(step).momentum
+        query = query_and_momentum(engine, folder, process, config)[0]
+        truth = {n: coefficient * k + (1 - coefficient) * query[n].double() for n, k in truth.items()}
+    return query_and_momentum(engine, folder, process, config)[1], truth
+
+
+def query_and_momentum(engine, folder, process, config) -> tuple[dict, dict]:
+    whole = whole_parameters(engine, folder, process, config)
+    process.barrier()
+    import shutil
+
+    if process.is_main:
+        shutil.rmtree(folder / "checkpoints")
+    process.barrier()
+    parts = [
+        {n.removeprefix(p): t.clone() for n, t in whole.items() if n.startswith(p)} for p in ("query.", "momentum.")
+    ]
+    return parts[0], parts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero0", "zero2", "zero3", "ddp", "fsdp2"])
+def test_the_momentum_encoder_follows_a_float64_restatement_for_200_steps(engine, tmp_path):
+    config = tiny_config(epochs=100, engine=ENGINES[engine], automix={"momentum": 0.99, "momentum_end": 0.999})
+    got, truth = run_ranks(2, momentum_after, config, tmp_path, 200)[0]
+    for name, expected in truth.items():
+        torch.testing.assert_close(got[name].double(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_ranks_agree_with_one_process(engine, tmp_path):
+    from test_engine import assert_same, train_plain, train_with_engine
+
+    config = tiny_config(engine={**ENGINES[engine], "accumulation_steps": 1}, optimizer={"clip_norm": 0.5})
+    ranks = run_ranks(4, train_with_engine, config, tmp_path, 4)
+    assert_same(ranks[0], train_plain(config, ranks=4, steps=4))
+    assert all(torch.equal(ranks[0][n], r[n]) for r in ranks[1:] for n in r)
+
+
+def test_a_fused_optimizer_is_torchs_plain_one():
+    """The same weights after a few steps as torch's unfused optimizers on the same gradients."""
+    for name, extra in (("sgd", {}), ("adamw", {"mix_momentum": None, "lr": 0.01})):
+        config = tiny_config(optimizer={"name": name, **extra})
+        models = [tiny_model(config) for _ in range(2)]
+        ours = build_optimizer(models[0], config.optimizer)
+        plain = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+        groups = [{**g, "fused": False} for g in build_optimizer(models[1], config.optimizer).param_groups]
+        optimizers = [ours, plain(groups, lr=0.1)]
+        for step in range(3):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                set_learning_rates(optimizer, Schedule(config, 4).at(step))
+                optimizer.zero_grad()
+                model(*micro_batch(step, 0, 8), rank_draws(config, step, 0, 8), 0.1).total.backward()
+                optimizer.step()
+        for (key, got), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6, msg=key)

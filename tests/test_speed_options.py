@@ -1,0 +1,204 @@
+"""The speed options: those that are said to train the same do, and those that do not do what they say."""
+
+import dataclasses
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import assert_same, train_plain, train_with_engine
+from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
+
+from automix_dist.automix import AutoMix
+from automix_dist.backbone import create_backbone
+from automix_dist.bench import step as bench
+from automix_dist.bench.step import counted_flops
+from automix_dist.config import ConfigError, from_dict
+from automix_dist.draws import draw_step
+from automix_dist.schedules import Schedule
+
+
+def gradients(model: AutoMix, config) -> list[torch.Tensor]:
+    images, labels = micro_batch(0, 0, 8)
+    losses = model(images, labels, rank_draws(config, 0, 0, 8), 0.1)
+    losses.total.backward()
+    return [losses.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("immediate", "backend"), [(False, "aot_eager"), (True, "inductor")])
+def test_compiled_regions_compute_the_same(immediate, backend):
+    config = tiny_config(engine={"immediate_backward": immediate})
+    plain, compiled = tiny_model(config), tiny_model(config)
+    names = list(compiled.state_dict())
+    compiled.compile_regions(backend)
+    assert list(compiled.state_dict()) == names, "a checkpoint of one fits the other"
+    for got, expected in zip(gradients(compiled, config), gradients(plain, config), strict=True):
+        assert (got - expected).norm() / expected.norm().clamp(min=1e-3) < 1e-4
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 4 and not counters["graph_break"]
+    torch.compiler.reset()
+    counters.clear()
+
+
+def train_compiled(config, folder):
+    """As train_with_engine, compiled: what `automix train` does with engine.compile."""
+    import test_engine
+
+    make = test_engine.tiny_model
+
+    def compiled(settings):
+        model = make(settings)
+        model.compile_regions("aot_eager")
+        return model
+
+    test_engine.tiny_model = compiled
+    return train_with_engine(config, folder, 2)
+
+
+@pytest.mark.slow
+def test_compiled_regions_train_the_same_under_an_engine(tmp_path):
+    config = tiny_config(engine={"zero_stage": 1, "immediate_backward": True})
+    (trained,) = run_ranks(1, train_compiled, config, tmp_path)
+    assert_same(trained, train_plain(tiny_config(), ranks=1, steps=2), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("immediate", [False, True])
+def test_a_joint_pass_of_the_query_encoder_computes_the_same(immediate):
+    config = tiny_config()
+    models = []
+    for joint in (False, True):
+        torch.manual_seed(0)
+        backbone = TinyBackbone("group")
+        models.append(
+            AutoMix(backbone, CLASSES, config.automix, joint_query=joint, immediate_backward=joint and immediate)
+        )
+    for got, expected in zip(*(gradients(model, config) for model in models[::-1]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_joint_pass_is_refused_where_it_would_differ():
+    with pytest.raises(ConfigError, match="BatchNorm"):
+        AutoMix(TinyBackbone("batch"), CLASSES, joint_query=True)
+    with pytest.raises(ConfigError, match="feature_source"):
+        from_dict({"engine": {"joint_query": True}, "automix": {"feature_source": "query"}})
+    for engine in ({"zero_stage": 3}, {"name": "fsdp2"}):
+        with pytest.raises(ConfigError, match=r"engine\.compile"):
+            from_dict({"engine": {"compile": True, **engine}})
+
+
+def small_resnet(**automix) -> tuple[AutoMix, dict]:
+    config = from_dict({"model": {"backbone": "resnet10t"}, "automix": automix})
+    torch.manual_seed(0)
+    return AutoMix(create_backbone(config.model, -2, 64), 10, config.automix).train(), config
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_features_and_embedding_are_those_of_two_passes(name):
+    config = from_dict({"model": {"backbone": name}})
+    size = 224 if "swin" in name else 64
+    backbone = create_backbone(config.model, 5 if "vit" in name else -2, size).eval()
+    images = torch.randn(2, 3, size, size)
+    features, embedding = backbone.features_and_embedding(images)
+    torch.testing.assert_close(features, backbone.features(images))
+    torch.testing.assert_close(embedding, backbone(images))
+
+
+def step_flops(model: AutoMix, config, judged: bool = True) -> float:
+    images, labels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(0, 10, (4,))
+    draws = draw_step(config.automix, 4, seed=0, step=0)._replace(train_mixed_momentum=judged)
+    return counted_flops(lambda: model(images, labels, draws, 0.1).total.backward()) / 4
+
+
+def test_what_the_inexact_options_save():
+    """In forward passes F: 9 in all, 1 for the features, 2 for the judgement; docs/throughput.md."""
+    model, config = small_resnet()
+    with torch.no_grad():
+        forward = counted_flops(lambda: model.query(torch.randn(4, 3, 64, 64), "one")) / 4
+    whole = step_flops(model, config)
+
+    def saved(model: AutoMix, config, judged: bool = True) -> float:
+        return (whole - step_flops(model, config, judged)) / forward
+
+    assert saved(*small_resnet(feature_source="query")) == pytest.approx(1, abs=0.05)
+    assert saved(*small_resnet(generator_share=0.5)) == pytest.approx(1, abs=0.05)
+    assert saved(*small_resnet(), judged=False) == pytest.approx(2, abs=0.05)
+
+
+def test_query_features_train_the_query_encoder_as_before():
+    """Only the Mix Block's input changes; with equal encoders not even that, but for BatchNorm's statistics."""
+    (ours, config), (other, _) = small_resnet(feature_source="query"), small_resnet()
+    images, labels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(0, 10, (4,))
+    draws = draw_step(config.automix, 4, seed=0, step=0)
+    for model in (ours, other):
+        model(images, labels, draws, 0.1).total.backward()
+    for (name, a), b in zip(ours.named_parameters(), other.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_judgement_of_a_part_is_the_mean_over_it():
+    model, config = small_resnet(generator_share=0.6)
+    images, labels = torch.randint(0, 256, (5, 64, 64, 3), dtype=torch.uint8), torch.randint(0, 10, (5,))
+    draws = draw_step(config.automix, 5, seed=0, step=0)
+    seen = []
+    model.momentum.register_forward_hook(lambda module, arguments, logits: seen.append(logits))
+    losses = model(images, labels, draws, 0.1)
+    (logits,) = seen
+    lam, partner = draws.mix_block.lam[0], draws.mix_block.partner[:3]
+    entropy = torch.nn.functional.cross_entropy
+    expected = lam * entropy(logits, labels[:3]) + (1 - lam) * entropy(logits, labels[partner])
+    torch.testing.assert_close(losses.generator, expected)
+
+
+def test_the_schedule_of_the_mix_block():
+    config = tiny_config(epochs=4, automix={"generator_every": 2, "mix_block_until": 0.5})
+    schedule = Schedule(config, 5)
+    values = [schedule.at(step) for step in range(20)]
+    assert [v.generator for v in values] == [1, 0] * 5 + [0] * 10
+    assert all(v.mix_lr == v.mask_loss_weight == 0 for v in values[10:]) and all(v.mix_lr > 0 for v in values[:10])
+    usual = Schedule(dataclasses.replace(config, automix=dataclasses.replace(
+        config.automix, generator_every=1, mix_block_until=1.0)), 5)  # fmt: skip
+    assert all(usual.at(step).generator == 1 for step in range(20))
+    assert [usual.at(step).lr for step in range(20)] == [v.lr for v in values]
+
+
+def gpu_step(engine: dict, steps: int = 2) -> list[torch.Tensor]:
+    case = bench.Case(bench.NETWORKS[0], 8, torch.device("cuda"), torch.bfloat16)
+    torch.manual_seed(0)
+    trained = bench.policy(case, engine=engine)
+    for number in range(steps):
+        trained.step(number)
+    return [p.detach().clone() for p in trained.module.parameters()]
+
+
+@pytest.mark.gpu
+def test_compiled_regions_train_the_same_on_a_gpu():
+    """After one step the weights have moved by the same, but for bfloat16's rounding."""
+    start, plain, compiled = gpu_step({}, 0), gpu_step({}, 1), gpu_step({"compile": True}, 1)
+    moved = sum((a - b).norm() ** 2 for a, b in zip(plain, start, strict=True)) ** 0.5
+    apart = sum((a - b).norm() ** 2 for a, b in zip(plain, compiled, strict=True)) ** 0.5
+    assert 0 < apart / moved < 0.1
+
+
+@pytest.mark.gpu
+def test_deterministic_steps_repeat_to_the_bit_on_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        for one, other in zip(gpu_step({}), gpu_step({}), strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def train_deterministic(config, folder):
+    result = train_with_engine(config, folder, 2)
+    assert torch.are_deterministic_algorithms_enabled()
+    return result
+
+
+def test_deterministic_algorithms_are_all_that_a_step_needs(tmp_path):
+    config = tiny_config(engine={"deterministic": True}, automix={"upsampling": ["nearest", "bilinear"]})
+    (trained,) = run_ranks(1, train_deterministic, config, tmp_path)
+    usual = tiny_config(automix={"upsampling": ["nearest", "bilinear"]})
+    assert_same(trained, train_plain(usual, ranks=1, steps=2))
