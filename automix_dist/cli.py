@@ -255,6 +255,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
 
 def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -> int:
     """Build the parts of a run and train."""
+    from automix_dist import distributed
     from automix_dist.activation_checkpointing import checkpoint_blocks
     from automix_dist.backbone import synchronize_batchnorm
     from automix_dist.checkpoint import Checkpoints
@@ -268,6 +269,8 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
         if process.is_main:
             print(text, file=sys.stderr, flush=True)
 
+    # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
+    stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is not None:
@@ -307,7 +310,7 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
         start_step=position.step,
         config=about["config"],
     )
-    trainer = Trainer(config, process, model, engine, train_loader, val_loader, checkpoints, log, about)
+    trainer = Trainer(config, process, model, engine, train_loader, val_loader, checkpoints, log, stop, about)
     try:
         stopped = trainer.train(position)
     finally:
@@ -541,9 +544,7 @@ def _export(options: argparse.Namespace) -> int:
     from automix_dist.export import export_encoder
 
     code = export_encoder(saved, options.out, options.encoder, options.head)
-    print(
-        f"# {options.encoder} encoder with head_{options.head} of step {saved.step}; load it with:\n{code}"
-    )
+    print(f"# {options.encoder} encoder with head_{options.head} of step {saved.step}; load it with:\n{code}")
     return 0
 
 
@@ -582,9 +583,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
         best_step = best_step or manifest["state"].get("best_step")  # the newest knows
         size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
         best = "  best" if step == best_step else ""
-        print(
-            f"step {step}: {size:,.1f} MiB from {manifest['world_size']} rank(s), engine {manifest['engine']}{best}"
-        )
+        print(f"step {step}: {size:,.1f} MiB from {manifest['world_size']} rank(s), engine {manifest['engine']}{best}")
     return EXIT_FAILED if broken else 0
 
 

@@ -1,8 +1,8 @@
 """The momentum encoder follows the query encoder: k <- m k + (1 - m) q in float32, in place, without communication.
 
-Where the engine keeps whole parameters on every rank (DDP, ZeRO 0, 1, 2), each rank updates them all, and the ranks agree
-because their query encoders do. Where it shards parameters (ZeRO 3, FSDP2), each rank updates its own shards. Called once per
-applied optimizer step, never per micro batch.
+Where the engine keeps whole parameters on every rank (DDP, ZeRO 0, 1, 2), each rank updates them all, and the ranks
+agree because their query encoders do. Where it shards parameters (ZeRO 3, FSDP2), each rank updates its own shards.
+Called once per optimizer step, never per micro batch.
 """
 
 import torch

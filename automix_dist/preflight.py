@@ -34,6 +34,7 @@ SLOW = 0.5
 SLOW_LINK = 0.3
 """Of the interface's speed, is too little between hosts."""
 CLOCK_SECONDS = 1.0
+MOST_KINDS = 4
 MOST_PAIRED = 64
 """Of more ranks than this, only one per host is paired."""
 
@@ -222,6 +223,11 @@ def merge(by_host: dict[str, list[Check]]) -> list[Check]:
             merged.append(Check(name, check.status, f"{check.found} (all {len(by_host)} hosts)", check.mend))
             continue
         must_agree = len(kinds) > 1 and (name in (*PACKAGES, "Python") or name.startswith("data."))
+        good = [check.found for check in kinds if check.status == "ok"]
+        if len(good) > MOST_KINDS and not must_agree:  # what differs on every host, as its name does
+            shown = "; ".join(good[:MOST_KINDS])
+            merged.append(Check(name, "ok", f"{shown}; ... ({len(good)} kinds)"))
+            kinds = {check: hosts for check, hosts in kinds.items() if check.status != "ok"}
         for check, hosts in kinds.items():
             found = f"{check.found} on {', '.join(hosts)}" if len(by_host) > 1 else check.found
             if must_agree:

@@ -16,8 +16,8 @@ ROWS = 50
 class StepProfile:
     """Records `profile.steps` steps of a session into `folder`; does nothing where that is 0.
 
-    Each part of the model (query encoder, Mix Block, ...) is a named span in the trace. Evaluations and checkpoints
-    between the steps are recorded too.
+    Each part of the model (query encoder, Mix Block, ...) is a named span in the trace, unless it is compiled.
+    Evaluations and checkpoints between the steps are recorded too.
     """
 
     def __init__(self, config: ProfileConfig, folder: Path, model: nn.Module, say: Callable[[str], None]):
@@ -53,6 +53,8 @@ class StepProfile:
 
     def _begin(self) -> None:
         for name, part in self.model.named_children():
+            if part._compiled_call_impl is not None:
+                continue  # a hook would have it compiled anew; its graphs are named in the trace
             spans: list = []
 
             def enter(module, arguments, name=name, spans=spans):

@@ -94,6 +94,7 @@ class Trainer:
         val_loader: EvalLoader,
         checkpoints: Checkpoints,
         log: RunLog,
+        stop: StopRequest,
         about: dict[str, Any],
     ):
         """`engine` wraps `model`; `about` goes into every checkpoint's manifest."""
@@ -105,6 +106,7 @@ class Trainer:
         self.val_loader = val_loader
         self.checkpoints = checkpoints
         self.log = log
+        self.stop = stop
         self.about = about
         self.schedule = Schedule(config, train_loader.steps_per_epoch)
         self.update_momentum = MomentumUpdate(model, config.engine.kernels)
@@ -124,7 +126,6 @@ class Trainer:
         recorded = self.config.profile if self.process.is_main else ProfileConfig()
         self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
         self.log.start(self.schedule.total_steps, self.schedule.steps_per_epoch, position.step)
-        self.stop = StopRequest(self.process, self.log.message, self.config.checkpoint.stop_after_minutes)
         try:
             while position.step < self.schedule.total_steps:
                 self._between_epochs()
@@ -255,7 +256,9 @@ class Trainer:
         losses, skipped = self._tally.read_losses()
         names = {"total": "loss", "mask_area": "mask_area", "accuracy": "top1_train"}
         named = {names.get(k, f"loss_{k}"): v for k, v in losses.items()}
-        scheduled = {"lr": values.lr} if isinstance(self.model, Classifier) else values._asdict()
+        scheduled = {"lr": values.lr}
+        if not isinstance(self.model, Classifier):
+            scheduled = {k: v for k, v in values._asdict().items() if k != "generator"}
         self.log.train(self.position.step, epoch, named | scheduled | {"skipped_steps": skipped})
 
     def _check_skipped(self) -> None:

@@ -31,7 +31,7 @@ def _lerp_kernel(
     CHUNK: tl.constexpr,
 ):
     """Grid: (chunks,). tensors[i] = (target pointer, source pointer, elements), chunks[c] = (i, first element)."""
-    if HAS_SKIP:
+    if HAS_SKIP:  # noqa: SIM102 - decided when the kernel is compiled
         if tl.load(skip_ptr) != 0:
             return
     chunk = tl.program_id(0).to(tl.int64)

@@ -25,8 +25,16 @@ while [ $# -gt 0 ]; do
 done
 [ $# -gt 0 ] || [ -n "$doctor" ] || die "no config: expected launch/deepspeed.sh [OPTIONS] CONFIG [section.key=value ...]; see --help"
 
-signal_job() { # NAME
-    on_every_host "$(printf '%q --signal %q %q' "$root/launch/rank.sh" "$1" "$AUTOMIX_JOB")" "$scratch/signal"
+signal_job() { # NAME: SIGKILL to all hosts; a request to stop to one, whose ranks tell the others
+    local host script
+    script=$(printf '%q --signal %q %q' "$root/launch/rank.sh" "$1" "$AUTOMIX_JOB")
+    if [ "$1" = KILL ]; then
+        on_every_host "$script" "$scratch/signal"
+        return
+    fi
+    for host in "${hosts[@]}"; do
+        ! timeout 30 ssh "${ssh_options[@]}" "$host" bash -s <<<"$script" || return 0
+    done
 }
 
 look_at_hosts() { # one visit to each host, before anything starts there; names all hosts that cannot take part

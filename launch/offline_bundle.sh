@@ -87,6 +87,7 @@ pip download --no-deps --only-binary :all: --dest "$bundle/wheels" pip
 
 # What is compiled: once, for Python's stable interface, so that any Python from 3.11 on can load it; and with its
 # libraries beside it. RPATH rather than RUNPATH, which would not hold for the libraries of the libraries.
+# shellcheck disable=SC2016 # the linker expands it
 export LDFLAGS='-Wl,--as-needed -Wl,--disable-new-dtags -Wl,-rpath,$ORIGIN/../automix_native'
 stable=(--config-settings=--build-option=--py-limited-api=cp311)
 say "automix-dist"
@@ -101,8 +102,9 @@ if pin=$(grep '^ffcv==' "$work/wanted"); then
     sed -i -e '/^import cv2$/d' -e '/^def \(encode_jpeg\|resizer\)(/a\    import cv2' "${ffcv}ffcv/fields/rgb_image.py"
     sed -i -e "/'opencv-python',/d" -e "s/Extension('ffcv._libffcv',/& py_limited_api=True, \
 define_macros=[('Py_LIMITED_API', '0x030b0000')],/" "${ffcv}setup.py"
-    [ "$(grep -c '^    import cv2$' "${ffcv}ffcv/fields/rgb_image.py")" = 2 ] && grep -q py_limited_api "${ffcv}setup.py" \
-        || die "$pin is not the FFCV that this script knows how to change"
+    if [ "$(grep -c '^    import cv2$' "${ffcv}ffcv/fields/rgb_image.py")" != 2 ] || ! grep -q py_limited_api "${ffcv}setup.py"; then
+        die "$pin is not the FFCV that this script knows how to change"
+    fi
     build "${stable[@]}" "$ffcv"
 fi
 for wheel in "$bundle"/wheels/{automix_dist,ffcv}-*.whl; do
@@ -142,7 +144,8 @@ for wheel in Path(sys.argv[1]).glob("*.whl"):
 PY
 echo "$target" > "$bundle/python"
 cp "$root/launch/offline_install.sh" "$bundle/install.sh"
-(cd "$bundle" && find . -type f ! -name SHA256SUMS -print0 | sort --zero-terminated | xargs -0 sha256sum > SHA256SUMS)
+(cd "$bundle" && find . -type f -print0 | sort --zero-terminated | xargs -0 sha256sum) > "$work/SHA256SUMS"
+mv "$work/SHA256SUMS" "$bundle"
 say "Compressing"
 tar --create --directory "$work" --owner 0 --group 0 automix-bundle | xz -T0 > "$work/out"
 mv "$work/out" "$out"

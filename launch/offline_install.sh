@@ -19,18 +19,24 @@ command -v "$python" > /dev/null || die "$python not found: set PYTHON to this m
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$bundle" "$work" \
-    || die "$bundle cannot be unpacked: copy it again"
-cd_bundle=$work/automix-bundle
-(cd "$cd_bundle" && sha256sum --check --quiet SHA256SUMS) || die "$bundle is damaged: copy it again"
-wanted=$(cat "$cd_bundle/python") found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+"$python" - "$bundle" "$work" <<'PY' || die "$bundle cannot be unpacked: copy it again"
+import sys
+import tarfile
+
+with tarfile.open(sys.argv[1]) as archive:
+    archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in the oldest 3.11
+    archive.extractall(sys.argv[2])
+PY
+inside=$work/automix-bundle
+(cd "$inside" && sha256sum --check --quiet SHA256SUMS) || die "$bundle is damaged: copy it again"
+wanted=$(cat "$inside/python") found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$wanted" = "$found" ] || die "the bundle is for Python $wanted, and $python is $found: set PYTHON, or make the bundle \
 with --python $found"
 
 [ -x "$venv/bin/python" ] || "$python" -m venv --system-site-packages --without-pip "$venv"
-own=("$cd_bundle"/wheels/pip-*.whl)
+own=("$inside"/wheels/pip-*.whl)
 wheels=()
-for wheel in "$cd_bundle"/wheels/*.whl; do
+for wheel in "$inside"/wheels/*.whl; do
     [ "$wheel" = "${own[0]}" ] || wheels+=("$wheel")
 done
 say "Installing ${#wheels[@]} packages into $venv"
@@ -38,7 +44,7 @@ pip() { "$venv/bin/python" "${own[0]}/pip" --disable-pip-version-check --quiet "
 pip install --no-index --no-deps --force-reinstall "${wheels[@]}"
 native=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/automix_native
 rm -rf "$native"
-cp -R "$cd_bundle/native" "$native"
+cp -R "$inside/native" "$native"
 
 say "Checking"
 pip check >&2 || say "The packages named above are missing or do not fit; what needs them will not work."

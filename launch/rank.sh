@@ -66,9 +66,10 @@ rank=$!
 trap 'kill -TERM $rank 2>/dev/null || true' TERM INT
 trap 'kill -USR1 $rank 2>/dev/null || true' USR1
 if [ -n "${AUTOMIX_LIFELINE:-}" ] && [ -p /dev/fd/3 ]; then
-    { cat <&3 >/dev/null; kill -TERM $rank; } 2>/dev/null & # the launching script is gone, however it ended
+    { while read -r _; do :; done; kill -TERM $rank; } <&3 >/dev/null 2>&1 & # the launching script is gone, however it ended
     lifeline=$!
 fi
+exec 3<&-
 code=0
 while :; do
     code=0

@@ -5,16 +5,26 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import _CONTEXT, run_ranks
-from test_engine import assert_same, engine_steps, save, save_after, start_engine, train_plain, whole_parameters
+from test_engine import (
+    ENGINES,
+    assert_same,
+    engine_steps,
+    save,
+    save_after,
+    start_engine,
+    train_plain,
+    whole_parameters,
+)
 from tiny import tiny_config
 
 from automix_dist import checkpoint
-from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, verify
+from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, reshard, verify
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +181,56 @@ def small_disk(tmp_path) -> Path:
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+def train_while_saving(config, folder: Path) -> tuple[dict, dict, int]:
+    """The disk answers only after two more steps of training."""
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    engine_steps(config, process, model, engine, 0, 2)
+    at_save = whole_parameters(engine, folder / "before", process, config)
+    disk, write = threading.Event(), checkpoint._write_shard
+    checkpoint._write_shard = lambda *arguments: disk.wait(60) and write(*arguments)
+    checkpoints.save(engine, {"step": 2}, {})
+    engine_steps(config, process, model, engine, 2, 4)
+    visible = len(committed(folder / "checkpoints"))
+    disk.set()
+    assert checkpoints.settle()
+    (result,) = checkpoints.finished()
+    assert result.written and result.step == 2 and 0 < result.stall_seconds < result.seconds and result.bytes > 1000
+    state = load_module_state(newest(folder), "")
+    return at_save, {name: state[name] for name in at_save}, visible
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_training_goes_on_while_a_save_is_written_and_does_not_change_it(engine, tmp_path):
+    for at_save, saved, visible in run_ranks(2, train_while_saving, tiny_config(engine=ENGINES[engine]), tmp_path):
+        assert visible == 0
+        assert_same(saved, at_save, tolerance=0.0)
+
+
+def reshard_both_ways(config, folder: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """Continue from a checkpoint of two ranks that was written again for `ranks`."""
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    step = checkpoints.load(engine, checkpoints.agree_on_newest())["step"]
+    engine_steps(config, process, model, engine, step, 6)
+    return whole_parameters(engine, folder / "out", process, config)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_resharded_checkpoint_goes_on_like_the_original(two_steps, tmp_path, ranks):
+    reshard(newest(two_steps), tmp_path, ranks)
+    saved = verify(tmp_path / "checkpoints" / "step_00000004")
+    assert len(saved.manifest["files"]) == saved.manifest["world_size"] == ranks
+    sizes = [entry["bytes"] for entry in saved.manifest["files"]]
+    assert max(sizes) < 1.2 * min(sizes)
+    shutil.copytree(two_steps / "checkpoints" / "step_00000004", tmp_path / "plain" / "checkpoints" / "step_00000004")
+    config = tiny_config(engine={"name": "ddp"})
+    outcomes = [run_ranks(1, reshard_both_ways, config, run, ranks)[0] for run in (tmp_path, tmp_path / "plain")]
+    assert_same(*outcomes, tolerance=0.0)
+    with pytest.raises(CheckpointError, match="exists already"):
+        reshard(saved, tmp_path, ranks)
 
 
 def fill_the_disk(config, folder: Path) -> tuple[list, list, list]:

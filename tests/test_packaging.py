@@ -14,21 +14,25 @@ ROOT = Path(__file__).parent.parent
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
     0: ["config", "schedules", "draws", "provenance", "run_log", "rank_log", "progress", "sources", "datasets", "jpeg"],
-    1: ["backbone", "mix_block", "distributed", "batchnorm", "activation_checkpointing", "beton", "augment", "rand_augment", "profiling", "loss", "policy"],
+    1: [
+        "backbone", "mix_block", "loss", "policy", "distributed", "batchnorm", "activation_checkpointing", "beton",
+        "augment", "rand_augment", "profiling",
+    ],
     2: ["automix", "classifier", "momentum", "data", "optimizer", "engines", "engine_state", "checkpoint", "heartbeat"],
     3: ["policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight"],
     4: [
         "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.memory", "bench.published", "bench.scaling",
         "bench.step", "bench.throughput",
     ],
-}
+}  # fmt: skip
 # Files in one row that stand on each other, in this order.
 SAME_ROW = {
     ("schedules", "config"), ("draws", "config"), ("run_log", "config"),
-    ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
+    ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("momentum", "automix"),
+    ("optimizer", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "evaluate"), ("trainer", "replay"), ("engine_state", "engines"), ("engines", "automix"),
     ("preflight", "doctor"),
-    ("checkpoint", "engines"), ("batchnorm", "distributed"), ("__main__", "cli"),
+    ("checkpoint", "engines"), ("batchnorm", "distributed"), ("__main__", "cli"), ("bench.throughput", "cli"),
 }  # fmt: skip
 OWNERS = {
     "ffcv": {"augment", "data", "bench.loader"},

@@ -77,6 +77,9 @@ def test_hosts_are_merged_and_versions_must_agree():
         Check("/dev/shm", "warn", "0.1 GiB free on b, c", "--shm-size"),
     ]
     assert merge({"a": hosts["a"]}) == hosts["a"]
+    many = {f"n{i}": [Check("host name", "ok" if i else "warn", f"n{i} is 10.0.0.{i}")] for i in range(9)}
+    found = "n1 is 10.0.0.1; n2 is 10.0.0.2; n3 is 10.0.0.3; n4 is 10.0.0.4; ... (8 kinds)"
+    assert merge(many) == [Check("host name", "ok", found), Check("host name", "warn", "n0 is 10.0.0.0 on n0")]
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])

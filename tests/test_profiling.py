@@ -45,6 +45,17 @@ def test_the_chosen_steps_are_recorded(tmp_path):
     assert not (tmp_path / "off").exists()
 
 
+def test_compiled_parts_are_left_alone(tmp_path):
+    """A hook on them would compile them once more in the middle of the recording."""
+    model = tiny_model(tiny_config())
+    model.compile_regions("eager")
+    profile = StepProfile(ProfileConfig(steps=1, start=0), tmp_path, model, print)
+    profile.begin_step(0)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.children())
+    profile.close()
+    assert (tmp_path / "trace_step_00000000.json.gz").exists()
+
+
 def test_a_session_that_ends_early_keeps_what_there_is(tmp_path):
     record(tmp_path, 0, 4, start=3, steps=5)
     assert spans(tmp_path, 3).count("momentum") == 1

@@ -13,6 +13,7 @@ from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
 from automix_dist.checkpoint import Checkpoints, committed, load_module_state, newest
 from automix_dist.data import Batch
+from automix_dist.distributed import StopRequest
 from automix_dist.replay import replay
 from automix_dist.run_log import RunLog
 from automix_dist.trainer import Position, Trainer, TrainingError
@@ -74,7 +75,8 @@ def train(config, folder: Path, signal_at: int | None = None, signal_in: int | N
     me = process.rank == process.world_size - 1  # only the last rank gets the signal
     loaders = ListTrainLoader(process, signal_at if me else None), ListEvalLoader(process, signal_in if me else None)
     log = RunLog(folder, is_main=process.is_main, tensorboard=False, start_step=position.step, config={})
-    trainer = Trainer(config, process, model, engine, *loaders, checkpoints, log, {})
+    stop = StopRequest(process, print, config.checkpoint.stop_after_minutes)
+    trainer = Trainer(config, process, model, engine, *loaders, checkpoints, log, stop, {})
     stopped = trainer.train(position)
     process.barrier()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -120,6 +122,13 @@ def test_a_signal_in_a_step_stops_all_ranks_after_the_same_step(ranks, tmp_path)
     for stopped, position, saved, kinds, _ in run_ranks(ranks, train, config(), tmp_path):
         assert stopped == 0 and position.step == 12 and saved[-1] == 12
         assert [step for kind, step in kinds if kind == "eval"] == [6, 12]
+
+
+def test_a_time_limit_stops_like_a_signal(tmp_path):
+    limited = config(stop_after_minutes=1e-6)
+    for stopped, position, saved, kinds, _ in run_ranks(2, train, limited, tmp_path):
+        assert stopped == signal.SIGALRM and saved == [position.step] == [1]  # with two ranks word takes a step
+        assert kinds[-1] == ("stopped", position.step)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

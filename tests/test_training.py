@@ -256,9 +256,25 @@ def test_changes_that_a_checkpoint_cannot_survive(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_longer_finite_ends_the_run_with_its_reason(settings, tmp_path):
+def test_steps_that_are_not_finite_end_the_run_with_a_reason_and_a_dump(settings, tmp_path):
     result = run("train", settings, "optimizer.lr=1e30", "optimizer.min_lr=0", "optimizer.mix_lr=1e30", code=1)
-    assert "loss no longer finite" in result.stderr and "Traceback" not in result.stderr
+    assert "steps in a row were not finite" in result.stderr and "Traceback" not in result.stderr
+    (dump,) = (tmp_path / "run" / "dumps").iterdir()
+    assert f"automix replay {dump}" in result.stderr
+    replayed = run("replay", dump).stdout
+    assert "first output that is not finite: " in replayed and "not finite again" in replayed
+    assert "the dump has batches of ranks [0]" in run("replay", dump, "--rank", "3", code=1).stderr
+
+
+@pytest.mark.slow
+def test_a_signal_while_the_parts_are_built_is_not_lost(settings, tmp_path):
+    command = [*AUTOMIX, "train", str(settings), "--resume"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    said = [process.stderr.readline()]  # the loader's note on storage: no engine yet
+    process.send_signal(signal.SIGUSR1)
+    said.append(process.communicate(timeout=120)[1])
+    assert process.returncode == EXIT_STOPPED, said
+    assert "at step 0" in said[1] and newest(tmp_path / "run") is None
 
 
 @pytest.mark.slow

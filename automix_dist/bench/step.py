@@ -41,7 +41,7 @@ from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
 from automix_dist.classifier import build_model
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config, from_dict
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config, ConfigError, from_dict
 from automix_dist.draws import draw_step
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
@@ -407,8 +407,10 @@ def _noting(row: Row) -> Iterator[None]:
     """A failure inside becomes the row's note."""
     try:
         yield
+    except ConfigError as error:
+        row.note = f"not for this network: {error}"
     except torch.OutOfMemoryError:
-        row.note = "out of memory"
+        row.note = "failed: out of memory"
     except Exception as error:  # a benchmark of many alternatives: one that fails is a result
         row.note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
@@ -559,8 +561,9 @@ def bars_svg(result: dict) -> str:
     left, width, height = 230, 760, 22
     parts, y = [], 46
     for network in dict.fromkeys(row["network"] for row in result["rows"]):
-        panel = [(row, *vanilla_ratios(result["rows"], row)) for row in result["rows"] if row["network"] == network]
-        panel = [each for each in panel if each[0]["ms"] and each[1]]
+        rows = [row for row in result["rows"] if row["network"] == network and row["ms"]]
+        panel = [(row, *vanilla_ratios(rows, row)) for row in rows]
+        panel = [each for each in panel if each[1]]
         if not panel:
             continue
         scale = (width - left - 90) / max(ratio for _, ratio, _ in panel)
@@ -646,7 +649,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(argv: list[str]) -> int:
-    """Measures and prints; returns 1 if an AutoMix row has no figures, or with --compare if one became slower."""
+    """Measures and prints; returns 1 if a way failed, or with --compare if one became slower."""
     options = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -676,7 +679,7 @@ def run(argv: list[str]) -> int:
     if best:  # what `automix bench loader --step-json` reads
         result["images_per_second"] = max(row["images_per_second"] for row in best)
         result["device"] = result["machine"]["device"]
-    text, failed = markdown(result), any(r["ms"] is None and r["way"].startswith("AutoMix") for r in result["rows"])
+    text, failed = markdown(result), any(r["note"].startswith("failed") for r in result["rows"])
     print(text)
     if options.before:
         moved, slower = compare(result, options.before)

@@ -8,7 +8,7 @@ import pytest
 import slurm as slurm_module
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_training import digits, settings  # noqa: E402, F401
+from test_training import digits, settings  # noqa: F401
 
 
 @pytest.fixture(scope="session")

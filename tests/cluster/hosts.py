@@ -10,8 +10,14 @@ from pathlib import Path
 
 PROGRAMS = ("unshare", "nsenter", "ip", "tc", "ssh", "ssh-keygen", "sshd", "pdsh")
 START = """
-hostname "$1" && mkdir -p -m 700 /root/.ssh && mount --bind "$2/ssh" /root/.ssh && mount --bind "$2/hosts" /etc/hosts || exit
-mount -t tmpfs tmpfs /mnt && mount -t tmpfs tmpfs /run && mkdir /run/sshd
+set -e
+hostname "$1"
+mkdir -p -m 700 /root/.ssh
+mount --bind "$2/ssh" /root/.ssh
+mount --bind "$2/hosts" /etc/hosts
+mount -t tmpfs tmpfs /mnt
+mount -t tmpfs tmpfs /run
+mkdir /run/sshd
 ip link set lo up
 /usr/sbin/sshd -E "$2/sshd_$1.log" -f "$2/sshd_config"
 echo ready
@@ -50,7 +56,7 @@ class Hosts:
         self._hold(name, ["unshare", *namespaces], START, name, str(self.folder))
         number, pid = name[1:], str(self._pids[name])
         plug = f"""ip link add {name} type veth peer name e0 netns {pid} && ip link set {name} master bridge up &&
-                   nsenter -t {pid} -n ip addr add 10.77.0.{number}/24 dev e0 && nsenter -t {pid} -n ip link set e0 up"""
+            nsenter -t {pid} -n ip addr add 10.77.0.{number}/24 dev e0 && nsenter -t {pid} -n ip link set e0 up"""
         subprocess.run(["nsenter", "-t", str(self._pids["switch"]), "-n", "sh", "-c", plug], check=True)
 
     def kill(self, name: str) -> None:
@@ -68,6 +74,7 @@ class Hosts:
     def popen(self, name: str, *command: str | Path, **options) -> subprocess.Popen:
         """Start a command on a host, with a clean environment as a fresh login has."""
         enter = ["nsenter", "-t", str(self._pids[name]), "-a", f"--wd={options.pop('cwd', '/')}"]
+        enter += ["setpriv", "--pdeathsig", "KILL"]
         environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "HOME": "/root", "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [*enter, *map(str, command)],
