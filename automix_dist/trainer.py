@@ -131,12 +131,13 @@ class Trainer:
                 self._between_epochs()
                 self._train_epoch()
             self._between_epochs()
+            self._settle()
             return 0
         except Stopped as stopped:
             self.progress.enter("saving", patient=True)
             if not self.checkpoints.settle() or position.saved_step != position.step:
-                self._save(must=True)
-            self._report_saves()
+                self._save()
+            self._settle()
             self.log.event("stopped", position.step, signal=stopped.args[0])
             return stopped.args[0]
         finally:
@@ -219,7 +220,7 @@ class Trainer:
         every = self.config.checkpoint.every_epochs
         new_best = self.config.checkpoint.keep_best and position.best_step == position.step
         if position.saved_step != position.step and (last or new_best or (every and epoch % every == 0)):
-            self._save(must=last)
+            self._save()
 
     def _evaluate(self, epoch: int) -> None:
         self.progress.enter("evaluation", patient=True)
@@ -232,12 +233,15 @@ class Trainer:
         if self.config.log.gallery_pairs:
             self._show_gallery()
 
-    def _save(self, must: bool = False) -> None:
+    def _save(self) -> None:
         self.progress.enter("saving", patient=True)
         self.position.saved_step = self.position.step
         self.checkpoints.save(self.engine, asdict(self.position), self.about)
-        if must and not self.checkpoints.settle():
-            raise TrainingError(f"the last checkpoint, of step {self.position.step}, could not be written")
+
+    def _settle(self) -> None:
+        """Wait for the save that is being written. Raises TrainingError if it fails."""
+        if not self.checkpoints.settle():
+            raise TrainingError(f"the last checkpoint, of step {self.position.saved_step}, could not be written")
         self._report_saves()
 
     def _report_saves(self) -> None:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import textwrap
 import types
@@ -20,8 +21,8 @@ from automix_dist.config import POLICIES, Config
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration
 
-Every setting, made from `config.py` by `python docs/configuration.py`. A YAML file holds what differs from the defaults;
-its key `base` names another file to start from; `section.key=value` on the command line has the last word:
+Every setting, from the code by `python docs/configuration.py`. A YAML file holds what differs from the defaults; its key
+`base` names another file to start from; `section.key=value` on the command line has the last word:
 
     automix train configs/digits/automix_resnet10.yaml optimizer.lr=0.05 engine.name=ddp --print-config
 
@@ -84,16 +85,14 @@ def takes(hint: typing.Any) -> str:
     if origin is types.UnionType:
         return " or ".join("null" if arg is type(None) else takes(arg) for arg in args)
     if origin is tuple:
-        return f"list: {takes(args[0])}" if args[-1] is Ellipsis else " and ".join(takes(arg) for arg in args)
+        return f"list: {takes(args[0])}" if args[-1] is Ellipsis else f"list of {len(args)}: {takes(args[0])}"
     return "mapping" if origin is dict else TYPES[hint]
 
 
 def default(field: dataclasses.Field) -> str:
     """A field's default as YAML, as it may stand behind the key's equals sign."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    plain = yaml.safe_load(yaml.safe_dump(value, default_flow_style=True)) if isinstance(value, dict) else value
-    if isinstance(plain, tuple):
-        plain = [list(each) if isinstance(each, tuple) else each for each in plain]
+    plain = json.loads(json.dumps(value))  # tuples as lists
     text = yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
     return f"`{text}`"
 

@@ -146,6 +146,7 @@ def test_opcheck_of_momentum():
     targets = [torch.randn(3), torch.randn(4)]
     sources = [torch.randn(3), torch.randn(4).bfloat16()]
     torch.library.opcheck(momentum.momentum_update, (targets, sources, 0.9))
+    torch.library.opcheck(momentum.momentum_update, (targets, sources, 0.9, torch.tensor(1.0)))
 
 
 def block(operators, projection, value, partner, lam, parameters, images):

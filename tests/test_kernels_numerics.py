@@ -337,8 +337,10 @@ def test_a_gradient_in_another_layout():
     assert torch.equal(planar, channels_last)
 
 
+@pytest.mark.parametrize("skip", [None, 0.0])
 @pytest.mark.parametrize("coefficient", [0.999, 0.3, 0.0, 1.0])
-def test_momentum(coefficient):
+def test_momentum(coefficient, skip):
+    skip = skip if skip is None else torch.tensor(skip, device=DEVICE)
     g = generator()
     sizes = [(1,), (7,), (3, 5, 2), (9001,), (0,), (2, 8192)]
     types = [torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32, torch.float32]
@@ -351,12 +353,21 @@ def test_momentum(coefficient):
     for _ in range(2):  # the second time over the kept table
         updated = targets
         before = [t.clone() for t in targets]
-        api.momentum_update(updated, sources, coefficient, implementation="triton")
+        api.momentum_update(updated, sources, coefficient, skip, implementation="triton")
         for ours, theirs, exact in zip(updated, eager, expected, strict=True):
             if ours.numel():
                 assert_within_budget(ours, theirs, exact, "target")
         for target, old in zip(targets, before, strict=True):
             target.copy_(old)
+
+
+def test_momentum_skips():
+    """A skipped step leaves the target's bits alone, whatever the source holds."""
+    targets, sources = [torch.randn(9001, device=DEVICE, generator=generator())], [torch.full((9001,), torch.nan)]
+    sources = [sources[0].to(DEVICE)]
+    before = targets[0].clone()
+    api.momentum_update(targets, sources, 0.5, torch.ones((), device=DEVICE), implementation="triton")
+    assert torch.equal(targets[0], before)
 
 
 @pytest.mark.skipif(api.INTERPRETED, reason="the interpreter is no GPU")

@@ -149,3 +149,11 @@ def test_momentum_update_moves_by_its_share():
     sources = [torch.ones(3), torch.ones(2, 2, dtype=torch.bfloat16)]
     reference.momentum_update(targets, sources, 0.75)
     assert torch.equal(targets[0], torch.full((3,), 1.75)) and torch.equal(targets[1], torch.full((2, 2), 0.25))
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+def test_momentum_update_with_a_verdict_on_the_device(skip):
+    targets, source = [torch.randn(50, generator=torch.Generator().manual_seed(0))], torch.ones(50)
+    expected = targets[0].double() if skip else targets[0].double() * 0.99 + 0.01
+    reference.momentum_update(targets, [source], 0.99, torch.tensor(skip))
+    torch.testing.assert_close(targets[0].double(), expected, rtol=1e-6, atol=1e-7)

@@ -102,6 +102,8 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(tmp_path):
 def test_checkpoints_by_steps_and_only_at_the_end(tmp_path):
     ((_, _, saved, _, _),) = run_ranks(1, train, config(every_epochs=0, every_steps=5), tmp_path / "steps")
     assert saved == [5, 10, 12]
+    ((_, _, saved, kinds, _),) = run_ranks(1, train, config(every_epochs=0, every_steps=6), tmp_path / "last")
+    assert saved == [6, 12] and kinds[-1] == ("checkpoint", 12)
     ((_, _, saved, _, _),) = run_ranks(1, train, config(every_epochs=0), tmp_path / "end")
     assert saved == [12]
 

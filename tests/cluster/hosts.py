@@ -14,6 +14,7 @@ set -e
 hostname "$1"
 mkdir -p -m 700 /root/.ssh
 mount --bind "$2/ssh" /root/.ssh
+[ ! -f /root/.bashrc ] || mount --bind /dev/null /root/.bashrc
 mount --bind "$2/hosts" /etc/hosts
 mount -t tmpfs tmpfs /mnt
 mount -t tmpfs tmpfs /run
