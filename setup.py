@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "dev": ["build>=1.2", "hypothesis>=6", "pyarrow>=18", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.12"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2"],
         "parquet": ["pyarrow>=18"],
     },
     entry_points={"console_scripts": ["automix = automix_dist.cli:main"]},

@@ -21,8 +21,8 @@ from automix_dist.config import POLICIES, Config
 PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration
 
-Every setting, from the code by `python docs/configuration.py`. A YAML file holds what differs from the defaults; its key
-`base` names another file to start from; `section.key=value` on the command line has the last word:
+Every setting, written by `python docs/configuration.py` from the code. A YAML file holds what differs from the
+defaults; its key `base` names another file to start from; `section.key=value` on the command line has the last word:
 
     automix train configs/digits/automix_resnet10.yaml optimizer.lr=0.05 engine.name=ddp --print-config
 
@@ -33,15 +33,10 @@ TYPES = {bool: "true, false", int: "whole number", float: "number", str: "text"}
 
 def page() -> str:
     """The whole page as Markdown."""
-    parts, sections = [HEAD], {}
-    for name, hint in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(hint):
-            sections[name] = hint
-    parts.append("## The run\n\n" + table(Config))
+    sections = {name: cls for name, cls in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(cls)}
+    parts = [HEAD, "## The run\n\n" + table(Config)]
     parts += [f"## {name}\n\n{table(cls, f'{name}.')}" for name, cls in sections.items()]
-    parts.append(
-        "## policy.settings\n\nWhat each policy sets ([policies](policies.md)); those not listed set nothing.\n"
-    )
+    parts.append("## policy.settings\n\nOf each policy ([policies](policies.md)); those not listed have none.\n")
     for name in POLICIES:
         settings = importlib.import_module(f"automix_dist.policies.{name}").Settings
         if dataclasses.fields(settings):
@@ -66,11 +61,7 @@ def docstrings(cls: type) -> dict[str, str]:
     for each in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
         for node, after in zip(tree.body, tree.body[1:], strict=False):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
                 text = " ".join(after.value.value.split())
                 text = re.sub(r"docs/((\w+)\.md)", r"[\2](\1)", text)
                 texts[node.target.id] = re.sub(r"\((section [\d.]+\d)\)", r"([\1](method.md))", text)

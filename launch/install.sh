@@ -10,7 +10,7 @@ die() { printf 'install: error: %s\n' "$*" >&2; exit 1; }
 extras=""
 case "${1:-}" in
     "") ;;
-    --dev) extras="[dev]" ;;
+    --dev) extras="[dev,docs]" ;;
     *) die "unknown option $1; expected --dev or nothing" ;;
 esac
 

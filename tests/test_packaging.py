@@ -98,13 +98,14 @@ def test_kernels_folder_hides_no_package():
 
 
 def requirements() -> list[Requirement]:
-    """install_requires and the dev extra, read from setup.py without running it."""
+    """install_requires and all extras, read from setup.py without running it."""
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     call = next(node for node in calls if any(k.arg == "install_requires" for k in node.keywords))
     values = {
         k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg in ("install_requires", "extras_require")
     }
-    return [Requirement(each) for each in values["install_requires"] + values["extras_require"]["dev"]]
+    lists = [values["install_requires"], *values["extras_require"].values()]
+    return [Requirement(each) for names in lists for each in names]
 
 
 def test_pins_lie_within_the_ranges():

@@ -65,7 +65,8 @@ class Hosts:
         holder = self._holders.pop(name)
         holder.kill()
         holder.wait()
-        while Path(f"/proc/{self._pids[name]}").exists():
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{self._pids[name]}").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def close(self) -> None:

@@ -1,0 +1,132 @@
+"""The documents: their links, the settings and names they quote, the code they show, and the site made of them."""
+
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from automix_dist import beton, sources
+from automix_dist.automix import AutoMix
+from automix_dist.backbone import Backbone
+from automix_dist.config import AutoMixConfig, Config, to_dict
+from automix_dist.mix_block import MixBlock
+from automix_dist.momentum import MomentumUpdate
+
+ROOT = Path(__file__).parent.parent
+DEFAULTS = to_dict(Config())
+KEYS = [key for key, value in DEFAULTS.items() if not isinstance(value, dict)]
+KEYS += [f"{section}.{key}" for section, values in DEFAULTS.items() if isinstance(values, dict) for key in values]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "configs").rglob("*.md")])
+ids = {"argvalues": PAGES, "ids": [str(page.relative_to(ROOT)) for page in PAGES]}
+
+
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return re.sub(r"(?ms)^```.*?^```$|^    .*?$", "", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub and MkDocs name them."""
+    headings = re.findall(r"(?m)^#+ (.*)$", prose(page))
+    return {re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", **ids)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: {target} is not there"
+        assert not anchor or anchor in anchors(found), f"{page.name}: {found.name} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("page", **ids)
+def test_settings_exist(page):
+    """`section.key` in code quotes, or with a value, is a setting of that section."""
+    sections = "|".join(key for key, value in DEFAULTS.items() if isinstance(value, dict))
+    for key in re.findall(rf"(?<![\w/.])((?:{sections})\.\w+)(?:=|`|: )", page.read_text()):
+        assert key in KEYS or key.endswith((".py", ".safetensors")), f"{page.name} names {key}"
+
+
+def load_generator():
+    specification = importlib.util.spec_from_file_location("configuration", ROOT / "docs" / "configuration.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_configuration_reference_is_up_to_date():
+    generator = load_generator()
+    assert generator.PAGE.read_text() == generator.page(), "run: python docs/configuration.py"
+
+
+def test_configuration_reference_lists_every_setting():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert re.findall(r"(?m)^\| `([\w.]+)` \|", page)[: len(KEYS)] == KEYS
+    assert not re.search(r"(?m)\| +\|$", page.replace("| default | |", "")), "a setting without a docstring"
+
+
+def blocks(page: str, first: str) -> dict:
+    """Run the page's Python block that begins with these words; its names."""
+    (code,) = [c for c in re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / page).read_text()) if c.startswith(first)]
+    names = {"nn": nn, "np": np, "Image": Image, "Source": sources.Source}
+    exec(code, names)
+    return names
+
+
+def test_the_backbone_shown_can_be_trained():
+    model = AutoMix(blocks("docs/extending.md", "class TwoLayers")["TwoLayers"](), num_classes=10)
+    images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
+    model(images, labels, model.draw(images, seed=0, step=0), 0.1).total.backward()
+    assert model.query.backbone.early[0].weight.grad.abs().sum() > 0
+    MomentumUpdate(model)(0.9)
+
+
+def test_the_dataset_shown_can_be_written(tmp_path):
+    try:
+        blocks("docs/extending.md", "class Checkers")
+        manifest = beton.prepare("checkers:10", tmp_path / "checkers.beton", write_mode="raw", workers=1)
+    finally:
+        sources.SOURCES.pop("checkers", None)
+    assert (manifest.count, manifest.classes) == (10, ["fine", "coarse"])
+
+
+def test_names_in_the_method_exist():
+    """The second column of the table of symbols."""
+    model = AutoMix(blocks("docs/extending.md", "class TwoLayers")["TwoLayers"](), 10, AutoMixConfig())
+    real = {
+        "AutoMix": model,
+        "MixBlock": model.mix_block,
+        "Backbone": Backbone,
+        "MomentumUpdate": MomentumUpdate(model),
+    }
+    assert isinstance(model.mix_block, MixBlock)
+    rows = re.findall(r"(?m)^\| [^|]+\| ([^|]*) \| [^|]*\| [^|]* \|$", (ROOT / "docs" / "method.md").read_text())
+    quoted = [each for row in rows for each in re.findall(r"`(\w+)\.(\w+)`", row)]
+    assert len(quoted) > 15
+    for owner, name in quoted:
+        if owner not in real:
+            modules = [importlib.import_module(f"automix_dist.{m}") for m in ("automix", "draws", "schedules")]
+            real[owner] = next(getattr(module, owner) for module in modules if hasattr(module, owner))
+        known = hasattr(real[owner], name) or name in getattr(real[owner], "__annotations__", ())
+        assert known or (owner, name) == ("Backbone", "feature"), f"{owner} has no {name}"
+
+
+@pytest.mark.slow
+def test_the_site_can_be_built(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "MomentumUpdate" in (tmp_path / "api" / "index.html").read_text()
+    assert "engine.zero_stage" in (tmp_path / "configuration" / "index.html").read_text()
