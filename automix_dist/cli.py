@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -69,6 +70,7 @@ def _explain(error: Exception) -> str | None:
         "CheckpointError",
         "TrainingError",
         "ReportError",
+        "CompareError",
         "PeerError",
         "PreflightError",
     }
@@ -129,12 +131,25 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
     train.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
 
-    evaluate = command("eval", _evaluate, "exact accuracy of a run's checkpoint")
+    evaluate = command(
+        "eval", _evaluate, "accuracy, calibration and robustness of a run's checkpoint (docs/evaluation.md)"
+    )
     evaluate.add_argument("run_folder", type=Path, metavar="RUN")
     evaluate.add_argument("--data", help="another .beton file than the run's validation set")
     evaluate.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     evaluate.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
     evaluate.add_argument("--batch-size", type=int, help="images per rank and batch")
+    evaluate.add_argument("--out", type=Path, help="a folder for eval.json and eval.html, with all classes")
+    evaluate.add_argument(
+        "--encoder", choices=["query", "momentum", "ensemble"], default="query", help="told in detail"
+    )
+    evaluate.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
+    evaluate.add_argument("--tta", choices=["flip"], help="average each image's answer with its mirror image's")
+    evaluate.add_argument("--attack", choices=["fgsm", "pgd"], help="on the chosen encoder and head")
+    evaluate.add_argument("--epsilon", default="8/255", help="of the attack, for values in [0, 1] (default: 8/255)")
+    evaluate.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
+    evaluate.add_argument("--occlusion", type=float, nargs="+", default=[], help="hide these shares of the images")
+    evaluate.add_argument("--seed", type=int, default=0, help="of what is random in the conditions")
 
     export = command("export", _export, "write an encoder as a timm state dict")
     export.add_argument("run_folder", type=Path, metavar="RUN")
@@ -158,6 +173,15 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write a page of a run's curves, numbers and mixed samples")
     report.add_argument("run_folder", type=Path, metavar="RUN")
     report.add_argument("--out", type=Path, help="default: RUN/report.html")
+
+    watch = command("watch", _watch, "a run at a glance in the terminal, while it trains or after")
+    watch.add_argument("run_folder", type=Path, metavar="RUN")
+    watch.add_argument("--once", action="store_true", help="show it once and exit")
+    watch.add_argument("--seconds", type=float, default=2.0, help="between two looks (default: 2)")
+
+    compare = command("compare", _compare, "train policies over seeds with equal budgets, and write one table")
+    compare.add_argument("config", type=Path, help="a YAML file (docs/evaluation.md)")
+    compare.add_argument("--launcher", help="what trains on several GPUs: 'torchrun ... -m automix_dist'")
 
     verify = command("verify", _verify, "check every sample of a .beton file")
     verify.add_argument("file", type=Path)
@@ -505,7 +529,30 @@ def _replay(options: argparse.Namespace) -> int:
     return 0
 
 
+def _conditions(options: argparse.Namespace):
+    from automix_dist.examine import Conditions, fraction
+    from automix_dist.robustness import STRENGTHS
+
+    try:
+        epsilon = fraction(options.epsilon)
+    except ValueError as error:
+        raise ConfigError(f"--epsilon {options.epsilon}: expected a number in (0, 1], such as 8/255") from error
+    if options.encoder == "ensemble" and options.head == "mix":
+        raise ConfigError("--encoder ensemble: it is of the heads one; leave --head mix out")
+    names = tuple(STRENGTHS) if options.corruptions == "all" else tuple((options.corruptions or "").split(","))
+    return Conditions(
+        answer=options.encoder + ("_mix" if options.head == "mix" else ""),
+        attack=options.attack,
+        epsilon=epsilon,
+        corruptions=names if options.corruptions else (),
+        occlusion=tuple(options.occlusion),
+        flip=options.tta == "flip",
+        seed=options.seed,
+    )
+
+
 def _evaluate(options: argparse.Namespace) -> int:
+    conditions = _conditions(options)
     saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
     import torch
@@ -513,7 +560,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from automix_dist import beton, distributed
     from automix_dist.config import from_dict
     from automix_dist.data import EvalLoader
-    from automix_dist.evaluate import evaluate
+    from automix_dist.examine import examine, summary, write_examination
 
     config = from_dict(saved.manifest["config"])
     path = Path(options.data or config.data.val)
@@ -529,11 +576,17 @@ def _evaluate(options: argparse.Namespace) -> int:
         world_size=process.world_size,
         device=process.device,
     )
-    values = evaluate(model, loader, process)
+    if loader.num_classes != len(saved.manifest["classes"]):
+        raise CommandError(f"{path} has {loader.num_classes} classes, the model {len(saved.manifest['classes'])}")
+    values = examine(model, loader, process, conditions, config.data.mean)
     loader.close()
     torch.distributed.barrier()
     if process.is_main:
-        print(json.dumps({"step": saved.step, "data": str(path), "images": loader.num_samples, **values}, indent=1))
+        result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
+        print(json.dumps(summary(result), indent=1))
+        if options.out:
+            title = f"{options.run_folder.resolve().name}, step {saved.step:,}, {path.name}"
+            print(write_examination(result, options.out, title), file=sys.stderr)
     distributed.finish()
     return 0
 
@@ -593,6 +646,20 @@ def _report(options: argparse.Namespace) -> int:
     print(write_report(options.run_folder, options.out))
     print(write_picture(options.run_folder))
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from automix_dist.watch import watch
+
+    watch(options.run_folder, once=options.once, seconds=options.seconds)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from automix_dist.compare import compare
+
+    launcher = shlex.split(options.launcher) if options.launcher else [sys.executable, "-m", "automix_dist"]
+    return compare(options.config, launcher, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -180,7 +180,9 @@ class StopRequest:
         self._noted_at = 0.0
         self._agreed = 0
         self._pending: tuple[Any, Tensor] | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._interrupt = signal.getsignal(signal.SIGINT)
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         if self._signal:
@@ -210,8 +212,10 @@ class StopRequest:
         return self._agreed
 
     def close(self) -> None:
+        """Training is over. A launcher's signal that comes now, when this rank has stopped by agreement already, must
+        not spoil its exit code; Ctrl-C works again."""
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN if number != signal.SIGINT else self._interrupt)

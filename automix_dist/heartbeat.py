@@ -149,7 +149,8 @@ class Heartbeat:
             self._tell_others(f"{_name(self._beat)} failed in {_place(self._beat)}: {_first_line(error)}")
             return
         self._process.barrier()  # nobody listens any more, so rank 0 may take the store with it
-        signal.signal(signal.SIGTERM, self._before)
+        if signal.getsignal(signal.SIGTERM) == self._terminated:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _terminated(self, number: int, _frame: Any) -> None:
         """SIGTERM ends the process, but not while an error is on its way up: launchers send it to all ranks when one

@@ -107,6 +107,33 @@ def write_picture(run: Path) -> Path:
     return path
 
 
+def write_page(path: Path, overline: str, title: str, sections: dict[str, str]) -> Path:
+    """Write a page of tables in the report's style: a section of HTML under each heading. Raises OSError."""
+    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{text}</section>" for heading, text in sections.items())
+    page = string.Template(_PLAIN_PAGE).substitute(
+        style=_style(), overline=html.escape(overline), title=html.escape(title), body=body
+    )
+    with whole_file(path) as file:
+        file.write(page.encode())
+    return path
+
+
+_PLAIN_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$title · $overline</title>
+<style>$style</style>
+</head>
+<body><main><p class="overline">$overline</p><h1>$title</h1>$body</main></body>
+</html>
+"""
+
+
 # Reading a run
 
 
@@ -365,7 +392,7 @@ def _page(run: _Run) -> str:
         pairs="".join(_pair_card(pair) for pair in range(_shown_pairs(run))),
         events=_events(run),
         config=_config(run.config),
-        environment=_table(_flatten(run.environment)) or _empty("There is no environment.json."),
+        environment=table(_flatten(run.environment)) or _empty("There is no environment.json."),
     )
 
 
@@ -400,10 +427,10 @@ def _accuracy_table(run: _Run) -> str:
             name = key.replace("top1", "").strip("_ ") or key
             last5 = percent(top5[-1][0]) if top5 else _NOTHING
             rows.append((name, percent(values[-1][0]), percent(best), f"{step:,}", last5))
-    return _table(rows, ("Head", "Top-1", "Best", "At step", "Top-5"), "figures")
+    return table(rows, ("Head", "Top-1", "Best", "At step", "Top-5"), "figures")
 
 
-def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), style: str = "texts") -> str:
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), style: str = "texts") -> str:
     """An HTML table; the first cell of each row is its heading. Empty if there are no rows.
 
     In the style "texts" the last column wraps; in "figures" none does.
@@ -419,6 +446,10 @@ def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), style: str =
     heads = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
     head_row = f"<thead><tr>{heads}</tr></thead>" if head else ""
     return f'<div class="scroll {style}"><table>{head_row}<tbody>{body}</tbody></table></div>'
+
+
+def percent_or_nothing(fraction: float | None) -> str:
+    return _NOTHING if fraction is None else percent(fraction)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -467,7 +498,7 @@ def _events(run: _Run) -> str:
             rows.append(
                 (f"{record['step']:,}", record["kind"], time, ", ".join(f"{k} {v}" for k, v in _flatten(details)))
             )
-    return _table(rows, ("Step", "Event", "Time (UTC)", "Details")) or _empty("Nothing has been recorded yet.")
+    return table(rows, ("Step", "Event", "Time (UTC)", "Details")) or _empty("Nothing has been recorded yet.")
 
 
 def _shown_pairs(run: _Run) -> int:

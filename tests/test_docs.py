@@ -14,11 +14,12 @@ from PIL import Image
 from torch import nn
 
 from automix_dist import beton, sources
-from automix_dist.automix import AutoMix
-from automix_dist.backbone import Backbone
-from automix_dist.config import AutoMixConfig, Config, to_dict
-from automix_dist.mix_block import MixBlock
+from automix_dist.automix import AutoMix, Losses, Mixes
+from automix_dist.backbone import create_backbone
+from automix_dist.config import Config, ModelConfig, to_dict
+from automix_dist.draws import MixDraw
 from automix_dist.momentum import MomentumUpdate
+from automix_dist.schedules import StepValues
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = to_dict(Config())
@@ -76,16 +77,30 @@ def test_configuration_reference_lists_every_setting():
     assert not re.search(r"(?m)\| +\|$", page.replace("| default | |", "")), "a setting without a docstring"
 
 
-def blocks(page: str, first: str) -> dict:
-    """Run the page's Python block that begins with these words; its names."""
-    (code,) = [c for c in re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / page).read_text()) if c.startswith(first)]
-    names = {"nn": nn, "np": np, "Image": Image, "Source": sources.Source}
-    exec(code, names)
-    return names
+def block(word: str) -> str:
+    """The Python of docs/extending.md that has this word."""
+    (code,) = [
+        c for c in re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text()) if word in c
+    ]
+    return code
+
+
+def two_layers() -> nn.Module:
+    names = {"nn": nn}
+    exec(block("TwoLayers"), names)
+    return names["TwoLayers"]()
+
+
+def test_a_backbone_can_be_registered_as_shown(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(block("my_net"))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_models")
+    backbone = create_backbone(ModelConfig("my_net"), feature=-2, image_size=64)
+    assert (backbone.feature_channels, backbone.feature_size, backbone.width) == (256, (4, 4), 512)
 
 
 def test_the_backbone_shown_can_be_trained():
-    model = AutoMix(blocks("docs/extending.md", "class TwoLayers")["TwoLayers"](), num_classes=10)
+    model = AutoMix(two_layers(), num_classes=10)
     images, labels = torch.rand(4, 3, 32, 32), torch.arange(4)
     model(images, labels, model.draw(images, seed=0, step=0), 0.1).total.backward()
     assert model.query.backbone.early[0].weight.grad.abs().sum() > 0
@@ -94,7 +109,7 @@ def test_the_backbone_shown_can_be_trained():
 
 def test_the_dataset_shown_can_be_written(tmp_path):
     try:
-        blocks("docs/extending.md", "class Checkers")
+        exec(block("Checkers"), {"np": np, "Image": Image, "Source": sources.Source})
         manifest = beton.prepare("checkers:10", tmp_path / "checkers.beton", write_mode="raw", workers=1)
     finally:
         sources.SOURCES.pop("checkers", None)
@@ -103,23 +118,15 @@ def test_the_dataset_shown_can_be_written(tmp_path):
 
 def test_names_in_the_method_exist():
     """The second column of the table of symbols."""
-    model = AutoMix(blocks("docs/extending.md", "class TwoLayers")["TwoLayers"](), 10, AutoMixConfig())
-    real = {
-        "AutoMix": model,
-        "MixBlock": model.mix_block,
-        "Backbone": Backbone,
-        "MomentumUpdate": MomentumUpdate(model),
-    }
-    assert isinstance(model.mix_block, MixBlock)
+    model = AutoMix(create_backbone(ModelConfig("resnet18"), feature=-2, image_size=64), num_classes=10)
+    real = {"AutoMix": model, "MixBlock": model.mix_block, "Backbone": model.query.backbone}
+    real |= {"MomentumUpdate": MomentumUpdate(model), "MixDraw": MixDraw, "Mixes": Mixes, "Losses": Losses}
+    real |= {"StepValues": StepValues}
     rows = re.findall(r"(?m)^\| [^|]+\| ([^|]*) \| [^|]*\| [^|]* \|$", (ROOT / "docs" / "method.md").read_text())
     quoted = [each for row in rows for each in re.findall(r"`(\w+)\.(\w+)`", row)]
     assert len(quoted) > 15
     for owner, name in quoted:
-        if owner not in real:
-            modules = [importlib.import_module(f"automix_dist.{m}") for m in ("automix", "draws", "schedules")]
-            real[owner] = next(getattr(module, owner) for module in modules if hasattr(module, owner))
-        known = hasattr(real[owner], name) or name in getattr(real[owner], "__annotations__", ())
-        assert known or (owner, name) == ("Backbone", "feature"), f"{owner} has no {name}"
+        assert hasattr(real[owner], name), f"{owner} has no {name}"
 
 
 @pytest.mark.slow

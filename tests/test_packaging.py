@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
-    0: ["config", "schedules", "draws", "provenance", "run_log", "rank_log", "progress", "sources", "datasets", "jpeg"],
+    0: ["config", "schedules", "draws", "provenance", "run_log", "rank_log", "progress", "sources", "datasets", "jpeg", "robustness"],
     1: [
         "backbone", "mix_block", "loss", "policy", "distributed", "batchnorm", "activation_checkpointing", "beton",
         "augment", "rand_augment", "profiling",
     ],
     2: ["automix", "classifier", "momentum", "data", "optimizer", "engines", "engine_state", "checkpoint", "heartbeat"],
-    3: ["policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight"],
+    3: ["policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight", "examine", "watch", "compare"],
     4: [
         "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.memory", "bench.published", "bench.scaling",
         "bench.step", "bench.throughput",
@@ -31,7 +31,7 @@ SAME_ROW = {
     ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("momentum", "automix"),
     ("optimizer", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "evaluate"), ("trainer", "replay"), ("engine_state", "engines"), ("engines", "automix"),
-    ("preflight", "doctor"),
+    ("preflight", "doctor"), ("examine", "report"), ("watch", "report"), ("compare", "report"),
     ("checkpoint", "engines"), ("batchnorm", "distributed"), ("__main__", "cli"), ("bench.throughput", "cli"),
 }  # fmt: skip
 OWNERS = {

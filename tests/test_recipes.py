@@ -17,7 +17,7 @@ from automix_dist.optimizer import build_optimizer, set_learning_rates
 from automix_dist.schedules import Schedule
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
 SMALL = {
     "resnetv2": {"layers": [1, 1, 1], "channels": [16, 24, 32], "stem_chs": 8},
     "resne": {"layers": [1, 1, 1, 1], "channels": [16, 16, 24, 32]},

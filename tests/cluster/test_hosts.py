@@ -14,7 +14,6 @@ from automix_dist.cli import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent.parent
 DEEPSPEED = ROOT / "launch" / "deepspeed.sh"
-TORCHRUN = ROOT / "launch" / "torchrun.sh"
 QUICK = ["epochs=2", "log.every_steps=1", "log.gallery_pairs=0"]
 
 
@@ -82,38 +81,6 @@ def test_mpich_trains_and_its_swallowed_exit_codes_are_found(hosts, two, setting
     assert newest(tmp_path / "run").manifest["world_size"] == 2
     output = launch(hosts, DEEPSPEED, "--over", "mpich", "--hostfile", two, settings, "optimizer.lrr=1", code=2)
     assert "optimizer.lr?" in output
-
-
-@pytest.mark.slow
-def test_torchrun_goes_on_without_a_lost_node_and_with_it_again(hosts, settings, tmp_path):
-    run, logs = tmp_path / "run", {}
-    arguments = ["--nodes", "1:2", "--rendezvous", "n1", settings, *QUICK, "epochs=200", "checkpoint.every_steps=5"]
-
-    def start(name: str) -> subprocess.Popen:
-        logs[name] = open(tmp_path / f"{name}.log", "w")  # noqa: SIM115
-        return hosts.popen(name, TORCHRUN, *arguments, cwd=ROOT, env={"AUTOMIX_LAST_CALL": "5"}, stdout=logs[name],
-                           stderr=subprocess.STDOUT)  # fmt: skip
-
-    def said(name: str) -> str:
-        return (tmp_path / f"{name}.log").read_text()
-
-    processes = {name: start(name) for name in ("n1", "n2")}
-    until(lambda: newest(run, lambda _: None) is not None, 120, "a checkpoint")
-    assert newest(run).manifest["world_size"] == 2, said("n1")
-    hosts.kill("n2")
-    until(lambda: "resuming from" in said("n1"), 150, "the first node goes on alone")
-    alone = newest(run).step
-    until(lambda: newest(run).step > alone and newest(run).manifest["world_size"] == 1, 60, "it saves alone")
-    hosts.start("n2")
-    processes["n2"] = start("n2")
-    until(lambda: newest(run).manifest["world_size"] == 2, 150, f"both train again:\n{said('n1')}\n{said('n2')}")
-    hosts.run("n2", "pkill", "-TERM", "-f", "bash .*launch/torchrun.sh")  # on either node
-    for name, process in processes.items():
-        assert process.wait(timeout=90) == EXIT_STOPPED, said(name)
-    assert "stopped by SIGTERM" in said("n1") + said("n2")
-    steps = [record["step"] for record in records(run, "train")]
-    assert steps == sorted(set(steps))
-    no_rank_is_left(hosts)
 
 
 @pytest.mark.slow
@@ -266,23 +233,4 @@ def test_the_launching_script_is_killed_and_the_ranks_save_and_leave(hosts, two,
     process.wait(timeout=10)
     until(lambda: newest(run, lambda _: None) is not None, 60, "the ranks have saved")
     assert json.loads((newest(run).folder / "manifest.json").read_text())["world_size"] == 2
-    no_rank_is_left(hosts)
-
-
-@pytest.mark.slow
-def test_slow_and_lossy_links_are_survived_and_a_killed_node_is_named(hosts, two, settings, tmp_path):
-    run = tmp_path / "run"
-    hosts.run("n2", "tc", "qdisc", "add", "dev", "e0", "root", "netem", "delay", "3ms", "1ms", "loss", "0.5%")
-    try:
-        arguments = [settings, *QUICK, "epochs=200", "checkpoint.every_steps=5"]
-        process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, *arguments, cwd=ROOT, env={"AUTOMIX_GRACE": "10"},
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        until(lambda: process.poll() is not None or newest(run, lambda _: None) is not None, 120, "a checkpoint")
-        hosts.run("n2", "pkill", "-KILL", "-f", "bin/automix")
-        output, _ = process.communicate(timeout=100)
-    finally:
-        hosts.run("n2", "tc", "qdisc", "del", "dev", "e0", "root")
-    assert process.returncode not in (0, EXIT_STOPPED), output
-    assert "automix: rank 1 on n2 ended with exit code 137" in output
-    assert newest(run) is not None
     no_rank_is_left(hosts)

@@ -1,10 +1,9 @@
 """launch/slurm.sbatch on a real Slurm of two hosts."""
 
-import time
 from pathlib import Path
 
 import pytest
-from test_hosts import QUICK, no_rank_is_left, trained, until
+from test_hosts import QUICK, trained, until
 
 from automix_dist.checkpoint import newest
 
@@ -25,19 +24,3 @@ def test_a_job_is_stopped_goes_back_into_the_queue_and_resumes(slurm, hosts, set
     text = log.read_text()
     assert "stopped by SIGUSR1" in text and "saved; back into the queue" in text and "attempt 2" in text
     assert f"step {stopped.step}\n" in text and "0: done: 75 steps" in text
-
-
-@pytest.mark.slow
-def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, settings, tmp_path):
-    output = f"--output={tmp_path}/%j.log"
-    job = slurm.submit("--nodes=2", output, ROOT / "launch" / "slurm.sbatch", settings, *QUICK, "epochs=200", cwd=ROOT)
-    until(lambda: trained(tmp_path / "run", 2), 120, "training has begun")
-    slurm.run("scancel", job)
-    slurm.wait(job, "CANCELLED 0", 30)
-    no_rank_is_left(hosts)
-    time.sleep(1)
-    assert slurm.state(job) == "CANCELLED 0"
-
-    job = slurm.submit("--nodes=2", output, ROOT / "launch" / "slurm.sbatch", settings, "optimizer.lrr=1", cwd=ROOT)
-    slurm.wait(job, "FAILED 0", 60)
-    assert "0: automix [rank 0]: error: " in (tmp_path / f"{job}.log").read_text()

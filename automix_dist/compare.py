@@ -1,0 +1,240 @@
+"""Several policies over several seeds with equal budgets: trains what is missing, and writes one table.
+
+A comparison's file:
+
+    base: digits/automix_resnet10.yaml   # relative to the file; the settings that all runs share
+    output: runs/digits_compare          # a folder for each run, and the table
+    seeds: [0, 1, 2, 3, 4]
+    metric: top1_query                   # of the last evaluation, so that nothing is chosen on the validation set
+    settings: [epochs=24]                # over the base's, for all runs
+    policies:                            # the first is what the others are tested against
+      none: [policy.name=none]           # name: settings over the shared ones
+      automix: []
+"""
+
+import json
+import re
+import signal
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from scipy import stats
+
+from automix_dist.config import Config, ConfigError, load_config, to_dict
+from automix_dist.report import percent_or_nothing, table, write_page
+from automix_dist.run_log import METRICS, read_metrics
+
+BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
+"""What is the same in all runs of a fair comparison."""
+MEANINGLESS = {"output", "log", "checkpoint", "engine", "profile"}
+"""Sections whose change since a run was trained leaves its result what it was."""
+STOPPED = 75
+"""The exit code of a training that a signal stopped after saving."""
+HEAD = ("Policy", "Runs", "Mean", "Standard deviation", "Difference", "p")
+
+
+class CompareError(RuntimeError):
+    """A run of a comparison failed; the message says which."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    base: Path
+    output: Path
+    seeds: tuple[int, ...]
+    metric: str
+    policies: dict[str, tuple[str, ...]]
+    """The settings of each policy, the shared ones included."""
+
+    def run(self, policy: str, seed: int) -> Path:
+        return self.output / f"{policy}_seed{seed}"
+
+    def overrides(self, policy: str, seed: int) -> list[str]:
+        return [*self.policies[policy], f"seed={seed}", f"output={self.run(policy, seed)}"]
+
+
+def load_comparison(path: Path) -> Comparison:
+    """Read and check a comparison's file. Raises ConfigError, also for settings that give runs unequal budgets."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read comparison {path}: {str(error).splitlines()[0]}") from error
+    known = {"base": str, "output": str, "seeds": list, "metric": str, "settings": list, "policies": dict}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected the keys {', '.join(known)}")
+    for key, value in values.items():
+        if key not in known or not isinstance(value, known[key]):
+            raise ConfigError(
+                f"{path}: {key} = {value!r}: expected some of the keys {', '.join(known)} (docs/evaluation.md)"
+            )
+    for key in ("base", "output", "seeds", "policies"):
+        if not values.get(key):
+            raise ConfigError(f"{path}: {key} is missing or empty")
+    if not all(type(seed) is int for seed in values["seeds"]) or len(set(values["seeds"])) < len(values["seeds"]):
+        raise ConfigError(f"{path}: seeds = {values['seeds']!r}: expected different whole numbers")
+    shared = values.get("settings", [])
+    for name, settings in values["policies"].items():
+        if not re.fullmatch(r"[\w.-]+", str(name)) or not all(isinstance(s, str) for s in [*(settings or []), *shared]):
+            raise ConfigError(f"{path}: policies.{name}: expected a name of letters and a list of section.key=value")
+    policies = {str(name): (*shared, *(settings or [])) for name, settings in values["policies"].items()}
+    comparison = Comparison(
+        base=path.parent / values["base"],
+        output=Path(values["output"]),
+        seeds=tuple(values["seeds"]),
+        metric=values.get("metric", "top1_query"),
+        policies=policies,
+    )
+    _check_budgets(comparison, path)
+    return comparison
+
+
+def _check_budgets(comparison: Comparison, path: Path) -> None:
+    first, *others = comparison.policies
+    seed = comparison.seeds[0]
+    configs = {name: load_config(comparison.base, comparison.overrides(name, seed)) for name in comparison.policies}
+    for name in others:
+        for key in BUDGET:
+            ours, theirs = _setting(configs[first], key), _setting(configs[name], key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"{path}: policies.{name} has {key} = {theirs!r} and {first} has {ours!r}: not comparable"
+                )
+
+
+def _setting(config: Config, key: str) -> Any:
+    value: Any = to_dict(config)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object]) -> int:
+    """Train what is missing, one run after another, and write the table after each.
+
+    Finished runs are left alone, interrupted ones continued. Raises ConfigError; CompareError if a run fails.
+
+    Args:
+        launcher: the beginning of the command that goes on with `train CONFIG ...`.
+
+    Returns:
+        0, or STOPPED if a signal stopped a training.
+    """
+    comparison = load_comparison(path)
+    say(f"the table: {write_table(comparison)}")
+    # Seed by seed: an interrupted comparison has as many runs of each policy.
+    for seed in comparison.seeds:
+        for policy in comparison.policies:
+            if result(comparison, policy, seed) is not None:
+                continue
+            run = comparison.run(policy, seed)
+            say(f"training {run}")
+            overrides = comparison.overrides(policy, seed)
+            code = _wait_for([*launcher, "train", str(comparison.base), *overrides, "--resume"])
+            if code == STOPPED:
+                say("stopped; the same command continues")
+                return STOPPED
+            if code:
+                raise CompareError(f"{run}: training ended with exit code {code}; the same command tries it again")
+            if result(comparison, policy, seed) is None:
+                raise CompareError(f"{run} has finished, but its last evaluation has no {comparison.metric}")
+            write_table(comparison)
+    return 0
+
+
+def _wait_for(command: list[str]) -> int:
+    """The exit code of a training. Signals are handed on: it saves before it ends."""
+    child = subprocess.Popen(command)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {each: signal.signal(each, lambda number, _: child.send_signal(number)) for each in numbers}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def result(comparison: Comparison, policy: str, seed: int) -> float | None:
+    """The metric of a finished run's last step; None if the run is not finished. Raises ConfigError for a run of
+    other settings."""
+    run = comparison.run(policy, seed)
+    if not (run / METRICS).is_file() or not (run / "config.yaml").is_file():
+        return None
+    wanted = to_dict(load_config(comparison.base, comparison.overrides(policy, seed)))
+    trained = to_dict(load_config(run / "config.yaml"))
+    wanted["policy"], trained["policy"] = (
+        {key: value for key, value in each["policy"].items() if key != "settings"} for each in (wanted, trained)
+    )  # the run's file has the policy's defaults written out
+    for key in wanted.keys() - MEANINGLESS:
+        if wanted[key] != trained.get(key):
+            raise ConfigError(
+                f"{run} was trained with {key} = {trained.get(key)!r}, the comparison asks for {wanted[key]!r}: choose "
+                f"another output, or remove the run"
+            )
+    records, _ = read_metrics(run)
+    total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)
+    last = next((r for r in reversed(records) if r["kind"] == "eval"), None)
+    saved = any(r["kind"] == "checkpoint" and r["step"] == total for r in records)
+    return last.get(comparison.metric) if last is not None and last["step"] == total and saved else None
+
+
+def summarize(values: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
+    """A row for each policy of {policy: {seed: value}}; the first policy is the reference of the others.
+
+    mean and standard deviation (of n - 1) over all its seeds; over the seeds that both have, the mean difference from
+    the reference and the two-sided p of a t-test paired by seed. None where there are too few seeds, or, for p, all
+    differences are equal.
+    """
+    rows, reference = [], next(iter(values.values()), {})
+    for index, (policy, by_seed) in enumerate(values.items()):
+        found = list(by_seed.values())
+        differences = [by_seed[seed] - reference[seed] for seed in by_seed if seed in reference] if index else []
+        varied = len(differences) > 1 and max(differences) > min(differences)
+        rows.append(
+            {
+                "policy": policy,
+                "values": {str(seed): value for seed, value in by_seed.items()},
+                "mean": statistics.fmean(found) if found else None,
+                "standard_deviation": statistics.stdev(found) if len(found) > 1 else None,
+                "difference": statistics.fmean(differences) if differences else None,
+                "p": float(stats.ttest_1samp(differences, 0).pvalue) if varied else None,
+            }
+        )
+    return rows
+
+
+def write_table(comparison: Comparison) -> Path:
+    """Write compare.json, compare.md and compare.html into the comparison's folder; returns the page's path."""
+    found = {
+        policy: {seed: value for seed in comparison.seeds if (value := result(comparison, policy, seed)) is not None}
+        for policy in comparison.policies
+    }
+    rows = summarize(found)
+    comparison.output.mkdir(parents=True, exist_ok=True)
+    about = {"metric": comparison.metric, "seeds": list(comparison.seeds), "reference": next(iter(found))}
+    (comparison.output / "compare.json").write_text(json.dumps(about | {"policies": rows}, indent=1))
+    cells = [_cells(row, len(comparison.seeds)) for row in rows]
+    lines = [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *cells)]
+    hint = (
+        f"{comparison.metric} of the last step. Difference: from {about['reference']}, paired by seed; p: two-sided, of "
+        f"the paired t-test, not corrected for the number of policies."
+    )
+    (comparison.output / "compare.md").write_text("\n".join([*lines, "", hint, ""]))
+    sections = {"Policies": f'{table(cells, HEAD, "figures")}<p class="hint">{hint}</p>'}
+    return write_page(comparison.output / "compare.html", "Comparison", comparison.output.name, sections)
+
+
+def _cells(row: dict[str, Any], seeds: int) -> list[str]:
+    deviation, difference, p = row["standard_deviation"], row["difference"], row["p"]
+    return [
+        row["policy"],
+        f"{len(row['values'])} of {seeds}",
+        percent_or_nothing(row["mean"]),
+        percent_or_nothing(deviation),
+        "–" if difference is None else f"{100 * difference:+.2f} points",
+        "–" if p is None else f"{p:.3g}",
+    ]

@@ -1,0 +1,306 @@
+"""What a trained model gets right, how sure it is, and how much of that is left when images become harder."""
+
+import html
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from automix_dist import robustness
+from automix_dist.config import ConfigError
+from automix_dist.data import Batch, EvalLoader
+from automix_dist.distributed import Process
+from automix_dist.report import percent_or_nothing, table, write_page
+
+BINS = 15
+"""Of confidence, equally wide, as in arXiv 1706.04599."""
+MAX_CONFUSION = 100
+"""Classes up to which confusions are counted."""
+PGD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What to evaluate besides the images as they are. Raises ConfigError for what cannot be."""
+
+    answer: str = "query"
+    """Whose calibration and classes are told, and who is attacked: a name of the model's logits, or "ensemble"."""
+    attack: str | None = None
+    """ "fgsm" or "pgd"."""
+    epsilon: float = 8 / 255
+    """Of the attack, in each value on the [0, 1] scale."""
+    corruptions: tuple[str, ...] = ()
+    occlusion: tuple[float, ...] = ()
+    """Shares of the image."""
+    flip: bool = False
+    """Average the probabilities of each image and its mirror image."""
+    seed: int = 0
+
+    def __post_init__(self):
+        unknown = [name for name in self.corruptions if name not in robustness.STRENGTHS]
+        if unknown:
+            raise ConfigError(f"--corruptions {unknown[0]}: expected some of {', '.join(robustness.STRENGTHS)}, or all")
+        if not 0 < self.epsilon <= 1:
+            raise ConfigError(f"--epsilon {self.epsilon}: expected a number in (0, 1], such as 8/255")
+        if any(not 0 < share < 1 for share in self.occlusion):
+            raise ConfigError(f"--occlusion {self.occlusion}: expected shares between 0 and 1")
+
+    def names(self) -> list[str]:
+        """Of all conditions, in the order of evaluation; the first is "clean"."""
+        corrupted = [f"{name}_{severity}" for name in self.corruptions for severity in robustness.SEVERITIES]
+        occluded = [f"occlusion_{share:g}" for share in self.occlusion]
+        return ["clean", *corrupted, *occluded, *([self.attack] if self.attack else [])]
+
+
+def fraction(text: str) -> float:
+    """A number written as 0.03 or 8/255; raises ValueError."""
+    try:
+        return float(Fraction(text))
+    except ZeroDivisionError as error:
+        raise ValueError(text) from error
+
+
+class Counts:
+    """What is counted of one answer, over all images; sums over ranks are exact."""
+
+    def __init__(self, classes: int, confusion: bool, device: torch.device):
+        self.right = torch.zeros(2, dtype=torch.float64, device=device)  # first, among the first five
+        self.loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)  # images, confidence, right
+        self.classes = torch.zeros(classes, 3, dtype=torch.float64, device=device)  # images, right, guesses
+        self.confusion = torch.zeros(classes if confusion else 0, classes, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """[B, classes] and [B]."""
+        logits = logits.double()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.right += torch.stack([best[:, 0].sum(), best.sum()])
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+        confidence, guess = logits.softmax(dim=1).max(dim=1)
+        correct = (guess == labels).double()
+        one, zero = torch.ones_like(correct), torch.zeros_like(correct)
+        bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+        self.bins.index_add_(0, bins, torch.stack([one, confidence, correct], dim=1))
+        self.classes.index_add_(0, labels, torch.stack([one, correct, zero], dim=1))
+        self.classes.index_add_(0, guess, torch.stack([zero, zero, one], dim=1))
+        if len(self.confusion):
+            width = len(self.confusion)
+            self.confusion += torch.bincount(labels * width + guess, minlength=width**2).view(width, width)
+
+    def sum(self, process: Process) -> None:
+        for each in (self.right, self.loss, self.bins, self.classes, self.confusion):
+            if each.numel():
+                process.sum(each)
+
+    def calibration_error(self) -> float:
+        """The expected calibration error: the bins' mean distance of accuracy from confidence."""
+        return float((self.bins[:, 2] - self.bins[:, 1]).abs().sum() / self.bins[:, 0].sum())
+
+
+@torch.no_grad()
+def examine(
+    model: nn.Module,
+    loader: EvalLoader,
+    process: Process,
+    conditions: Conditions,
+    color: tuple[float, ...],
+) -> dict[str, Any]:
+    """Accuracies, calibration and classes over the whole set, and accuracies under each condition.
+
+    Args:
+        model: AutoMix or another model of a policy, whole on each rank.
+        loader: this rank's share of the set; every image counts once, whatever the number of ranks.
+        color: of what occlusion hides, on the [0, 1] scale.
+
+    Returns:
+        top1_*, top5_*, loss_* and ece_* for each of the model's logits and, with a second encoder, for `ensemble`: the
+        mean of both encoders' probabilities; "conditions": {name: {top1_*, top5_*}}, with `corruptions_mean`; of the chosen answer
+        "calibration": bins, "classes": a row for each class, and "confusion": rows of true, columns of guessed classes.
+
+    Raises ConfigError if the model has no such answer.
+    """
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    answers = list(_answers(model, loader.blank(), flip=False))
+    if conditions.answer not in answers:
+        raise ConfigError(f"the model has no answer {conditions.answer}: expected one of {', '.join(answers)}")
+    counts = {name: _counts_of(answers, name, loader, conditions, process) for name in conditions.names()}
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            for name, images in _conditions(model, batch, conditions, color):
+                for answer, logits in _answers(model, images, conditions.flip).items():
+                    counts[name][answer].add(logits, batch.labels)
+    finally:
+        batches.close()
+        model.train(training)
+        for parameter in trained:
+            parameter.requires_grad_()
+    for of_answer in counts.values():
+        for each in of_answer.values():
+            each.sum(process)
+    return _result(counts, conditions, loader)
+
+
+def _counts_of(
+    answers: list[str], name: str, loader: EvalLoader, conditions: Conditions, process: Process
+) -> dict[str, Counts]:
+    """The empty counts of a condition. Confusions are counted of one answer only: their number is that of the classes
+    squared."""
+    confusion = name == "clean" and loader.num_classes <= MAX_CONFUSION
+    return {a: Counts(loader.num_classes, confusion and a == conditions.answer, process.device) for a in answers}
+
+
+def _answers(model: nn.Module, images: Tensor, flip: bool) -> dict[str, Tensor]:
+    """Logits by name, [B, classes] each; images as the model takes them, its width in dimension 2 if uint8, else 3."""
+    answers = model(images)._asdict()
+    if flip:
+        mirrored = model(images.flip(3 if images.is_floating_point() else 2))._asdict()
+        answers = {name: _mean_answer(logits, mirrored[name]) for name, logits in answers.items()}
+    if "momentum" in answers:
+        answers["ensemble"] = _mean_answer(answers["query"], answers["momentum"])
+    return answers
+
+
+def _mean_answer(first: Tensor, second: Tensor) -> Tensor:
+    """The logarithm of the mean of two answers' probabilities."""
+    return torch.logaddexp(first.log_softmax(dim=1), second.log_softmax(dim=1)) - math.log(2)
+
+
+def _conditions(
+    model: nn.Module, batch: Batch, conditions: Conditions, color: tuple[float, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """A batch's images under each condition, by name: uint8, or normalised after an attack."""
+    images, samples, seed = batch.images, batch.indices, conditions.seed
+    yield "clean", images
+    for name in conditions.corruptions:
+        for severity in robustness.SEVERITIES:
+            yield f"{name}_{severity}", robustness.corrupt(images, name, severity, samples, seed)
+    for share in conditions.occlusion:
+        yield f"occlusion_{share:g}", robustness.occlude(images, share, samples, seed, color)
+    if conditions.attack:
+        yield conditions.attack, _attacked(model, batch, conditions)
+
+
+def _attacked(model: nn.Module, batch: Batch, conditions: Conditions) -> Tensor:
+    mean, std = (v[:, None, None] for v in (model.mean, model.std))
+    pixels = batch.images.permute(0, 3, 1, 2).float() / 255
+
+    def answer(moved: Tensor) -> Tensor:
+        return _answers(model, (moved - mean) / std, conditions.flip)[conditions.answer]
+
+    options: dict[str, Any] = {"steps": 1, "step_size": conditions.epsilon}
+    if conditions.attack == "pgd":
+        start = robustness.random_start(pixels, batch.indices, conditions.seed, conditions.epsilon)
+        options = {"steps": PGD_STEPS, "step_size": 2.5 * conditions.epsilon / PGD_STEPS, "start": start}
+    return (robustness.attack(answer, pixels, batch.labels, epsilon=conditions.epsilon, **options) - mean) / std
+
+
+def _result(counts: dict[str, dict[str, Counts]], conditions: Conditions, loader: EvalLoader) -> dict[str, Any]:
+    total, classes = loader.num_samples, loader.manifest.classes
+    values: dict[str, Any] = {}
+    for name, each in counts["clean"].items():
+        values |= _accuracies(name, each, total)
+        values |= {f"loss_{name}": each.loss.item() / total, f"ece_{name}": each.calibration_error()}
+    harder = {
+        name: {
+            key: value for answer, each in of_answer.items() for key, value in _accuracies(answer, each, total).items()
+        }
+        for name, of_answer in counts.items()
+        if name != "clean"
+    }
+    corrupted = [harder[name] for name in harder if name.rpartition("_")[0] in conditions.corruptions]
+    if corrupted:
+        harder["corruptions_mean"] = {key: statistics.fmean(each[key] for each in corrupted) for key in corrupted[0]}
+    chosen = counts["clean"][conditions.answer]
+    rows = zip(classes, chosen.classes.tolist(), strict=True)
+    confused = chosen.confusion.tolist()
+    return values | {
+        "answer": conditions.answer,
+        "conditions": harder,
+        "calibration": [
+            {"images": int(n), "confidence": c / n if n else None, "accuracy": r / n if n else None}
+            for n, c, r in chosen.bins.tolist()
+        ],
+        "classes": [
+            {"name": name, "images": int(n), "recall": r / n if n else None, "precision": r / g if g else None}
+            for name, (n, r, g) in rows
+        ],
+        "confusion": confused or None,
+    }
+
+
+def _accuracies(name: str, counts: Counts, total: int) -> dict[str, float]:
+    return {f"top{k}_{name}": value / total for k, value in zip((1, 5), counts.right.tolist(), strict=True)}
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that is short for any number of classes."""
+    return {key: value for key, value in result.items() if key not in ("classes", "confusion", "calibration")}
+
+
+def write_examination(result: dict[str, Any], folder: Path, title: str) -> Path:
+    """Write folder/eval.json and folder/eval.html; returns the page's path. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "eval.json").write_text(json.dumps(result, indent=1))
+    answer = result["answer"]
+    answers = [key.removeprefix("top1_") for key in result if key.startswith("top1_")]
+    keys = ("top1", "top5", "ece", "loss")
+    rows = [(name, *(_number(key, result[f"{key}_{name}"]) for key in keys)) for name in answers]
+    head = ("Answer", "Top-1", "Top-5", "Calibration error", "Loss")
+    sections = {"Accuracy": table(rows, head, "figures")}
+    if result["conditions"]:
+        top1 = {name: [values[f"top1_{each}"] for each in answers] for name, values in result["conditions"].items()}
+        rows = [(name, *map(percent_or_nothing, values)) for name, values in top1.items()]
+        sections["Top-1 under harder conditions"] = table(rows, ("Condition", *answers), "figures")
+    sections[f"Reliability of {answer}"] = _reliability(result["calibration"])
+    order = sorted(result["classes"], key=lambda row: -1 if row["recall"] is None else row["recall"])
+    rows = [
+        (row["name"], f"{row['images']:,}", percent_or_nothing(row["recall"]), percent_or_nothing(row["precision"]))
+        for row in order
+    ]
+    sections[f"Classes of {answer}, the worst first"] = table(
+        rows, ("Class", "Images", "Recall", "Precision"), "figures"
+    )
+    if result["confusion"]:
+        names = [row["name"] for row in result["classes"]]
+        rows = [(name, *map(str, line)) for name, line in zip(names, result["confusion"], strict=True)]
+        sections["Confusions: true classes in rows, guesses in columns"] = table(rows, ("", *names), "figures")
+    return write_page(folder / "eval.html", "Evaluation", title, sections)
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:.4f}" if key == "loss" else percent_or_nothing(value)
+
+
+def _reliability(bins: list[dict[str, Any]]) -> str:
+    """A diagram of accuracy over confidence: bars for the bins, their width of colour by the share of images."""
+    total, side = sum(each["images"] for each in bins), 320
+    width = side / len(bins)
+    bars = []
+    for i, each in enumerate(bins):
+        if each["images"]:
+            height = each["accuracy"] * side
+            text = (
+                f"{each['images']:,} images, confidence {percent_or_nothing(each['confidence'])}, "
+                f"accuracy {percent_or_nothing(each['accuracy'])}"
+            )
+            opacity = 0.3 + 0.7 * each["images"] / total
+            bars.append(
+                f'<rect x="{i * width:.1f}" y="{side - height:.1f}" width="{width - 1:.1f}" height="{height:.1f}" '
+                f'fill="var(--accent)" opacity="{opacity:.2f}"><title>{html.escape(text)}</title></rect>'
+            )
+    line = f'<line x1="0" y1="{side}" x2="{side}" y2="0" stroke="var(--soft)" stroke-dasharray="3 3"/>'
+    hint = "Accuracy over confidence, both from 0 to 100 %: on the dashed line a model is as often right as it is sure."
+    return (
+        f'<p class="hint">{hint}</p><svg class="card" viewBox="0 0 {side} {side}" width="{side}" height="{side}" '
+        f'role="img" aria-label="Reliability diagram">{"".join(bars)}{line}</svg>'
+    )
