@@ -220,8 +220,8 @@ def write_table(comparison: Comparison) -> Path:
     cells = [_cells(row, len(comparison.seeds)) for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *cells)]
     hint = (
-        f"{comparison.metric} of the last step. Difference: from {about['reference']}, paired by seed; p: two-sided, of "
-        f"the paired t-test, not corrected for the number of policies."
+        f"{comparison.metric} of the last step. Difference: from {about['reference']}, paired by seed; p: two-sided, "
+        f"of the paired t-test, not corrected for the number of policies."
     )
     (comparison.output / "compare.md").write_text("\n".join([*lines, "", hint, ""]))
     sections = {"Policies": f'{table(cells, HEAD, "figures")}<p class="hint">{hint}</p>'}
@@ -235,6 +235,6 @@ def _cells(row: dict[str, Any], seeds: int) -> list[str]:
         f"{len(row['values'])} of {seeds}",
         percent_or_nothing(row["mean"]),
         percent_or_nothing(deviation),
-        "–" if difference is None else f"{100 * difference:+.2f} points",
-        "–" if p is None else f"{p:.3g}",
+        percent_or_nothing(None) if difference is None else f"{100 * difference:+.2f} points",
+        percent_or_nothing(None) if p is None else f"{p:.3g}",
     ]

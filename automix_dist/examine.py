@@ -122,8 +122,9 @@ def examine(
 
     Returns:
         top1_*, top5_*, loss_* and ece_* for each of the model's logits and, with a second encoder, for `ensemble`: the
-        mean of both encoders' probabilities; "conditions": {name: {top1_*, top5_*}}, with `corruptions_mean`; of the chosen answer
-        "calibration": bins, "classes": a row for each class, and "confusion": rows of true, columns of guessed classes.
+        mean of both encoders' probabilities; "conditions": {name: {top1_*, top5_*}}, and the mean of all corruptions
+        as `corruptions_mean`; of the chosen answer "calibration": bins, "classes": a row for each class, and
+        "confusion": rows of true, columns of guessed classes.
 
     Raises ConfigError if the model has no such answer.
     """

@@ -5,14 +5,15 @@ corruptions follow ImageNet-C (arXiv 1903.12261) at 224 pixels, and lengths shri
 those of its published files, which `automix eval --data` reads.
 """
 
+import io
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 STRENGTHS = {
     "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),  # standard deviation; images range from 0 to 1
@@ -174,8 +175,12 @@ def _pixelate(pixels: Tensor, strength: float, _: list) -> Tensor:
 
 
 def _jpeg_compression(pixels: Tensor, strength: float, _: list) -> Tensor:
-    stored = encode_jpeg(list((pixels.cpu() * 255).round().byte()), quality=int(strength))
-    return torch.stack([decode_jpeg(each, ImageReadMode.RGB) for each in stored]).to(pixels) / 255
+    decoded = []
+    for image in (pixels.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy():
+        stored = io.BytesIO()
+        Image.fromarray(image).save(stored, format="jpeg", quality=strength)
+        decoded.append(np.asarray(Image.open(stored)))
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).to(pixels) / 255
 
 
 _FUNCTIONS = (

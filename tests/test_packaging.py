@@ -13,13 +13,19 @@ ROOT = Path(__file__).parent.parent
 
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
-    0: ["config", "schedules", "draws", "provenance", "run_log", "rank_log", "progress", "sources", "datasets", "jpeg", "robustness"],
+    0: [
+        "config", "schedules", "draws", "provenance", "run_log", "rank_log", "progress", "sources", "datasets", "jpeg",
+        "robustness",
+    ],
     1: [
         "backbone", "mix_block", "loss", "policy", "distributed", "batchnorm", "activation_checkpointing", "beton",
         "augment", "rand_augment", "profiling",
     ],
     2: ["automix", "classifier", "momentum", "data", "optimizer", "engines", "engine_state", "checkpoint", "heartbeat"],
-    3: ["policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight", "examine", "watch", "compare"],
+    3: [
+        "policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight", "examine", "watch",
+        "compare",
+    ],
     4: [
         "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.memory", "bench.published", "bench.scaling",
         "bench.step", "bench.throughput",

@@ -1,0 +1,119 @@
+"""Comparisons: their file, their statistics, and real small trainings of two policies over two seeds."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from test_training import digits, run  # noqa: F401 - one of them is a fixture
+
+from automix_dist.compare import CompareError, compare, load_comparison, summarize
+from automix_dist.config import POLICIES, ConfigError, load_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(path: Path, **changes) -> Path:
+    values = {
+        "base": str(ROOT / "configs" / "digits" / "automix_resnet10.yaml"),
+        "output": str(path / "out"),
+        "seeds": [0, 1],
+        "policies": {"none": ["policy.name=none"], "automix": []},
+    }
+    file = path / "compare.yaml"
+    file.write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return file
+
+
+def test_statistics_are_the_textbooks():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0.9, 0.01, 5), rng.normal(0.91, 0.01, 5)
+    reference, row = summarize({"a": dict(enumerate(first)), "b": dict(enumerate(second))})
+    assert (reference["difference"], reference["p"]) == (None, None)
+    assert row["mean"] == pytest.approx(second.mean()) and row["standard_deviation"] == pytest.approx(
+        second.std(ddof=1)
+    )
+    t = (second - first).mean() / ((second - first).std(ddof=1) / math.sqrt(5))
+    assert row["difference"] == pytest.approx((second - first).mean())
+    assert row["p"] == pytest.approx(2 * stats.t.sf(abs(t), df=4))
+    assert row["p"] == pytest.approx(stats.ttest_rel(second, first).pvalue)
+
+
+def test_few_and_unpaired_seeds():
+    rows = summarize({"a": {0: 0.5, 1: 0.6}, "b": {1: 0.7, 2: 0.9}, "c": {}, "d": {0: 0.75, 1: 0.85}})
+    assert (
+        rows[1]["difference"] == pytest.approx(0.1) and rows[1]["p"] is None and rows[1]["mean"] == pytest.approx(0.8)
+    )
+    assert rows[2]["mean"] is None and rows[2]["standard_deviation"] is None
+    assert rows[3]["difference"] == pytest.approx(0.25)
+    assert summarize({"a": {0: 0.5, 1: 0.5}, "b": {0: 0.75, 1: 0.75}})[1]["p"] is None  # differences without variance
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": ""}, "base is missing"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"polices": {}}, "expected some of the keys"),
+        ({"policies": {"a/b": []}}, "a name of letters"),
+        ({"policies": {"none": [], "long": ["epochs=99"]}}, "policies.long has epochs = 99 and none has 24"),
+        ({"policies": {"none": ["policy.name=nothing"]}}, "policy.name"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_comparison(write(tmp_path, **changes))
+
+
+def test_the_comparison_of_the_repository_can_be_run():
+    comparison = load_comparison(ROOT / "configs" / "digits_compare.yaml")
+    assert len(comparison.seeds) == 5 and next(iter(comparison.policies)) == "none"
+    for policy in comparison.policies:
+        assert load_config(comparison.base, comparison.overrides(policy, 0)).policy.name in POLICIES
+
+
+def test_a_stopped_run_stops_the_comparison_and_a_failed_one_is_named(tmp_path):
+    # The child signals the comparison, which hands the signal on; unlike `train` it has nothing to save.
+    stop = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)"
+    )
+    said = []
+    assert compare(write(tmp_path), [sys.executable, "-c", stop], said.append) == 75
+    assert said[-1] == "stopped; the same command continues"
+    with pytest.raises(CompareError, match="none_seed0: training ended with exit code 1"):
+        compare(write(tmp_path), ["false"], said.append)
+
+
+@pytest.mark.slow
+def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):  # noqa: F811
+    settings = [f"data.train={digits / 'train.beton'}", f"data.val={digits / 'val.beton'}", "epochs=1"]
+    settings += ["optimizer.warmup_epochs=0", "batch_size=480", "log.tensorboard=false", "log.gallery_pairs=0"]
+    settings += ["model.timm_kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_width: 8}"]
+    file = write(tmp_path, settings=settings)
+    run("compare", file)
+    out = tmp_path / "out"
+    rows = json.loads((out / "compare.json").read_text())["policies"]
+    assert [(row["policy"], sorted(row["values"])) for row in rows] == [("none", ["0", "1"]), ("automix", ["0", "1"])]
+    for row in rows:
+        for seed, value in row["values"].items():
+            records = (out / f"{row['policy']}_seed{seed}" / "metrics.jsonl").read_text().splitlines()
+            assert value == next(r["top1_query"] for r in map(json.loads, records) if r["kind"] == "eval")
+    assert "| none | 2 of 2 |" in (out / "compare.md").read_text()
+    assert "paired by seed" in (out / "compare.html").read_text()
+
+    said = []
+    assert compare(file, ["false"], said.append) == 0  # nothing is started again
+    assert not [line for line in said if line.startswith("training")]
+    with pytest.raises(ConfigError, match="was trained with epochs = 1, the comparison asks for 2"):
+        compare(write(tmp_path, settings=[*settings, "epochs=2"]), ["false"], said.append)
+
+    evaluated = run("eval", out / "automix_seed0", "--attack", "fgsm", "--out", tmp_path / "eval")
+    assert json.loads(evaluated.stdout)["conditions"].keys() == {"fgsm"}
+    assert (tmp_path / "eval" / "eval.html").exists()
+    assert "no answer momentum" in run("eval", out / "none_seed0", "--encoder", "momentum", code=2).stderr
+    assert "finished" in run("watch", out / "none_seed0", "--once").stdout

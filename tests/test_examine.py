@@ -1,0 +1,164 @@
+"""Evaluation in detail: against scikit-learn, float64 restatements, plain loops, and itself on two ranks."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from sklearn.metrics import confusion_matrix, precision_score, recall_score
+from tiny import CLASSES, SIZE, tiny_config, tiny_model
+
+from automix_dist import distributed
+from automix_dist.config import ConfigError, EngineConfig
+from automix_dist.data import Batch
+from automix_dist.evaluate import evaluate
+from automix_dist.examine import BINS, Conditions, Counts, examine, fraction, summary, write_examination
+
+IMAGES = 41
+COLOR = (0.5, 0.5, 0.5)
+
+
+class Loader:
+    """One rank's share of images in memory, with what EvalLoader has."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, count: int = IMAGES):
+        rng = np.random.default_rng(0)
+        images = torch.from_numpy(rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8))
+        labels = torch.from_numpy(rng.integers(0, CLASSES - 1, count))  # the last class has no image
+        own = torch.arange(rank, count, world_size)
+        self.batches = [Batch(images[i], labels[i], i) for i in own.split(8)] if len(own) else []
+        self.images, self.labels = images, labels
+        self.num_classes, self.num_samples, self.batch_size = CLASSES, count, 8
+        self.manifest = SimpleNamespace(classes=[f"<class {i}>" for i in range(CLASSES)])
+
+    def __iter__(self):
+        yield from self.batches
+
+    def blank(self):
+        return torch.zeros(1, SIZE, SIZE, 3, dtype=torch.uint8)
+
+
+class Alone:
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def sum(self, tensor):
+        return tensor
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_model(tiny_config())
+    for parameter in model.parameters():  # logits far apart, and encoders that differ
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def test_counts_are_what_others_count():
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(300, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 7, (300,), generator=generator)
+    counts = Counts(7, confusion=True, device=torch.device("cpu"))
+    for part in range(0, 300, 64):
+        counts.add(logits[part : part + 64], labels[part : part + 64])
+    guess, confidence = logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
+    assert np.array_equal(counts.confusion, confusion_matrix(labels, guess))
+    seen, right, guessed = counts.classes.T
+    assert np.allclose(right / seen, recall_score(labels, guess, average=None))
+    assert np.allclose(right / guessed, precision_score(labels, guess, average=None))
+    error = 0.0
+    for i in range(BINS):
+        inside = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)
+        if inside.any():
+            gap = (guess[inside] == labels[inside]).double().mean() - confidence[inside].mean()
+            error += inside.double().mean() * gap.abs()
+    assert counts.calibration_error() == pytest.approx(float(error), abs=1e-12)
+    assert counts.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item() * 300)
+
+
+def test_agrees_with_the_evaluation_of_training_and_leaves_the_model_alone(model):
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = [p.requires_grad for p in model.parameters()]
+    values, result = evaluate(model, Loader(), Alone()), examine(model, Loader(), Alone(), Conditions(), COLOR)
+    for key, value in values.items():
+        assert result[key] == pytest.approx(value, abs=1e-6)
+    assert model.training and grads == [p.requires_grad for p in model.parameters()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_ensemble_and_flip_by_a_plain_loop(model):
+    loader = Loader()
+    model.eval()
+    with torch.no_grad():
+        plain = model(loader.images)
+        mirrored = model(loader.images.flip(2))
+    probabilities = sum(each.double().softmax(dim=1) for each in (*plain[::2], *mirrored[::2])) / 4
+    result = examine(model, loader, Alone(), Conditions(answer="ensemble", flip=True), COLOR)
+    assert result["top1_ensemble"] == (probabilities.argmax(dim=1) == loader.labels).double().mean().item()
+    loss = -probabilities[torch.arange(IMAGES), loader.labels].log().mean().item()
+    assert result["loss_ensemble"] == pytest.approx(loss, rel=1e-5)
+    assert sum(map(sum, result["confusion"])) == IMAGES
+
+
+def test_attacks_lower_the_attacked_answer(model):
+    clean = examine(model, Loader(), Alone(), Conditions(answer="momentum"), COLOR)
+    hit = {}
+    for name in ("fgsm", "pgd"):
+        asked = Conditions(answer="momentum", attack=name, epsilon=0.1)
+        hit[name] = examine(model, Loader(), Alone(), asked, COLOR)["conditions"][name]["top1_momentum"]
+    assert hit["pgd"] <= hit["fgsm"] < clean["top1_momentum"]
+
+
+def on_ranks(count: int) -> dict:
+    process = distributed.start(EngineConfig(device="cpu"))
+    torch.manual_seed(3)
+    model = tiny_model(tiny_config())
+    asked = Conditions(attack="pgd", corruptions=("shot_noise",), occlusion=(0.5,))
+    result = examine(model, Loader(process.rank, process.world_size, count), process, asked, COLOR)
+    distributed.finish()
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [IMAGES, 1])  # with 1, a rank has no image
+def test_two_ranks_count_what_one_counts(count):
+    (one,) = run_ranks(1, on_ranks, count)
+    first, second = run_ranks(2, on_ranks, count)
+    assert first == second
+    for key, value in one.items():
+        assert first[key] == (pytest.approx(value, abs=1e-9) if isinstance(value, float) else first[key])
+    for key in ("conditions", "classes", "confusion"):
+        assert first[key] == one[key]
+
+
+def test_what_cannot_be_evaluated_is_said(model):
+    for options, word in (
+        ({"corruptions": ("fog",)}, "gaussian_noise"),
+        ({"epsilon": 0.0}, "8/255"),
+        ({"occlusion": (1.5,)}, "between 0 and 1"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            Conditions(**options)
+    with pytest.raises(ConfigError, match="no answer teacher: expected one of query, query_mix"):
+        examine(model, Loader(), Alone(), Conditions(answer="teacher"), COLOR)
+    assert fraction("8/255") == 8 / 255 and fraction("0.03") == 0.03
+    for text in ("1/0", "much"):
+        with pytest.raises(ValueError):
+            fraction(text)
+
+
+def test_the_page_has_every_class_and_no_foreign_html(model, tmp_path):
+    asked = Conditions(corruptions=("contrast", "pixelate"), occlusion=(0.25,))
+    result = examine(model, Loader(), Alone(), asked, COLOR)
+    assert list(result["conditions"]) == [*asked.names()[1:], "corruptions_mean"]
+    mean = np.mean([result["conditions"][name]["top1_query"] for name in asked.names()[1:11]])
+    assert result["conditions"]["corruptions_mean"]["top1_query"] == pytest.approx(mean)
+    page = write_examination(result, tmp_path / "out", "a <run>").read_text()
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == result
+    assert "a &lt;run&gt;" in page and "&lt;class 3&gt;" in page and "<class" not in page and "<script" not in page
+    assert len(re.findall("<rect", page)) == sum(each["images"] > 0 for each in result["calibration"])
+    assert "classes" not in summary(result)
