@@ -485,9 +485,11 @@ def test_nothing_but_broken_images_fails_always(tmp_path):
 
 
 SLOW_WRITER = """
+import signal
 import sys
 from pathlib import Path
 from automix_dist import beton
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
 beton.prepare("synthetic:100000x64@10", Path(sys.argv[1]), workers=1, progress=False)
 """
 
