@@ -2,14 +2,14 @@
 # Trains with torchrun, elastically. Start the same line on every node, in any order, at any time.
 #   launch/torchrun.sh [OPTIONS] CONFIG [section.key=value ...]
 #
-#   --nodes MIN:MAX          begin with MIN nodes or more; others join while it runs (default: 1, this machine alone)
+#   --nodes MIN:MAX          begin with MIN nodes or more, at most MAX (default: 1, this machine alone)
 #   --rendezvous HOST[:PORT] the node where they meet; it has to stay up (PORT: derived from the command, so all agree)
 #   --ranks-per-node N       default: one per GPU, or 1
 #   --restarts N             give up after so many failures (default: 10)
 #   --dry-run                print every command and variable, with its reason, and start nothing
 #   --help
 #
-# A node that is lost is left out, one that comes back joins: training resumes from the newest checkpoint with the
+# A node that is lost is left out: training resumes from the newest checkpoint with the
 # nodes there are. SIGTERM or Ctrl-C on any node lets all of them save and stop.
 . "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 

@@ -14,6 +14,7 @@ from automix_dist.cli import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent.parent
 DEEPSPEED = ROOT / "launch" / "deepspeed.sh"
+TORCHRUN = ROOT / "launch" / "torchrun.sh"
 QUICK = ["epochs=2", "log.every_steps=1", "log.gallery_pairs=0"]
 
 
@@ -81,6 +82,32 @@ def test_mpich_trains_and_its_swallowed_exit_codes_are_found(hosts, two, setting
     assert newest(tmp_path / "run").manifest["world_size"] == 2
     output = launch(hosts, DEEPSPEED, "--over", "mpich", "--hostfile", two, settings, "optimizer.lrr=1", code=2)
     assert "optimizer.lr?" in output
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_without_a_lost_node(hosts, settings, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "n1.log"
+    arguments = ["--nodes", "1:2", "--rendezvous", "n1", settings, *QUICK, "epochs=200", "checkpoint.every_steps=5"]
+    with open(log, "w") as file:
+        first, _ = (
+            hosts.popen(name, TORCHRUN, *arguments, cwd=ROOT, env={"AUTOMIX_LAST_CALL": "5"}, stdout=file,
+                        stderr=subprocess.STDOUT)
+            for name in ("n1", "n2")
+        )  # fmt: skip
+    until(lambda: newest(run, lambda _: None) is not None, 120, "a checkpoint")
+    assert newest(run).manifest["world_size"] == 2, log.read_text()
+    hosts.kill("n2")
+    until(lambda: "resuming from" in log.read_text(), 150, "the first node goes on alone")
+    assert "rank 1 on n2" in log.read_text()  # named before the restart
+    alone = newest(run).step
+    until(lambda: newest(run).step > alone and newest(run).manifest["world_size"] == 1, 60, "it saves alone")
+    hosts.run("n1", "pkill", "-TERM", "-f", "bash .*launch/torchrun.sh")
+    assert first.wait(timeout=90) == EXIT_STOPPED, log.read_text()
+    assert "stopped by SIGTERM" in log.read_text()
+    steps = [record["step"] for record in records(run, "train")]
+    assert steps == sorted(set(steps))
+    hosts.start("n2")
+    no_rank_is_left(hosts)
 
 
 @pytest.mark.slow
