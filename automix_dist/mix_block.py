@@ -35,14 +35,7 @@ class MixBlock(nn.Module):
         self.value_weight = nn.Parameter(torch.empty(1, inputs))
         self.value_bias = nn.Parameter(torch.empty(1))
         self.norm = projection_norm(config.norm, self.width)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for weight in (self.query_weight, self.value_weight):
-            nn.init.normal_(weight, std=0.01)
-        for bias in (self.query_bias, self.value_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        reset_projections(self)
 
     def forward(self, features: Tensor, train_draw: MixDraw, classifier_draw: MixDraw) -> tuple[Tensor, Tensor]:
         """Mask logits of both draws from one projection; only the first carries a gradient.
@@ -102,6 +95,15 @@ class MixBlock(nn.Module):
 def projection_norm(name: str, width: int) -> nn.Module | None:
     """The norm behind a projection of [B, C, h, w] maps: AutoMixConfig.norm."""
     return {"none": lambda: None, "batch": lambda: nn.BatchNorm2d(width), "layer": lambda: ChannelNorm(width)}[name]()
+
+
+def reset_projections(block: nn.Module) -> None:
+    """Give a Mix Block's own weights and biases their starting values; its norms keep theirs."""
+    for name, parameter in block.named_parameters(recurse=False):
+        if name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.01)
+        else:
+            nn.init.zeros_(parameter)
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -19,7 +19,7 @@ from automix_dist.automix import AutoMix, Mixes, lay_out, sum_losses
 from automix_dist.config import AutoMixConfig, ConfigError
 from automix_dist.draws import on_device, pairing, shared_generator, step_generator
 from automix_dist.loss import class_loss
-from automix_dist.mix_block import projection_norm
+from automix_dist.mix_block import projection_norm, reset_projections
 from automix_dist.policy import require
 
 
@@ -202,14 +202,7 @@ class AdaptiveMask(nn.Module):
         self.query_norm, self.key_norm = (projection_norm(config.norm, self.width) for _ in range(2))
         self.query_bias = nn.Parameter(torch.empty(self.width)) if config.norm == "none" else None
         self.key_bias = nn.Parameter(torch.empty(self.width)) if config.norm == "none" else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.01)
-            else:
-                nn.init.zeros_(parameter)
+        reset_projections(self)
 
     def forward(self, features: Tensor, draw: MultiDraw) -> Tensor:
         """[B, C, h, w] -> [B, S, h, w] float32 logits."""

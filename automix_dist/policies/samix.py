@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from automix_dist.automix import AutoMix
 from automix_dist.config import AutoMixConfig, ConfigError
 from automix_dist.draws import MixDraw
+from automix_dist.mix_block import reset_projections
 from automix_dist.policy import require
 
 
@@ -62,14 +63,7 @@ class SAMixBlock(nn.Module):
         self.hidden_weight = nn.Parameter(torch.empty(hidden, channels))
         self.hidden_norm = nn.BatchNorm1d(hidden)
         self.value_weight = nn.Parameter(torch.empty(1, hidden))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.01)
-            else:
-                nn.init.zeros_(parameter)
+        reset_projections(self)
 
     def forward(self, features: Tensor, train_draw: MixDraw, classifier_draw: MixDraw) -> tuple[Tensor, Tensor]:
         """As MixBlock's: mask logits [B, h, w] of both draws; only the first carries a gradient."""
