@@ -64,7 +64,7 @@ class Lamb(torch.optim.Optimizer):
         scale = torch.ones_like(kept) if self.grad_scale is None else self.grad_scale
         # A gradient that is not finite counts as 0, and what comes of it is multiplied by 0.
         gradients = [torch.nan_to_num(p.grad / scale, 0.0, 0.0, 0.0) for p in tensors]
-        torch._foreach_add_(counts, kept)
+        torch._foreach_add_(counts, kept, alpha=1)  # without alpha it would read `kept` as a number, and wait for it
         (first, second), count = group["betas"], counts[0].clamp(min=1)
         for averages, values, beta in (
             (means, gradients, first),

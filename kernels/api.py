@@ -210,8 +210,9 @@ def momentum_update(
     tensors, and "auto" is Triton where it can run.
 
     Args:
-        targets: tensors of a floating-point type; float32 and contiguous for Triton.
-        sources: tensors of the targets' shapes; float32, bfloat16 or float16 and contiguous for Triton.
+        targets: tensors of a floating-point type; float32 for Triton.
+        sources: tensors of the targets' shapes; float32, bfloat16 or float16 for Triton, which takes pairs that are
+            both contiguous or both channels-last.
         coefficient: 0 to 1, what is kept of the target.
         skip: float32 scalar on the targets' device; if it is not 0 nothing changes. Nobody waits for its value.
         implementation: "auto", "triton" or "reference".
@@ -241,13 +242,18 @@ def _update_obstacle(targets: list[Tensor], sources: list[Tensor]) -> str | None
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         if target.dtype != torch.float32:
             return f"targets[{i}] is {target.dtype}, not torch.float32"
-        if not target.is_contiguous() or not source.is_contiguous():
-            return f"targets[{i}] or sources[{i}] is not contiguous"
+        if not _same_dense_layout(target, source):
+            return f"targets[{i}] and sources[{i}] are neither both contiguous nor both channels-last"
         if target.device != targets[0].device or source.device != targets[0].device:
             return f"targets[{i}] or sources[{i}] is not on {targets[0].device}"
         if source.dtype not in _KERNEL_DTYPES:
             return _dtype_obstacle(f"sources[{i}]", source)
     return None
+
+
+def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
+    layouts = [torch.contiguous_format] + [torch.channels_last] * (a.dim() == 4)
+    return any(a.is_contiguous(memory_format=each) and b.is_contiguous(memory_format=each) for each in layouts)
 
 
 def _takes_triton(implementation: str, device: torch.device, obstacle: str | None) -> bool:

@@ -60,7 +60,7 @@ def _lerp_kernel(
 def momentum_update(
     targets: list[Tensor], sources: list[Tensor], coefficient: float, skip: Tensor | None = None
 ) -> None:
-    """Updates contiguous float32 targets from contiguous sources of the same sizes."""
+    """Updates float32 targets without gaps from sources of the same sizes and strides."""
     with torch.cuda.device_of(targets[0]):
         launch(targets, sources, coefficient, skip)
 

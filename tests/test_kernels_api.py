@@ -97,6 +97,13 @@ def test_momentum_update_refuses(arguments, error, message):
         api.momentum_update([torch.zeros(2)], [torch.zeros(2)], 0.9, implementation="triton")
 
 
+def test_momentum_update_of_two_layouts_is_not_for_the_kernel():
+    weights = torch.zeros(4, 3, 5, 5)
+    turned = weights.to(memory_format=torch.channels_last)
+    assert api._update_obstacle([weights, turned], [weights, turned]) is None
+    assert "neither both contiguous nor both channels-last" in api._update_obstacle([weights], [turned])
+
+
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
 def test_cpu_tensors_take_the_definitions(implementation):
     arguments = attention_arguments()

@@ -348,6 +348,9 @@ def test_momentum(coefficient, skip):
     sources = [torch.randn(size, device=DEVICE, generator=g).to(t) for size, t in zip(sizes, types, strict=True)]
     unaligned = torch.randn(101, device=DEVICE, generator=g)
     targets, sources = [*targets, unaligned[1:51].clone()], [*sources, unaligned[51:]]
+    for side in (targets, sources):  # weights of a convolution on a GPU
+        weights = torch.randn(4, 3, 5, 5, device=DEVICE, generator=g)
+        side.append(weights.contiguous(memory_format=torch.channels_last))
     expected = [t.double().lerp(s.double(), 1 - coefficient) for t, s in zip(targets, sources, strict=True)]
     eager = [t.lerp(s.float(), 1 - coefficient) for t, s in zip(targets, sources, strict=True)]
     for _ in range(2):  # the second time over the kept table

@@ -1,0 +1,146 @@
+"""A training step on a GPU, without one: traced with tensors that claim to be there and hold nothing.
+
+Such a tensor has no values, so whatever would make the host wait for the GPU (`item`, a boolean index, a branch on a
+number) raises, as do mixed devices and dtypes. Losses are not differentiated: autograd asks for a real device. What the
+kernels compute is for test_kernels_*.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from automix_dist.backbone import create_backbone, create_timm_model
+from automix_dist.batchnorm import RunningStatistics
+from automix_dist.classifier import build_model
+from automix_dist.config import POLICIES, ModelConfig
+from automix_dist.engines import Engine
+from automix_dist.momentum import MomentumUpdate
+from automix_dist.optimizer import build_optimizer
+from automix_dist.trainer import Tally
+
+BATCH, SIZE = 8, 64
+LEARNED = {
+    "automix": {},
+    "samix": {"lam_concat": False, "norm": "none"},
+    "adautomix": {"lam_concat": False},
+}
+DIFFERENTIATING = {"adautomix", "puzzlemix"}
+"""Policies that differentiate within the forward pass."""
+
+
+class Operators(TorchDispatchMode):
+    """Notes the name, the arguments and the result of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.ran.append((operator.name(), args, result))
+        return result
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A mode in which tensors can be on "cuda"."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Plain(Engine):
+    """One GPU and no library. What differentiating would leave is given."""
+
+    sharded = False
+
+    def backward(self, loss):
+        self._micro_step = 1
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+
+    def _gradients(self):
+        return [p.grad for p in self.module.parameters() if p.requires_grad]
+
+    def _step(self):
+        self.optimizer.step()
+
+
+def trace(gpu: FakeTensorMode, name: str, backbone: str = "resnet18", **sections) -> Operators:
+    """A training step and an evaluation of a policy's model; LAMB, as torch cannot trace its own fused optimizers."""
+    optimizer = {"name": "lamb", "clip_norm": 1.0, "mix_momentum": None}
+    sections = {"policy": {"name": name}, "optimizer": optimizer, "engine": {"immediate_backward": False}} | sections
+    config = tiny_config(**sections)
+    feature = config.automix.feature if name in LEARNED else None
+    model = build_model(config, create_backbone(ModelConfig(backbone), feature, SIZE), 10, torch.bfloat16)
+    with gpu:
+        model.to_empty(device="cuda").train()
+        images = torch.empty(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device="cuda")
+        labels = torch.empty(BATCH, dtype=torch.int64, device="cuda")
+        statistics, update_momentum = RunningStatistics(model), MomentumUpdate(model)
+        tally = Tally(SimpleNamespace(device=torch.device("cuda")), model.Losses._fields)
+        engine = Plain(model, build_optimizer(model, config.optimizer), config, process=None)
+        with Operators() as operators:
+            statistics.keep()
+            losses = model(images, labels, model.draw(images, seed=0, step=0), 0.1)
+            engine.backward(losses.total)
+            skipped = engine.step()
+            statistics.restore(skipped)
+            update_momentum(0.99, skipped)
+            tally.add(torch.stack([part.detach() for part in losses]), skipped)
+            logits = model(images)
+    assert all(each.device.type == "cuda" and each.dtype == torch.float32 for each in (*losses, *logits, skipped))
+    return operators
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(create_timm_model(ModelConfig("test_resnet"), 64).state_dict(), path)
+    return {"teacher": "test_resnet", "weights": str(path), "teacher_size": 64}
+
+
+def test_a_value_that_the_host_asks_for_is_noticed(gpu):
+    with gpu, pytest.raises(DataDependentOutputException):
+        torch.ones((), device="cuda").item()
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - DIFFERENTIATING))
+def test_no_policy_waits_for_the_gpu(name, gpu, teacher):
+    """And convolutions get bfloat16; those that read images, channels-last ones."""
+    settings = {"attentivemix": teacher, "switch": {"policies": [{"name": "cutmix"}, {"name": "mixup"}]}}.get(name, {})
+    backbone = "vit_tiny_patch16_224" if name == "transmix" else "resnet18"
+    operators = trace(gpu, name, backbone, policy={"name": name, "settings": settings}, automix=LEARNED.get(name, {}))
+    read = [args[0] for operator, args, _ in operators.ran if operator == "aten::convolution"]
+    assert read and all(each.dtype == torch.bfloat16 for each in read)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in read if each.shape[1] == 3)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"automix": {"mask_adjust": 1.0, "upsampling": ["bilinear"], "norm": "layer", "mask_loss": "l2_variance"}},
+        {"automix": {"feature_source": "query", "generator_share": 0.5, "lam_concat": False, "norm": "batch"}},
+        {"automix": {"feature_pass": "cut"}, "loss": {"name": "binary_cross_entropy", "label_smoothing": 0.1}},
+    ],
+)
+def test_no_setting_of_automix_waits_for_the_gpu(sections, gpu):
+    trace(gpu, "automix", **sections)
+
+
+def test_automix_runs_its_kernels_on_the_gpu(gpu):
+    operators = trace(gpu, "automix")
+    ran = [(operator, args, result) for operator, args, result in operators.ran if operator.startswith("automix::")]
+    names = [name.removeprefix("automix::") for name, *_ in ran]
+    assert names == ["mix_attention"] * 2 + ["mask_blend"] * 2 + ["momentum_update"]
+    projection, mixed = ran[0][1][0], ran[2][2][0]
+    assert projection.dtype == torch.bfloat16
+    assert mixed.dtype == torch.bfloat16 and mixed.is_contiguous(memory_format=torch.channels_last)
