@@ -308,8 +308,9 @@ def _data_file(key: str, path: str) -> Check:
         return Check(key, "fail", f"{path} cannot be checked: {error}", "install the missing package")
     except OSError as error:
         return Check(key, "fail", str(error), "make it readable for this user")
-    except ValueError as error:  # its message says what to do
-        return Check(key, "fail", str(error))
+    except ValueError as error:
+        found, _, mend = str(error).partition("; ")
+        return Check(key, "fail", found, mend)
     numbers = f"{manifest.count:,} images, {len(manifest.classes):,} classes, checksum {manifest.checksum[:8]}"
     return Check(key, "ok", f"{path}: {numbers}")
 

@@ -78,9 +78,14 @@ while :; do
 done
 [ -z "${lifeline:-}" ] || kill "$lifeline" 2>/dev/null || true
 case $code in
-0) ;;
+0) # The last word, after those of earlier starts.
+    [ -z "${AUTOMIX_ELASTIC:-}" ] || [ "$LOCAL_RANK" != 0 ] || report 0
+    ;;
 75) # Saved and stopped. Launchers would kill or restart the other ranks, which are ending in the same moment.
     [ "$LOCAL_RANK" != 0 ] || report 75
+    # The stop may be for a node that wants to join. Every node's torchrun looks for it once a second, and must not take
+    # the end of its ranks for the end of the job before it has seen it.
+    [ -z "${AUTOMIX_ELASTIC:-}" ] || sleep 3
     [ -n "${AUTOMIX_KEEP_CODE:-}" ] || code=0
     ;;
 *) report $code ;;

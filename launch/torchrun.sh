@@ -9,8 +9,8 @@
 #   --dry-run                print every command and variable, with its reason, and start nothing
 #   --help
 #
-# A node that is lost is left out: training resumes from the newest checkpoint with the
-# nodes there are. SIGTERM or Ctrl-C on any node lets all of them save and stop.
+# A node that is lost is left out: training resumes from the newest checkpoint with the nodes there are. A node that
+# comes, again or late, is taken in: all save, and go on with it. SIGTERM or Ctrl-C on any node lets all save and stop.
 . "$(dirname "${BASH_SOURCE[0]}")/job.sh"
 
 nodes=${PET_NNODES:-1} rendezvous="" per_node="" restarts=10 # PET_*: Kubeflow Trainer tells its pods like this
@@ -49,6 +49,7 @@ check_batch_size() { # CONFIG ...: can it be shared at every number of nodes tha
 new_job
 per_node=${per_node:-$(ranks_per_node)}
 check_batch_size "$@"
+settings=()
 if [ -n "${PET_MASTER_ADDR:-}" ]; then
     meeting=() # torchrun reads the other PET_* itself
 elif [ "$most" = 1 ]; then
@@ -58,9 +59,11 @@ else
     # Without --local-addr every node would be known by its full name, which often resolves to loopback.
     meeting=(--nnodes="$least:$most" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$token" --local-addr="$own"
         --rdzv-conf="is_host=$is_head,join_timeout=1800,last_call_timeout=${AUTOMIX_LAST_CALL:-30}")
+    # With the store shared, torchrun gives a node that comes later no address to meet at: it would wait in vain.
+    settings=(env AUTOMIX_ELASTIC=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 fi
 new_run_arguments "$@"
-command=("$root/.venv/bin/python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$per_node" --max-restarts="$restarts"
+command=("${settings[@]}" "$root/.venv/bin/python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$per_node" --max-restarts="$restarts"
     --no-python "$root/launch/rank.sh" "${train[@]}")
 if [ -n "$dry_run" ]; then
     plan_settings "${rendezvous%%:*}"

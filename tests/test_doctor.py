@@ -237,6 +237,7 @@ def test_data_files(tmp_path):
     for key in ("data.train", "data.val"):
         check = found(key, config)
         assert check.status == "fail" and str(tmp_path) in check.found
+    assert found("data.train", config).mend == "write it with automix prepare"
     assert found("data.val", Config()).found == "not set"
 
 

@@ -1,14 +1,26 @@
 """Several hosts on one machine: each has its own network, host name, processes, /run, /root/.ssh and disk (/mnt), an
-sshd, and a cable to one switch. Nothing is left behind, since all of it lives in namespaces of processes of this one.
+sshd, and a cable to one switch; a small disk they share. Nothing is left behind, since all of it lives in namespaces of
+processes of this one.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PROGRAMS = ("unshare", "nsenter", "ip", "tc", "ssh", "ssh-keygen", "sshd", "pdsh")
+SWITCH = """
+set -e
+mount -t tmpfs -o size=32m tmpfs "$1"
+ip link add bridge type bridge
+ip link set bridge up
+echo ready
+exec sleep infinity
+"""
 START = """
 set -e
 hostname "$1"
@@ -46,19 +58,39 @@ class Hosts:
         self._holders: dict[str, subprocess.Popen] = {}
         self._pids: dict[str, int] = {}
         self._write_files()
-        self._hold("switch", ["unshare", "--net", "--kill-child"], "ip link add bridge type bridge\n"
-                   "ip link set bridge up\necho ready\nexec sleep infinity")  # fmt: skip
+        self._hold("switch", ["unshare", "--net", "--mount"], SWITCH, str(self.folder / "disk"))
+        self.disk = self.folder / "disk"
+        """Where the hosts share 32 MiB; to this process it is at `disk_here`."""
+        self.disk_here = Path(f"/proc/{self._pids['switch']}/root{self.disk}")
         for name in self.names:
             self.start(name)
 
     def start(self, name: str) -> None:
         """Switch a host on and plug its cable in."""
+        enter = ["nsenter", "-t", str(self._pids["switch"]), "--mount"]  # the shared disk is there
         namespaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self._hold(name, ["unshare", *namespaces], START, name, str(self.folder))
-        number, pid = name[1:], str(self._pids[name])
-        plug = f"""ip link add {name} type veth peer name e0 netns {pid} && ip link set {name} master bridge up &&
-            nsenter -t {pid} -n ip addr add 10.77.0.{number}/24 dev e0 && nsenter -t {pid} -n ip link set e0 up"""
-        subprocess.run(["nsenter", "-t", str(self._pids["switch"]), "-n", "sh", "-c", plug], check=True)
+        self._hold(name, [*enter, "unshare", *namespaces], START, name, str(self.folder))
+        pid = self._pids[name]
+        self._at_switch(f"ip link add {name} type veth peer name e0 netns {pid}; ip link set {name} master bridge up")
+        self._plug(name)
+
+    @contextlib.contextmanager
+    def bad_cable(self, name: str, milliseconds: float, lost: float) -> Iterator[None]:
+        """For this time a host's cable delays each packet and loses a share of them."""
+        command = ["setpriv", "--pdeathsig", "KILL", "nsenter", "-t", str(self._pids["switch"]), "--net"]
+        command += [sys.executable, Path(__file__).with_name("cable.py"), "near", "far", str(milliseconds), str(lost)]
+        cable = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert cable.stdout.readline() == "ready\n"
+        self._in_host(name, "ip addr flush dev e0; ip link set e0 down; ip link set e0 name good")
+        self._at_switch(f"ip link set near master bridge up; ip link set far netns {self._pids[name]} name e0")
+        self._plug(name)
+        try:
+            yield
+        finally:
+            cable.kill()
+            cable.communicate()
+            self._in_host(name, "ip link set good name e0")
+            self._plug(name)
 
     def kill(self, name: str) -> None:
         """Switch a host off as a power failure would: every process on it dies at once."""
@@ -103,7 +135,7 @@ class Hosts:
         return [line for line in listed if text in line]
 
     def _write_files(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "disk").mkdir(parents=True, exist_ok=True)
         ssh = self.folder / "ssh"
         ssh.mkdir(mode=0o700)
         for key in (ssh / "id_ed25519", self.folder / "host_key"):
@@ -117,6 +149,18 @@ class Hosts:
         addresses = "".join(f"10.77.0.{name[1:]} {name}\n" for name in self.names)
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{addresses}")
         (self.folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in self.names))
+
+    def _plug(self, name: str) -> None:
+        number = name[1:]  # the same hardware address for every e0 of a host: the others remember it
+        self._in_host(name, f"ip link set e0 address 02:00:00:00:00:0{number}; "
+                            f"ip addr add 10.77.0.{number}/24 dev e0; ip link set e0 up")  # fmt: skip
+
+    def _in_host(self, name: str, script: str) -> None:
+        done = self.run(name, "sh", "-ec", script)
+        assert done.returncode == 0, done.stdout
+
+    def _at_switch(self, script: str) -> None:
+        subprocess.run(["nsenter", "-t", str(self._pids["switch"]), "--net", "sh", "-ec", script], check=True)
 
     def _hold(self, name: str, unshare: list[str], script: str, *arguments: str) -> None:
         command = ["setpriv", "--pdeathsig", "KILL", *unshare, "bash", "-c", script, "bash", *arguments]

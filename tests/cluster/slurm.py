@@ -85,7 +85,10 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 KillWait=5
-{addresses}PartitionName=all Nodes={",".join(names)} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{addresses}PartitionName=all Nodes={",".join(names)} Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes={",".join(names)} PriorityTier=10 PreemptMode=OFF State=UP
 """
         )
         version = 1 if Path("/sys/fs/cgroup/freezer").exists() else 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -202,6 +203,17 @@ def test_the_pods_command_starts_what_the_trainer_asks_for():
     }
     text = bash(*job["command"][1:], "--dry-run", *job["args"], env=os.environ | told)
     assert "--nproc-per-node=8" in text and "--rdzv" not in text and "output=/runs/automix_resnet50_100ep" in text
+
+
+def test_every_fault_that_the_documents_list_is_tried():
+    """By a test whose name contains the last column."""
+    page = (ROOT / "docs" / "multi_node.md").read_text()
+    faults = dict(re.findall(r"^\| (.+?) \|.*\| `(\w+)` \|$", page, re.MULTILINE))
+    code = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = re.findall(r"def (test_\w+)", code)
+    assert len(faults) >= 20
+    for fault, name in faults.items():
+        assert any(name in test for test in tests), f"{fault}: no test is named like {name}"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="not installed: shellcheck")

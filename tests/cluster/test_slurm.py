@@ -1,26 +1,65 @@
 """launch/slurm.sbatch on a real Slurm of two hosts."""
 
+import time
 from pathlib import Path
 
 import pytest
-from test_hosts import QUICK, trained, until
+import yaml
+from test_hosts import no_rank_is_left, trained, until
+from test_training import records
 
 from automix_dist.checkpoint import newest
 
 ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "launch" / "slurm.sbatch"
+
+
+def change(settings: Path, **values) -> None:
+    settings.write_text(yaml.safe_dump(yaml.safe_load(settings.read_text()) | values))
 
 
 @pytest.mark.slow
-def test_a_job_is_stopped_goes_back_into_the_queue_and_resumes(slurm, hosts, settings, tmp_path):
+def test_a_job_comes_round_at_its_time_limit_and_after_preemption(slurm, settings, tmp_path):
     run, log = tmp_path / "run with $(a) space", tmp_path / "job.log"
-    arguments = ["--nodes=2", f"--output={log}", ROOT / "launch" / "slurm.sbatch", settings, *QUICK, "epochs=5"]
-    job = slurm.submit(*arguments, f"output={run}", "checkpoint.every_epochs=0", cwd=ROOT)
+    change(settings, epochs=500, log={"every_steps": 1, "gallery_pairs": 0}, checkpoint={"every_epochs": 0})
+    job = slurm.submit("--nodes=2", f"--output={log}", SCRIPT, settings, f"output={run}", cwd=ROOT)
+
+    def comes_round(times: int) -> int:
+        """The step that it resumes from."""
+        until(lambda: slurm.state(job).endswith(f" {times}"), 90, f"{times} restarts")
+        assert newest(run).manifest["world_size"] == 2
+        return newest(run).step
+
     until(lambda: trained(run, 3), 120, "training has begun")
-    slurm.run("scancel", "--signal=USR1", job)  # what Slurm sends five minutes before the time limit
-    until(lambda: slurm.state(job).endswith(" 1"), 60, f"the job was started again: {log.read_text()}")
-    stopped = newest(run)
-    assert stopped.manifest["world_size"] == 2
-    slurm.wait(job, "COMPLETED 1", 120)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # less than five minutes are left
+    first = comes_round(1)
+    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+    until(lambda: trained(run, first + 3), 120, "it trains on")
+    change(settings, epochs=(records(run, "train")[-1]["step"] + 30) // 15)  # the third start comes to the end
+    slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=ROOT)
+    second = comes_round(2)
+    slurm.wait(job, "COMPLETED 2", 150)
     text = log.read_text()
-    assert "stopped by SIGUSR1" in text and "saved; back into the queue" in text and "attempt 2" in text
-    assert f"step {stopped.step}\n" in text and "0: done: 75 steps" in text
+    assert "stopped by SIGUSR1" in text and "stopped by SIGTERM" in text
+    assert text.count("saved; back into the queue") == 2 and "attempt 3" in text and "0: done: " in text
+    assert first < second and f"step {first}\n" in text and f"step {second}\n" in text
+    steps = [record["step"] for record in records(run, "train")]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, settings, tmp_path):
+    output, run = f"--output={tmp_path}/%j.log", tmp_path / "run"
+    change(settings, epochs=500, log={"every_steps": 1, "gallery_pairs": 0})
+    job = slurm.submit("--nodes=2", output, SCRIPT, settings, cwd=ROOT)
+    until(lambda: trained(run, 2), 120, "training has begun")
+    slurm.run("scancel", job)
+    slurm.wait(job, "CANCELLED 0", 30)
+    no_rank_is_left(hosts)
+    assert newest(run).step >= 2  # saved within Slurm's KillWait
+    time.sleep(2)
+    assert slurm.state(job) == "CANCELLED 0"
+
+    job = slurm.submit("--nodes=2", output, SCRIPT, settings, "optimizer.lrr=1", cwd=ROOT)
+    slurm.wait(job, "FAILED 0", 60)
+    assert "0: automix [rank 0]: error: " in (tmp_path / f"{job}.log").read_text()
