@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -86,6 +87,8 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
     if config.drop_path:
         kwargs["drop_path_rate"] = config.drop_path
     try:
+        if config.pretrained:
+            _require_reachable(config.backbone)
         model = timm.create_model(config.backbone, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
     except TypeError as error:
         raise ConfigError(f"model.backbone = {config.backbone!r} does not take these settings: {error}") from error
@@ -170,6 +173,14 @@ def _read(model: nn.Module, feature: int | None, image_size: int, other_sizes: S
 def _nearest_model(name: str) -> str:
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     return f"; did you mean {' or '.join(near)}?" if near else " (see timm.list_models())"
+
+
+def _require_reachable(name: str) -> None:
+    """Ask once for pretrained weights that are not in the cache: without network timm would retry for a minute."""
+    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    files = ("model.safetensors", "pytorch_model.bin")
+    if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        HfApi().model_info(repository, timeout=10)
 
 
 def _shrink_stem(model: nn.Module, name: str) -> None:

@@ -52,9 +52,9 @@ class Mix(NamedTuple):
 class Policy(nn.Module):
     """A way to mix a batch with a permutation of itself.
 
-    A subclass gives `mask`; `partners`, where the partner's pixels change too; or `forward`, where the mixing happens
-    inside the network. All of it runs on the device, for the whole batch at once; what is random is drawn on the host
-    in `draw_lam` and `draw_more`, and nowhere else.
+    A subclass gives `mask`; `partners`, where the partner's pixels change too; `look`, where the mix depends on what
+    the network says; or `forward`, where the mixing happens inside it. All of it runs on the device, for the whole
+    batch at once; what is random is drawn on the host in `draw_lam` and `draw_more`, and nowhere else.
 
     Args:
         settings: the Settings of the policy's file.
@@ -92,6 +92,13 @@ class Policy(nn.Module):
     def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         """Further draws: arrays whose first axis is the batch, or plain numbers; for lambdas [B] and H x W pixels."""
         return {}
+
+    def look(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
+        """Before all else: a draw that holds what the mix needs to know from the encoder; without labels for a gallery.
+
+        It must run the same modules on all ranks.
+        """
+        return draw
 
     def mask(self, images: Tensor, draw: Draw) -> Tensor:
         """The partners' weights in [0, 1], [B, H, W] or a shape that expands to it."""

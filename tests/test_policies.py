@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -43,7 +44,8 @@ from automix_dist.optimizer import Lamb, build_optimizer
 from automix_dist.policies import adautomix, alignmix, saliencymix, samix, transmix
 
 LEARNED = {"automix", "samix", "adautomix"}
-MASKED = sorted(set(POLICIES) - LEARNED - {"none", "manifoldmix", "alignmix", "attentivemix", "transmix", "switch"})
+NETWORK = {"manifoldmix", "alignmix", "attentivemix", "transmix", "puzzlemix"}
+MASKED = sorted(set(POLICIES) - LEARNED - NETWORK - {"none", "switch"})
 EACH_BATCH = {"seed": 3, "micro_step": 0, "rank": 0}
 
 
@@ -370,6 +372,23 @@ def test_attentivemix_pastes_the_cells_with_most_attention(teacher, cells):
         expected = torch.zeros(9)
         expected[top] = 1
         assert torch.equal(mask[i], expected.view(3, 3).repeat_interleave(32, 0).repeat_interleave(32, 1))
+
+
+def test_mistakes_in_a_teacher_s_settings_name_them():
+    with pytest.raises(ConfigError, match=r"attentivemix: policy.settings.teacher = 'resnet500' is not a timm model"):
+        make("attentivemix", teacher="resnet500")
+    with pytest.raises(ConfigError, match=r"policy.settings.weights = 'nowhere.safetensors' cannot be read"):
+        make("attentivemix", teacher="test_resnet", weights="nowhere.safetensors")
+
+
+def test_a_teacher_without_weights_and_network_fails_at_once(tmp_path):
+    """In a process without a cache that asks a port where nobody listens."""
+    code = "from automix_dist.policies.attentivemix import *; Policy(Settings(teacher='test_resnet'))"
+    nobody = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    error = subprocess.run(command, capture_output=True, text=True, env=os.environ | nobody).stderr
+    assert re.search(r"attentivemix: policy.settings.weights: no weights for 'test_resnet' in timm's cache", error)
+    assert "set policy.settings.weights to it" in error and "Retry" not in error
 
 
 def test_transmix_weighs_labels_by_the_class_token_s_attention():
@@ -728,11 +747,11 @@ def classifier_steps(config, folder: Path | None, rank: int, ranks: int) -> dict
     """Three steps, with an engine on each of several ranks, or (no folder) of all ranks in one process."""
     torch.manual_seed(0)
     model = build_model(config, TinyBackbone("group"), CLASSES, torch.float32).train()
-    optimizer, update = build_optimizer(model, config.optimizer), MomentumUpdate(model)
-    engine = None
+    optimizer, engine = build_optimizer(model, config.optimizer), None
     if folder:
         process = distributed.start(config.engine)
         engine = build_engine(model, optimizer, config, process)
+    update = MomentumUpdate(model)
     for step in range(3):
         optimizer.zero_grad()
         for each in [rank] if engine else range(ranks):
@@ -757,16 +776,21 @@ def classifier_steps(config, folder: Path | None, rank: int, ranks: int) -> dict
 
 
 def classifier_on_rank(config, folder: Path) -> dict[str, torch.Tensor]:
-    import os
-
     return classifier_steps(config, folder, int(os.environ["RANK"]), 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine, optimizer", [({"name": "ddp"}, "lamb"), ({"zero_stage": 3}, "sgd")])
-def test_classifiers_train_alike_under_engines(engine, optimizer, tmp_path):
+@pytest.mark.parametrize(
+    "engine, optimizer, name",
+    [
+        ({"name": "ddp"}, "lamb", "cutmix"),
+        ({"zero_stage": 3}, "sgd", "puzzlemix"),
+        ({"name": "fsdp2"}, "sgd", "puzzlemix"),
+    ],
+)
+def test_classifiers_train_alike_under_engines(engine, optimizer, name, tmp_path):
     own = {"name": optimizer, "lr": 0.1, **({"mix_momentum": None} if optimizer == "lamb" else {})}
-    config = tiny_config(policy={"name": "cutmix", "average": 0.9}, engine=engine, optimizer=own)
+    config = tiny_config(policy={"name": name, "average": 0.9}, engine=engine, optimizer=own)
     expected = classifier_steps(config, None, 0, 2)
     got = run_ranks(2, classifier_on_rank, config, tmp_path)[0]
     for name, tensor in expected.items():
@@ -774,8 +798,6 @@ def test_classifiers_train_alike_under_engines(engine, optimizer, tmp_path):
 
 
 def sharded_steps(configs: list) -> int:
-    import os
-
     rank, steps = int(os.environ["RANK"]), 0
     process = distributed.start(configs[0].engine)
     for config in configs:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from automix_dist.automix import AutoMix, Mixes, lay_out, sum_losses
 from automix_dist.config import AutoMixConfig, ConfigError
-from automix_dist.draws import on_device, pairing, shared_generator, step_generator
+from automix_dist.draws import gallery_pairs, on_device, pairing, shared_generator, step_generator
 from automix_dist.loss import class_loss
 from automix_dist.mix_block import projection_norm, reset_projections
 from automix_dist.policy import require
@@ -117,11 +117,10 @@ class Model(AutoMix):
         judge = judged and (config.switch_off == 0 or bool(shared.random() < config.switch_off))
         return Draws(*draws, adversarial=where["step"] % settings.interval == 0, train_mixed_momentum=judge)
 
-    def gallery_draw(self, images: Tensor) -> Draws:
-        """Each image with the next one, for lambda from 0.1 to 0.9."""
-        size, device = len(images), images.device
-        lam, own = torch.linspace(0.1, 0.9, size, device=device), torch.arange(size, device=device)
-        draw = MultiDraw(torch.stack([lam, 1 - lam]), torch.stack([own, own.roll(-1)]), self.config.upsampling[0])
+    def gallery_draw(self, images: Tensor, sweep: int = 0) -> Draws:
+        lam, partner = (on_device(each, images.device) for each in gallery_pairs(len(images), sweep))
+        own = torch.arange(len(images), device=images.device)
+        draw = MultiDraw(torch.stack([lam, 1 - lam]), torch.stack([own, partner]), self.config.upsampling[0])
         return Draws(draw, draw, False, True)
 
     def _losses(self, images: Tensor, clean: Tensor, labels: Tensor, draws: Draws, mask_loss_weight: float) -> Losses:

@@ -12,8 +12,16 @@ from torch.nn import functional as F
 
 from automix_dist import policy
 from automix_dist.backbone import create_backbone
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, ConfigError, ModelConfig
 from automix_dist.policy import BetaSettings, Draw, require
+
+NAMES = {
+    "model.backbone": "teacher",
+    "model.weights": "weights",
+    "model.pretrained": "weights",
+    "data.image_size": "teacher_size",
+}
+"""The teacher's settings, by what they are called for the backbone that is trained."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Settings(BetaSettings):
     teacher: str = "resnet50"
     """The timm model that says where to look. It is a part of the checkpoints, and is built again for evaluation."""
     weights: str = ""
-    """Its weights, a timm state dict as .safetensors; empty: timm's pretrained ones, which must be in its cache."""
+    """Its weights, a timm state dict as .safetensors; empty: timm's pretrained ones, from its cache or downloaded."""
     teacher_size: int = 224
     """Side in pixels of the images that the teacher sees."""
     cells: int | None = None
@@ -38,7 +46,13 @@ class Policy(policy.Policy):
     def __init__(self, settings: Settings, *normalisation: tuple[float, ...]):
         super().__init__(settings, *normalisation)
         teacher = ModelConfig(settings.teacher, pretrained=not settings.weights, weights=settings.weights)
-        self.teacher = create_backbone(teacher, -1, settings.teacher_size).requires_grad_(False)
+        try:
+            self.teacher = create_backbone(teacher, -1, settings.teacher_size).requires_grad_(False)
+        except ConfigError as error:
+            message = str(error)
+            for key, name in NAMES.items():
+                message = message.replace(key, f"policy.settings.{name}")
+            raise ConfigError(f"the teacher of policy attentivemix: {message}") from error
         self.register_buffer("teacher_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("teacher_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 

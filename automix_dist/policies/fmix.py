@@ -1,4 +1,8 @@
-"""FMix (arXiv 2002.12047): a binary mask of area lambda, cut from random noise with a low-frequency spectrum."""
+"""FMix (arXiv 2002.12047): a binary mask of area lambda, cut from random noise with a low-frequency spectrum.
+
+The noise is the paper's. The published code takes two rows of its spectrum for the real and the imaginary part, which
+leaves two frequencies along one axis, and OpenMixup's figures are from that code.
+"""
 
 from dataclasses import dataclass
 from typing import Any

@@ -47,6 +47,9 @@ class Policy(policy.Policy):
     def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
         return self._mark(0, self.policies[0].finish_draw(generator, lam, partner, images))
 
+    def look(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
+        return self.policies[draw.more["policy"]].look(encoder, images, labels, draw)
+
     def mix(self, images: Tensor, draw: Draw) -> Mix | None:
         return self.policies[draw.more["policy"]].mix(images, draw)
 
