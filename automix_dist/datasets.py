@@ -84,8 +84,7 @@ class Dataset(Files):
         if path.exists():
             return path
         near = self._folder_that_has(*parts)
-        kind = self.usage.partition(":")[0]
-        raise self.error(f"{path} is missing{f'; did you mean {kind}:{near}?' if near else similar(path)}")
+        raise self.error(f"{path} is missing{f'; did you mean {self.kind}:{near}?' if near else similar(path)}")
 
     def _folder_that_has(self, *parts: str) -> Path | None:
         """The folder above DIR or directly in it, if it has what DIR lacks."""

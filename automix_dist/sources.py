@@ -46,6 +46,8 @@ class Source(ABC):
 
     usage: ClassVar[str]
     """How the source is written on the command line."""
+    kind: ClassVar[str]
+    """The word that the usage begins with."""
     layout: ClassVar[str] = ""
     """The files that are expected; shown when something is missing."""
 
@@ -61,8 +63,8 @@ class Source(ABC):
 
     def __init_subclass__(cls, usage: str | None = None) -> None:
         if usage is not None:
-            cls.usage = usage
-            SOURCES[usage.partition(":")[0]] = cls
+            cls.usage, cls.kind = usage, re.split(r"[:\[]", usage)[0]
+            SOURCES[cls.kind] = cls
 
     def __init__(self, argument: str, split: Split) -> None:
         """Find the images of one split. Raises SourceError or OSError."""
@@ -94,9 +96,8 @@ class Source(ABC):
         self.classes, self.labels, self.unknown = classes, np.array(found, np.int64), unknown
 
     def error(self, what: str) -> SourceError:
-        kind = self.usage.partition(":")[0]
         expected = f"; expected\n{textwrap.indent(textwrap.dedent(self.layout).strip(), '  ')}" if self.layout else ""
-        return SourceError(f"source '{kind}:{self.argument}': {what}{expected}")
+        return SourceError(f"source '{self.kind}:{self.argument}': {what}{expected}")
 
 
 SOURCES: dict[str, type[Source]] = {}
@@ -119,20 +120,25 @@ def open_source(source: str, split: Split) -> Source:
     raise SourceError(f"source {source!r}: expected an existing folder or one of {usages}{hint}")
 
 
-class Digits(Source, usage="digits"):
-    """scikit-learn's handwritten digits, 8x8 gray enlarged to 32x32 RGB; every fifth of a class is for validation."""
+class Digits(Source, usage="digits[:COUNT]"):
+    """scikit-learn's handwritten digits, 8x8 gray enlarged to 32x32 RGB; every fifth of a class is for validation, or
+    with COUNT all but so many of each class."""
 
     def __init__(self, argument: str, split: Split) -> None:
         super().__init__(argument, split)
-        if argument:
-            raise SourceError(f"source 'digits:{argument}': digits takes no argument")
         from sklearn.datasets import load_digits  # 1 s to import, needed by this source only
 
         data = load_digits()
         rank_in_class = np.zeros(len(data.target), np.int64)
         for label in range(10):
             rank_in_class[data.target == label] = np.arange(np.sum(data.target == label))
-        self.chosen = np.flatnonzero((rank_in_class % 5 == 4) == (split == "val"))
+        most = int(np.bincount(data.target).min()) - 1
+        if argument and not (argument.isdecimal() and 1 <= int(argument) <= most):
+            raise SourceError(
+                f"source 'digits:{argument}': expected digits, or digits:COUNT for 1 to {most} training images a class"
+            )
+        for_training = rank_in_class < int(argument) if argument else rank_in_class % 5 != 4
+        self.chosen = np.flatnonzero(for_training == (split == "train"))
         self.pixels = np.round(data.images[self.chosen] * (255 / 16)).astype(np.uint8)
         self.label([str(d) for d in range(10)], data.target[self.chosen].tolist())
 

@@ -155,6 +155,15 @@ def test_digits(tmp_path):
     expected = np.asarray(first.resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
     assert np.array_equal(raw_pixels(tmp_path / "t.beton", 0), expected)
 
+    few, rest = write("digits:20", tmp_path / "f.beton"), write("digits:20", tmp_path / "r.beton", split="val")
+    assert few.class_counts == [20] * 10 and (few.count, rest.count) == (200, 1597)
+    halves = ((few, "f.beton"), (rest, "r.beton")), ((train, "t.beton"), (val, "v.beton"))
+    digits, every = (
+        sorted(raw_pixels(tmp_path / name, i).tobytes() for manifest, name in half for i in range(manifest.count))
+        for half in halves
+    )
+    assert digits == every
+
 
 def test_same_file_for_any_number_of_workers(photos, tmp_path):
     sums = {write(photos, tmp_path / f"{w}.beton", write_mode="smart", workers=w).checksum for w in (1, 2, 5)}
@@ -187,7 +196,9 @@ def test_folder_with_train_and_val(tmp_path):
         ("digit", "did you mean digits"),
         ("/no/such/folder", "existing folder"),
         ("imagefolder:/no/such/folder", "no such folder"),
-        ("digits:8", "no argument"),
+        ("digits:x", "1 to 173 training images"),
+        ("digits:0", "1 to 173 training images"),
+        ("digits:174", "1 to 173 training images"),
         ("synthetic:", "COUNT"),
         ("synthetic:0", "COUNT"),
         ("synthetic:5x0", "COUNT"),
