@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from automix_dist.automix import Encoder, Mixes, lay_out
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
-from automix_dist.draws import shared_generator, step_generator
+from automix_dist.draws import gallery_pairs, shared_generator, step_generator
 from automix_dist.loss import mixed_loss
 from automix_dist.policy import Draw, Policy, load
 
@@ -85,10 +85,9 @@ class Classifier(nn.Module):
         """
         return self.policy.draw(step_generator(**where), shared_generator(**where), images)
 
-    def gallery_draw(self, images: Tensor) -> Draw:
-        """Each image with the next one, for lambda from 0.1 to 0.9."""
-        partner = np.roll(np.arange(len(images)), -1)
-        return self.policy.finish_draw(np.random.default_rng(0), np.linspace(0.1, 0.9, len(images)), partner, images)
+    def gallery_draw(self, images: Tensor, sweep: int = 0) -> Draw:
+        """Pairs and lambdas for people to look at: see `draws.gallery_pairs`."""
+        return self.policy.finish_draw(np.random.default_rng(0), *gallery_pairs(len(images), sweep), images)
 
     def compile_regions(self, backend: str = "inductor") -> None:
         """Have torch.compile replace the encoder, as a whole, at its next call; evaluation too."""
@@ -113,6 +112,7 @@ class Classifier(nn.Module):
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
+            draw = self.policy.look(self.query, clean, labels, draw)
             if labels is None:
                 mix = self.policy.mix(clean, draw)
                 return mix and Mixes(mix.mask.expand(-1, *clean.shape[2:]), mix.images, mix.lam, draw.partner)

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from automix_dist.config import Config, ConfigError, load_config, to_dict, to_yaml
+from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict, to_yaml
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--epsilon", default="8/255", help="of the attack, for values in [0, 1] (default: 8/255)")
     evaluate.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
     evaluate.add_argument("--occlusion", type=float, nargs="+", default=[], help="hide these shares of the images")
+    evaluate.add_argument("--cam", type=int, metavar="N", help="Grad-CAM of so many images on the page of --out")
     evaluate.add_argument("--seed", type=int, default=0, help="of what is random in the conditions")
 
     export = command("export", _export, "write an encoder as a timm state dict")
@@ -282,6 +283,7 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
     from automix_dist import distributed
     from automix_dist.activation_checkpointing import checkpoint_blocks
     from automix_dist.backbone import synchronize_batchnorm
+    from automix_dist.captured_step import CapturedStep
     from automix_dist.checkpoint import Checkpoints
     from automix_dist.data import EvalLoader, TrainLoader
     from automix_dist.engines import build_engine
@@ -320,6 +322,8 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
     if config.engine.compile:
         model.compile_regions()
     engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    if config.engine.cuda_graph:
+        CapturedStep(model)
 
     position = Position()
     if saved is not None:
@@ -331,6 +335,7 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
         run,
         is_main=process.is_main,
         tensorboard=config.log.tensorboard,
+        trackers=config.log.trackers,
         start_step=position.step,
         config=about["config"],
     )
@@ -355,7 +360,9 @@ def _check(config: Config):
         the training set's manifest and the model, whose construction is a check of its own.
     """
     from automix_dist import beton
+    from automix_dist.trackers import check_installed
 
+    check_installed(config.log)
     for key in ("train", "val"):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
@@ -378,8 +385,9 @@ def _check(config: Config):
     from automix_dist.engines import deepspeed_settings
 
     device = torch.device(resolve_device(config.engine))
-    if config.engine.sync_batchnorm and device.type == "cpu":
-        raise ConfigError("engine.sync_batchnorm needs GPUs and there is none here: set it to false")
+    for key in ("sync_batchnorm", "cuda_graph"):
+        if getattr(config.engine, key) and device.type == "cpu":
+            raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
     deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
 
     return train, _build_model(config, len(train.classes), device)
@@ -469,13 +477,7 @@ FIXED_ON_RESUME = (
 def _compare_settings(before: dict, now: dict, say) -> None:
     """Tell what was changed since the checkpoint; refuse what a run cannot survive."""
 
-    def flat(tree: dict, prefix: str = "") -> dict:
-        items = {}
-        for key, value in tree.items():
-            items |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-        return items
-
-    old, new = flat(before), flat(now)
+    old, new = flatten(before), flatten(now)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) == new.get(key):
             continue
@@ -553,11 +555,13 @@ def _conditions(options: argparse.Namespace):
 
 def _evaluate(options: argparse.Namespace) -> int:
     conditions = _conditions(options)
+    if options.cam is not None and options.out is None:
+        raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
     saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
     import torch
 
-    from automix_dist import beton, distributed
+    from automix_dist import beton, cam, distributed
     from automix_dist.config import from_dict
     from automix_dist.data import EvalLoader
     from automix_dist.examine import examine, summary, write_examination
@@ -578,15 +582,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     if loader.num_classes != len(saved.manifest["classes"]):
         raise CommandError(f"{path} has {loader.num_classes} classes, the model {len(saved.manifest['classes'])}")
-    values = examine(model, loader, process, conditions, config.data.mean)
+    showcase = None if options.cam is None else cam.Showcase(options.cam, loader.num_classes)
+    values = examine(model, loader, process, conditions, config.data.mean, showcase)
     loader.close()
+    views = None if showcase is None else cam.look(model, showcase.gather(process), conditions.answer)
     torch.distributed.barrier()
     if process.is_main:
         result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
         print(json.dumps(summary(result), indent=1))
         if options.out:
             title = f"{options.run_folder.resolve().name}, step {saved.step:,}, {path.name}"
-            print(write_examination(result, options.out, title), file=sys.stderr)
+            print(write_examination(result, options.out, title, views), file=sys.stderr)
     distributed.finish()
     return 0
 

@@ -372,9 +372,12 @@ class EngineConfig:
     """A step whose loss or gradients are not finite is skipped; after so many in a row the run stops with a dump."""
     compile: bool = False
     """Compile the encoders and the Mix Block, each as a whole, with torch.compile; the first steps take minutes."""
+    cuda_graph: bool = False
+    """Record forward and backward passes as CUDA graphs, with one GPU or several: few launches, for small images. Needs
+    whole parameters (not zero_stage 3, not fsdp2)."""
     joint_query: bool = False
-    """The query encoder reads clean and mixed images in one pass; for backbones without BatchNorm. The same training,
-    but with immediate_backward two sets of activations live at a time."""
+    """The query encoder reads clean and mixed images in one pass, in which BatchNorm takes them for two batches. The
+    same training, but with immediate_backward two sets of activations live at a time."""
     deterministic: bool = False
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -410,11 +413,18 @@ class EngineConfig:
             raise ConfigError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, got 0")
         if self.sync_batchnorm and self.device == "cpu":
             raise ConfigError("engine.sync_batchnorm needs GPUs, but engine.device = 'cpu': set it to false")
-        if self.compile and (self.zero_stage == 3 or self.name == "fsdp2"):
-            raise ConfigError(
-                "engine.compile needs whole parameters, which engine.zero_stage = 3 and engine.name = 'fsdp2' shard: "
-                "set engine.zero_stage to 0, 1 or 2, or engine.compile=false"
-            )
+        for key in ("compile", "cuda_graph"):
+            if getattr(self, key) and (self.zero_stage == 3 or self.name == "fsdp2"):
+                raise ConfigError(
+                    f"engine.{key} needs whole parameters, which engine.zero_stage = 3 and engine.name = 'fsdp2' "
+                    f"shard: set engine.zero_stage to 0, 1 or 2, or engine.{key}=false"
+                )
+        if self.cuda_graph:
+            for key, value in (("device", "cpu"), ("activation_checkpointing", True), ("sync_batchnorm", True)):
+                if getattr(self, key) == value:
+                    raise ConfigError(
+                        f"engine.cuda_graph does not go with engine.{key} = {value!r}: change one of them"
+                    )
         if self.kernels == "triton" and self.device == "cpu":
             raise ConfigError(
                 "engine.kernels = 'triton' needs a GPU, but engine.device = 'cpu': "
@@ -448,14 +458,17 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 10
-    """Steps between two records in metrics.jsonl and TensorBoard."""
+    """Steps between two records in metrics.jsonl, TensorBoard and the trackers."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Log to Weights & Biases and MLflow besides, where their packages are installed (docs/evaluation.md)."""
     gallery_pairs: int = 8
     """Image pairs shown with masks and mixed samples after each evaluation; 0 = none."""
 
     def __post_init__(self):
         _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "1 or more")
+        _require(len(set(self.trackers)) == len(self.trackers), "log.trackers", self.trackers, "each once")
         _require(self.gallery_pairs >= 0, "log.gallery_pairs", self.gallery_pairs, "0 or more")
 
 
@@ -514,6 +527,8 @@ class Config:
                 "optimizer.name = 'lamb' steps whole tensors, which this engine shards: set engine.zero_stage=0 or "
                 "engine.name=ddp"
             )
+        if self.engine.joint_query and self.engine.sync_batchnorm:
+            raise ConfigError("engine.joint_query does not go with engine.sync_batchnorm: set one of them to false")
         if self.engine.joint_query and self.automix.feature_source == "query":
             raise ConfigError(
                 "engine.joint_query reads clean and mixed images together, but automix.feature_source = 'query' needs "
@@ -551,6 +566,14 @@ def to_dict(config: Any) -> dict[str, Any]:
         return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"lr": 0.1}} -> {"optimizer.lr": 0.1}; an empty dict stays a value."""
+    items: dict[str, Any] = {}
+    for key, value in tree.items():
+        items |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return items
 
 
 def to_yaml(config: Config) -> str:

@@ -92,6 +92,14 @@ def seed_torch(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> N
     torch.manual_seed(int(_key(seed, step, micro_step, rank)[0] >> np.uint64(1)))
 
 
+def gallery_pairs(size: int, sweep: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lambdas and partners [size] of a gallery: each image with the next one, for lambda from 0.1 to 0.9; the last
+    `sweep` ones, copies of the first, with the second image for lambda from 0 to 1."""
+    pairs = size - sweep
+    lam = np.concatenate([np.linspace(0.1, 0.9, pairs), np.linspace(0, 1, sweep)])
+    return lam, np.concatenate([np.roll(np.arange(pairs), -1), np.ones(sweep, np.int64)])
+
+
 def _key(seed: int, step: int, micro_step: int, rank: int) -> np.ndarray:
     """A 128-bit Philox key that differs for every (seed, step, micro step, rank)."""
     return np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(2, np.uint64)

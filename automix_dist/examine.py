@@ -1,6 +1,5 @@
 """What a trained model gets right, how sure it is, and how much of that is left when images become harder."""
 
-import html
 import json
 import math
 import statistics
@@ -10,15 +9,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automix_dist import robustness
+from automix_dist.cam import Showcase, Views
 from automix_dist.config import ConfigError
 from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
-from automix_dist.report import percent_or_nothing, table, write_page
+from automix_dist.report import figures, mask_uri, percent_or_nothing, picture_uri, reliability, table, write_page
+from automix_dist.run_log import IMAGE_COLOR, PARTNER_COLOR
 
 BINS = 15
 """Of confidence, equally wide, as in arXiv 1706.04599."""
@@ -112,6 +114,7 @@ def examine(
     process: Process,
     conditions: Conditions,
     color: tuple[float, ...],
+    showcase: Showcase | None = None,
 ) -> dict[str, Any]:
     """Accuracies, calibration and classes over the whole set, and accuracies under each condition.
 
@@ -119,6 +122,7 @@ def examine(
         model: AutoMix or another model of a policy, whole on each rank.
         loader: this rank's share of the set; every image counts once, whatever the number of ranks.
         color: of what occlusion hides, on the [0, 1] scale.
+        showcase: what is to keep some of the images.
 
     Returns:
         top1_*, top5_*, loss_* and ece_* for each of the model's logits and, with a second encoder, for `ensemble`: the
@@ -137,6 +141,8 @@ def examine(
     batches = iter(loader)
     try:
         for batch in batches:
+            if showcase is not None:
+                showcase.add(batch)
             for name, images in _conditions(model, batch, conditions, color):
                 for answer, logits in _answers(model, images, conditions.flip).items():
                     counts[name][answer].add(logits, batch.labels)
@@ -248,21 +254,26 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in ("classes", "confusion", "calibration")}
 
 
-def write_examination(result: dict[str, Any], folder: Path, title: str) -> Path:
-    """Write folder/eval.json and folder/eval.html; returns the page's path. Raises OSError."""
+def write_examination(result: dict[str, Any], folder: Path, title: str, views: Views | None = None) -> Path:
+    """Write folder/eval.json and folder/eval.html, with Grad-CAM where there are views; returns the page's path.
+
+    Raises OSError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "eval.json").write_text(json.dumps(result, indent=1))
     answer = result["answer"]
     answers = [key.removeprefix("top1_") for key in result if key.startswith("top1_")]
     keys = ("top1", "top5", "ece", "loss")
     rows = [(name, *(_number(key, result[f"{key}_{name}"]) for key in keys)) for name in answers]
-    head = ("Answer", "Top-1", "Top-5", "Calibration error", "Loss")
+    head = ("Answer", "Top-1", "Top-5", "ECE", "Loss")
     sections = {"Accuracy": table(rows, head, "figures")}
     if result["conditions"]:
         top1 = {name: [values[f"top1_{each}"] for each in answers] for name, values in result["conditions"].items()}
         rows = [(name, *map(percent_or_nothing, values)) for name, values in top1.items()]
         sections["Top-1 under harder conditions"] = table(rows, ("Condition", *answers), "figures")
-    sections[f"Reliability of {answer}"] = _reliability(result["calibration"])
+    sections[f"Reliability of {answer}"] = reliability(result["calibration"])
+    if views is not None:
+        sections |= _cam_sections(views, [row["name"] for row in result["classes"]], answer)
     order = sorted(result["classes"], key=lambda row: -1 if row["recall"] is None else row["recall"])
     rows = [
         (row["name"], f"{row['images']:,}", percent_or_nothing(row["recall"]), percent_or_nothing(row["precision"]))
@@ -282,26 +293,48 @@ def _number(key: str, value: float) -> str:
     return f"{value:.4f}" if key == "loss" else percent_or_nothing(value)
 
 
-def _reliability(bins: list[dict[str, Any]]) -> str:
-    """A diagram of accuracy over confidence: bars for the bins, their width of colour by the share of images."""
-    total, side = sum(each["images"] for each in bins), 320
-    width = side / len(bins)
-    bars = []
-    for i, each in enumerate(bins):
-        if each["images"]:
-            height = each["accuracy"] * side
-            text = (
-                f"{each['images']:,} images, confidence {percent_or_nothing(each['confidence'])}, "
-                f"accuracy {percent_or_nothing(each['accuracy'])}"
-            )
-            opacity = 0.3 + 0.7 * each["images"] / total
-            bars.append(
-                f'<rect x="{i * width:.1f}" y="{side - height:.1f}" width="{width - 1:.1f}" height="{height:.1f}" '
-                f'fill="var(--accent)" opacity="{opacity:.2f}"><title>{html.escape(text)}</title></rect>'
-            )
-    line = f'<line x1="0" y1="{side}" x2="{side}" y2="0" stroke="var(--soft)" stroke-dasharray="3 3"/>'
-    hint = "Accuracy over confidence, both from 0 to 100 %: on the dashed line a model is as often right as it is sure."
-    return (
-        f'<p class="hint">{hint}</p><svg class="card" viewBox="0 0 {side} {side}" width="{side}" height="{side}" '
-        f'role="img" aria-label="Reliability diagram">{"".join(bars)}{line}</svg>'
+def _cam_sections(views: Views, classes: list[str], answer: str) -> dict[str, str]:
+    """Cards of images with what made `answer` say its guess, and of mixes with what speaks for each of two classes."""
+    images, labels = views.batch.images.cpu().numpy(), views.batch.labels.tolist()
+    of_guess, of_label = (each.cpu().numpy() for each in (views.of_guess, views.of_label))
+    cards = []
+    for i, guess in enumerate(views.guess.tolist()):
+        said = f"guess: {classes[guess]}, {_share(views.confidence[i].item())}"
+        card = [(picture_uri(images[i]), classes[labels[i]]), (_overlay(images[i], of_guess[i], PARTNER_COLOR), said)]
+        if guess != labels[i]:
+            card.append((_overlay(images[i], of_label[i], IMAGE_COLOR), f"true: {classes[labels[i]]}"))
+        cards.append(card)
+    hint = "Coloured: what speaks for the guess, in orange; where it is wrong, what speaks for the true class, in blue."
+    small = images.shape[1]
+    sections = {f"Grad-CAM of {answer}": f'<p class="hint">{hint}</p>{figures(cards, small)}'}
+    if views.mixes is None:
+        return sections
+    mixed, masks, of_own, of_partner = (
+        each.cpu().numpy() for each in (views.mixed, views.mixes.mask, views.of_own, views.of_partner)
     )
+    lam, partner = views.mixes.lam.tolist(), views.mixes.partner.tolist()
+    cards = []
+    for i, label in enumerate(labels):
+        own, other = classes[label], classes[labels[partner[i]]]
+        cards.append(
+            [
+                (picture_uri(mixed[i]), f"{_share(lam[i])} {own}, {_share(1 - lam[i])} {other}"),
+                (mask_uri(masks[i]), "mask"),
+                (_overlay(mixed[i], of_own[i], IMAGE_COLOR), f"for {own}"),
+                (_overlay(mixed[i], of_partner[i], PARTNER_COLOR), f"for {other}"),
+            ]
+        )
+    hint = "A mask is orange where it takes the partner. Coloured: what speaks for each of the two classes."
+    sections["Grad-CAM of mixed pairs"] = f'<p class="hint">{hint}</p>{figures(cards, small)}'
+    return sections
+
+
+def _share(value: float) -> str:
+    return f"{round(100 * value)} %"
+
+
+def _overlay(image: np.ndarray, weights: np.ndarray, color: tuple[int, int, int]) -> str:
+    """The image in grey, uint8 [H, W, 3], under a colour as strong as the weights [H, W] in [0, 1]; as a data URI."""
+    strength = 0.8 * np.nan_to_num(weights)[..., None]
+    gray = image.mean(axis=2, keepdims=True)
+    return picture_uri((gray * (1 - strength) + np.array(color) * strength).round().astype(np.uint8))

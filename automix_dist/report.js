@@ -230,11 +230,11 @@ function showGallery() {
     const frame = gallery.frames[slider.value];
     slider.nextElementSibling.value = place(frame.step);
     for (const image of document.querySelectorAll("#gallery img")) {
-      const pair = frame.pairs[image.dataset.pair];
-      image.closest(".pair").hidden = !pair;
-      if (!pair) continue;
-      image.src = gallery.pictures[pair[image.dataset.kind]];
-      image.nextElementSibling.replaceChildren(...caption(image.dataset.kind, pair));
+      const {group, index, kind} = image.dataset, mix = frame[group][index];
+      (group === "pairs" ? image.closest(".pair") : image.parentElement).hidden = !mix;
+      if (!mix) continue;
+      image.src = gallery.pictures[mix[kind]];
+      image.nextElementSibling.replaceChildren(caption(kind, mix));
     }
   };
   slider.addEventListener("input", () => { stop(); show(); });
@@ -253,12 +253,11 @@ function showGallery() {
   });
   show();
 }
-function caption(kind, pair) {
-  const share = (value) => value === null ? "\u2013" : Math.round(100 * value) + " %";
-  if (kind === "image") return [pair.label];
-  if (kind === "partner") return [pair.partnerLabel];
-  if (kind === "mixed") return ["λ " + (pair.lam === null ? "\u2013" : pair.lam.toFixed(2))];
-  return ["image " + share(1 - pair.area)];
+function caption(kind, mix) {
+  if (kind === "image") return mix.label;
+  if (kind === "partner") return mix.partnerLabel;
+  if (kind === "mixed") return "λ " + (mix.lam === null ? "\u2013" : mix.lam.toFixed(2));
+  return "image " + Math.round(100 * (1 - mix.area)) + " %";
 }
 
 function switchTheme() {

@@ -24,12 +24,13 @@ import numpy as np
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from automix_dist.config import Config, to_dict
+from automix_dist.config import Config, flatten, to_dict
 from automix_dist.run_log import (
     GALLERY_ARRAYS,
     IMAGE_COLOR,
     METRICS,
     PARTNER_COLOR,
+    SWEEP_ARRAYS,
     accuracy_name,
     gallery_files,
     gallery_step,
@@ -205,6 +206,7 @@ def _load_gallery(run: _Run, folder: Path) -> None:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name][:MAX_PAIRS] for name in GALLERY_ARRAYS}
+                arrays |= {name: stored[name] for name in SWEEP_ARRAYS}
             _check_gallery(arrays)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             run.notes.append(f"gallery/{path.name} could not be read and was left out.")
@@ -223,6 +225,11 @@ def _check_gallery(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError("masks must be [P, H, W]")
     if any(arrays[name].shape != (pairs,) for name in ("lam", "labels", "partner_labels")):
         raise ValueError("lam and labels must be [P]")
+    (sweep,) = arrays["sweep_lam"].shape
+    if arrays["sweep_masks"].shape != (sweep, height, width):
+        raise ValueError("sweep_masks must be [S, H, W]")
+    if arrays["sweep_mixed"].shape != (sweep, height, width, 3) or arrays["sweep_mixed"].dtype != np.uint8:
+        raise ValueError("sweep_mixed must be uint8 [S, H, W, 3]")
 
 
 # Curves and numbers
@@ -389,7 +396,8 @@ def _page(run: _Run) -> str:
         notes=_notes(run.notes),
         numbers="".join(_number_card(*number) for number in _numbers(run)),
         accuracies=_accuracy_table(run),
-        pairs="".join(_pair_card(pair) for pair in range(_shown_pairs(run))),
+        pairs="".join(_pair_card(pair) for pair in range(_most(run, "lam"))),
+        sweep=_sweep_card(_most(run, "sweep_lam")),
         events=_events(run),
         config=_config(run.config),
         environment=table(_flatten(run.environment)) or _empty("There is no environment.json."),
@@ -448,19 +456,58 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), style: str = 
     return f'<div class="scroll {style}"><table>{head_row}<tbody>{body}</tbody></table></div>'
 
 
+def figures(cards: Iterable[Sequence[tuple[str, str]]], side: int) -> str:
+    """Cards of pictures in a row, each a data URI and the words below it; `side` is of the pictures, in pixels."""
+    shown = "".join(
+        '<div class="card row">'
+        + "".join(
+            f'<figure><img src="{uri}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>'
+            for uri, text in card
+        )
+        + "</div>"
+        for card in cards
+    )
+    return f'<div class="rows{" small" if side <= PNG_SIDE else ""}">{shown}</div>'
+
+
+def reliability(bins: list[dict[str, Any]]) -> str:
+    """A diagram of accuracy over confidence: a bar for each bin, the more opaque the more images it has."""
+    total, side, left, bottom = sum(each["images"] for each in bins), 320, 44, 40
+    width = side / len(bins)
+    parts = []
+    for at in range(0, 101, 25):
+        x, y = left + side * at / 100, side - side * at / 100 + 8
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{at} %</text>')
+        parts.append(f'<text x="{x}" y="{side + 24}" text-anchor="middle">{at} %</text>')
+    for i, each in enumerate(bins):
+        if each["images"]:
+            height = each["accuracy"] * side
+            text = (
+                f"{each['images']:,} images, confidence {percent_or_nothing(each['confidence'])}, "
+                f"accuracy {percent_or_nothing(each['accuracy'])}"
+            )
+            opacity = 0.3 + 0.7 * each["images"] / total
+            parts.append(
+                f'<rect x="{left + i * width:.1f}" y="{side - height + 8:.1f}" width="{width - 1:.1f}" '
+                f'height="{height:.1f}" fill="var(--accent)" opacity="{opacity:.2f}"><title>{text}</title></rect>'
+            )
+    parts.append(f'<line class="even" x1="{left}" y1="{side + 8}" x2="{left + side}" y2="8"/>')
+    parts.append(f'<text x="{left + side / 2}" y="{side + bottom + 2}" text-anchor="middle">confidence</text>')
+    hint = "Accuracy over confidence: on the dashed line a model is as often right as it is sure."
+    return (
+        f'<p class="hint">{hint}</p><svg class="card figure" viewBox="0 0 {left + side + 24} {side + bottom + 8}" '
+        f'width="{left + side + 24}" role="img" aria-label="Reliability diagram">{"".join(parts)}</svg>'
+    )
+
+
 def percent_or_nothing(fraction: float | None) -> str:
     return _NOTHING if fraction is None else percent(fraction)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:
     """Nested settings as (dotted name, text)."""
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", _text(value)))
-    return rows
+    return [(key, _text(value)) for key, value in flatten(values).items()]
 
 
 def _text(value: Any) -> str:
@@ -501,20 +548,35 @@ def _events(run: _Run) -> str:
     return table(rows, ("Step", "Event", "Time (UTC)", "Details")) or _empty("Nothing has been recorded yet.")
 
 
-def _shown_pairs(run: _Run) -> int:
-    return max((len(frame["lam"]) for frame in run.frames), default=0)
+def _most(run: _Run, name: str) -> int:
+    """The largest number of entries that an array of the gallery has at any step."""
+    return max((len(frame[name]) for frame in run.frames), default=0)
 
 
 def _pair_card(pair: int) -> str:
-    tiles = "".join(
-        f'<figure><img data-pair="{pair}" data-kind="{kind}" alt="{kind} {pair + 1}"><figcaption></figcaption></figure>'
-        for kind in ("image", "partner", "mask", "mixed")
-    )
+    tiles = "".join(_tile("pairs", pair, kind) for kind in ("image", "partner", "mask", "mixed"))
     return f'<div class="card pair">{tiles}</div>'
 
 
+def _sweep_card(count: int) -> str:
+    """The first pair for so many lambdas: masks above, mixed samples below."""
+    if not count:
+        return ""
+    tiles = "".join(_tile("sweep", i, kind) for kind in ("mask", "mixed") for i in range(count))
+    grid = f'<div class="sweep" style="--columns: {count}">{tiles}</div>'
+    return f'<h3>The first pair, for λ from 0 to 1</h3><div class="card scroll">{grid}</div>'
+
+
+def _tile(group: str, index: int, kind: str) -> str:
+    """A place for a picture of the gallery, which the page's script fills for the chosen step."""
+    return (
+        f'<figure><img data-group="{group}" data-index="{index}" data-kind="{kind}" alt="{kind} {index + 1}">'
+        f"<figcaption></figcaption></figure>"
+    )
+
+
 def _gallery(run: _Run) -> dict[str, Any] | None:
-    """The gallery for the page's script: each picture once as a data URI, and for each step the pairs by number."""
+    """The gallery for the page's script: each picture once as a data URI, and for each step what is shown by number."""
     if not run.frames:
         return None
     pictures: dict[str, int] = {}
@@ -522,24 +584,28 @@ def _gallery(run: _Run) -> dict[str, Any] | None:
     def picture(uri: str) -> int:
         return pictures.setdefault(uri, len(pictures))
 
+    def mix(masks: np.ndarray, mixed: np.ndarray, lam: np.ndarray, i: int) -> dict[str, Any]:
+        return {
+            "mask": picture(mask_uri(masks[i])),
+            "mixed": picture(picture_uri(mixed[i])),
+            "lam": _finite(float(lam[i])),
+            "area": float(np.mean(np.nan_to_num(masks[i].astype(np.float32)))),
+        }
+
     frames = []
     for frame in run.frames:
-        pairs = []
-        for p in range(len(frame["lam"])):
-            area = float(np.mean(np.nan_to_num(frame["masks"][p].astype(np.float32))))
-            pairs.append(
-                {
-                    "image": picture(_data_uri(frame["images"][p])),
-                    "partner": picture(_data_uri(frame["partners"][p])),
-                    "mask": picture(_mask_uri(frame["masks"][p])),
-                    "mixed": picture(_data_uri(frame["mixed"][p])),
-                    "lam": _finite(float(frame["lam"][p])),
-                    "area": area,
-                    "label": _class_name(run, frame["labels"][p]),
-                    "partnerLabel": _class_name(run, frame["partner_labels"][p]),
-                }
-            )
-        frames.append({"step": frame["step"], "pairs": pairs})
+        pairs = [
+            {
+                "image": picture(picture_uri(frame["images"][p])),
+                "partner": picture(picture_uri(frame["partners"][p])),
+                "label": _class_name(run, frame["labels"][p]),
+                "partnerLabel": _class_name(run, frame["partner_labels"][p]),
+                **mix(frame["masks"], frame["mixed"], frame["lam"], p),
+            }
+            for p in range(len(frame["lam"]))
+        ]
+        sweep = [mix(*(frame[name] for name in SWEEP_ARRAYS), i) for i in range(len(frame["sweep_lam"]))]
+        frames.append({"step": frame["step"], "pairs": pairs, "sweep": sweep})
     return {"frames": frames, "pictures": list(pictures), "small": run.frames[0]["images"].shape[1] <= PNG_SIDE}
 
 
@@ -547,14 +613,14 @@ def _class_name(run: _Run, label: np.integer) -> str:
     return run.classes[label] if 0 <= label < len(run.classes) else f"class {label}"
 
 
-def _data_uri(pixels: np.ndarray) -> str:
+def picture_uri(pixels: np.ndarray) -> str:
     """uint8 [H, W, 3] as a data URI: PNG if small, else JPEG."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     return _encode(image, "png") if max(pixels.shape[:2]) <= PNG_SIDE else _encode(image, "jpeg", quality=90)
 
 
-def _mask_uri(mask: np.ndarray) -> str:
+def mask_uri(mask: np.ndarray) -> str:
     """Float [H, W] in [0, 1] as a data URI: a PNG with a palette of 256 shades."""
     levels = np.clip(np.nan_to_num(mask.astype(np.float32)) * 255, 0, 255).round().astype(np.uint8)
     image = Image.fromarray(levels)
@@ -649,7 +715,7 @@ def _plot(
         across = (x - first) / ((last - first) or 1)
         return (x0 + across * (x1 - x0)) * _SCALE, (y0 + (high - y) / (high - low) * (y1 - y0)) * _SCALE
 
-    for value in _ticks(low, high):
+    for value in ticks(low, high):
         y = at(first, value)[1] / _SCALE
         draw.line([(x0 * _SCALE, y * _SCALE), (x1 * _SCALE, y * _SCALE)], fill="#e3e5e8", width=_SCALE)
         _write(draw, x0 - 10, y, f"{value * 100:g} %" if unit == "percent" else f"{value:g}", anchor="rm")
@@ -674,7 +740,7 @@ def _plot(
         x += room + 18
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """About five round values between low and high."""
     rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))

@@ -1,4 +1,4 @@
-"""What a run leaves to look at while it trains: console, metrics.jsonl, TensorBoard, and the gallery's pictures.
+"""What a run leaves to look at while it trains: console, metrics.jsonl, the gallery's pictures, and other trackers.
 
 metrics.jsonl holds one JSON object a line. Every record has "kind", "step" and "time" (UTC, ISO 8601); kinds "train"
 and "eval" have "epoch" and the values they were given, every other kind is an event ("start", "checkpoint", ...).
@@ -11,46 +11,57 @@ import math
 import os
 import resource
 import sys
-import threading
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import yaml
 from tqdm import tqdm
+
+from automix_dist.trackers import LABELS, Tracker, forget_runs, open_tracker
 
 METRICS = "metrics.jsonl"
 GALLERY = "gallery"
 IMAGE_COLOR, PARTNER_COLOR = (0, 114, 178), (230, 159, 0)  # ends of the mask's scale; distinct to colour-blind readers
 PLAIN_LINE_SECONDS = 5.0  # how often, at most, a progress line goes to a console that is no terminal
 GALLERY_ARRAYS = ("images", "partners", "masks", "mixed", "lam", "labels", "partner_labels")
+SWEEP_ARRAYS = ("sweep_masks", "sweep_mixed", "sweep_lam")
 
 
 class RunLog:
     """Writes the records of a run; on every rank but the main one, an object of the same methods that does nothing.
 
-    No write of a log stops the training: the first that fails is told on the console, and the run goes on.
+    No write of a log stops the training: the first that fails is told on the console, and the run goes on. A tracker is
+    then left out; the others and the files are tried again.
     The methods cost microseconds, except those that write (`train`, `evaluation`, `event`, `gallery`).
     """
 
     def __init__(
-        self, folder: Path, *, is_main: bool, tensorboard: bool, start_step: int, config: dict[str, Any]
+        self,
+        folder: Path,
+        *,
+        is_main: bool,
+        tensorboard: bool,
+        trackers: Sequence[str] = (),
+        start_step: int,
+        config: dict[str, Any],
     ) -> None:
         """Open the logs in `folder` for a training that goes on after `start_step` steps.
 
         Whatever an earlier attempt logged about later steps is cut off, so that no curve has a gap or a double; with
-        start_step 0, a new training, everything is. `config` is the resolved tree of settings, kept for TensorBoard.
+        start_step 0, a new training, everything is. `trackers` are names of log.trackers; `config` is the resolved tree
+        of settings, which all of them keep.
         Accelerate's process state must exist already where there is more than one process.
         """
         self.is_main = is_main
         self._folder = Path(folder)
         self._bar: tqdm | None = None
         self._metrics: Any = None
-        self._tracker: Any = None
+        self._trackers: list[Tracker] = []
         self._warned: set[str] = set()
         self._nonfinite: set[str] = set()
         self._torn = False
@@ -63,8 +74,10 @@ class RunLog:
             return
         self._attempt("metrics.jsonl", lambda: self._open_metrics(start_step))
         self._attempt("the gallery", lambda: _cut_gallery(self._folder / GALLERY, start_step))
-        if tensorboard:
-            self._attempt("TensorBoard", lambda: self._open_tensorboard(start_step, config))
+        if not start_step:
+            self._attempt("trackers.json", lambda: forget_runs(self._folder))
+        for name in [*(["tensorboard"] if tensorboard else []), *trackers]:
+            self._open_tracker(name, start_step, config)
 
     def start(self, total_steps: int, steps_per_epoch: int, step: int) -> None:
         """Show the progress bar, standing at `step` of `total_steps`, and record the start of this session."""
@@ -127,16 +140,16 @@ class RunLog:
             self._restart_clock()
 
     def gallery(self, step: int, **arrays: np.ndarray) -> None:
-        """Keep image pairs, their masks and mixed samples for the report, and show them in TensorBoard.
+        """Keep image pairs, their masks and mixed samples for the report, and show them in the trackers.
 
         The arrays are those of `write_gallery`.
         """
         if not self.is_main:
             return
         self._attempt("the gallery", lambda: write_gallery(self._folder, step, **arrays))
-        if self._tracker is not None:
-            picture = gallery_picture(**arrays)[None]  # [1, height, width, 3]
-            self._tensorboard(lambda: self._tracker.log_images({"gallery": picture}, step=step, dataformats="NHWC"))
+        if self._trackers:
+            pixels = gallery_picture(**arrays)
+            self._track(lambda tracker: tracker.picture("gallery", pixels, step))
         self._restart_clock()
 
     def message(self, text: str) -> None:
@@ -149,9 +162,8 @@ class RunLog:
         if self._bar is not None:
             self._console(self._bar.close)
             self._bar = None
-        if self._tracker is not None:
-            self._tensorboard(self._tracker.finish)
-            self._tracker = None
+        self._track(lambda tracker: tracker.finish())
+        self._trackers = []
         if self._metrics is not None:
             self._attempt("metrics.jsonl", self._metrics.close)
             self._metrics = None
@@ -163,22 +175,11 @@ class RunLog:
         # Without a buffer of ours a record is in the file when `train` returns, whatever kills the process after it.
         self._metrics = path.open("ab", buffering=0)
 
-    def _open_tensorboard(self, start_step: int, config: dict[str, Any]) -> None:
-        from accelerate import PartialState
-        from accelerate.tracking import TensorBoardTracker
-
-        class Tracker(TensorBoardTracker):
-            # Which rank logs is decided here already, and not by Accelerate's idea of the main process.
-            main_process_only = False
-
-        PartialState()  # the tracker's own logger needs it; a training has made it before
-        _silence_writer_thread()
-        # TensorBoard drops what earlier event files hold from purge_step on.
-        tracker = Tracker("tensorboard", self._folder, purge_step=start_step + 1 if start_step else 0)
-        tracker.start()
-        self._tracker = tracker
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        tracker.log({"config": "\n".join(f"    {line}" for line in text.splitlines())}, step=start_step)
+    def _open_tracker(self, name: str, start_step: int, config: dict[str, Any]) -> None:
+        try:
+            self._trackers.append(open_tracker(name, self._folder, start_step, config))
+        except Exception as error:
+            self._warn(LABELS[name], error)
 
     def _record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         values = {key: float(value) for key, value in values.items()}
@@ -189,10 +190,9 @@ class RunLog:
             elif key not in self._nonfinite:
                 self._nonfinite.add(key)
                 self.message(f"step {step}: {key} is {value}")
-        if self._tracker is not None:
-            # TensorBoard has no way to show a NaN that is seen at a distance; the report and the console tell of it.
-            finite = {f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)}
-            self._tensorboard(lambda: self._tracker.log(finite, step=step))
+        # Trackers have no way to show a NaN that is seen at a distance; the report and the console tell of it.
+        finite = {f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)}
+        self._track(lambda tracker: tracker.log(finite, step))
 
     def _append(self, record: dict[str, Any]) -> None:
         record = {key: value.item() if hasattr(value, "item") else value for key, value in record.items()}
@@ -211,20 +211,27 @@ class RunLog:
             raise OSError("the disk took only a part of the record")
         self._torn = False
 
-    def _tensorboard(self, action: Callable[[], object]) -> None:
-        if not self._attempt("TensorBoard", action):
-            self._tracker = None  # its writer's thread is dead after a failed write
+    def _track(self, action: Callable[[Tracker], object]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                action(tracker)
+            except Exception as error:  # of any type: these are other projects' programs, and none is worth a training
+                self._trackers.remove(tracker)  # TensorBoard's writer's thread, for one, is dead after a failed write
+                self._warn(tracker.label, error)
 
-    def _attempt(self, what: str, action: Callable[[], object]) -> bool:
-        """Run an action that writes; False, and one line on the console for each log, if it could not."""
+    def _attempt(self, what: str, action: Callable[[], object]) -> None:
+        """Run an action that writes one of our own files."""
         try:
             action()
         except OSError as error:
-            if what not in self._warned:
-                self._warned.add(what)
-                self.message(f"warning: cannot write {what} in {self._folder} ({error}); training goes on without")
-            return False
-        return True
+            self._warn(f"{what} in {self._folder}", error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Tell of a failed write, in one line and once for each log."""
+        if what not in self._warned:
+            self._warned.add(what)
+            text = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+            self.message(f"warning: cannot write {what} ({text}); training goes on without")
 
     def _console(self, action: Callable[[], object]) -> None:
         try:
@@ -292,11 +299,15 @@ def write_gallery(
     lam: np.ndarray,
     labels: np.ndarray,
     partner_labels: np.ndarray,
+    sweep_masks: np.ndarray,
+    sweep_mixed: np.ndarray,
+    sweep_lam: np.ndarray,
 ) -> Path:
     """Write `folder`/gallery/step_XXXXXXXX.npz, whole or not at all, and return its path.
 
     images, partners, mixed: uint8 [P, H, W, 3]; masks: float [P, H, W], the weight of the partner at each pixel;
-    lam: float [P], the weight of the image's label; labels, partner_labels: int [P]. Raises OSError.
+    lam: float [P], the weight of the image's label; labels, partner_labels: int [P]; sweep_*: masks, mixed and lam of
+    the first pair for S rising lambdas. Raises OSError.
     """
     path = folder / GALLERY / f"step_{step:08d}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,6 +319,9 @@ def write_gallery(
         "lam": np.asarray(lam, np.float32),
         "labels": labels,
         "partner_labels": partner_labels,
+        "sweep_masks": np.asarray(sweep_masks, np.float16),
+        "sweep_mixed": sweep_mixed,
+        "sweep_lam": np.asarray(sweep_lam, np.float32),
     }
     with whole_file(path) as file:
         np.savez_compressed(file, **arrays)
@@ -418,17 +432,3 @@ def _peak_memory() -> int:
 
 def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _silence_writer_thread() -> None:
-    """Keep the traceback of TensorBoard's writer thread off the console.
-
-    The thread dies of a failed write (full disk); the next call raises the same error, and that one is reported.
-    """
-    show = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
-            show(args)
-
-    threading.excepthook = hook

@@ -31,6 +31,10 @@ BEST = "top1_query"
 """What the best checkpoint is best at: one fixed head, so that no choice is made on the validation set."""
 
 
+SWEEP = 11
+"""Lambdas from 0 to 1 for which the gallery shows its first pair."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step and why."""
 
@@ -297,26 +301,33 @@ class Trainer:
 
     @torch.no_grad()
     def _show_gallery(self) -> None:
-        """What the policy makes of the first validation images, for lambda from 0.1 to 0.9, if it mixes images."""
+        """What the policy makes of the first validation images, if it mixes images: `draws.gallery_pairs`."""
         batches = iter(self.val_loader)
         batch = next(batches, None)
         batches.close()
         images = self.val_loader.blank() if batch is None else batch.images[: self.config.log.gallery_pairs]
+        pairs, sweep = len(images), SWEEP if len(images) > 1 else 0
+        images = torch.cat([images, images[:1].expand(sweep, *images.shape[1:])])
         self.model.eval()
-        mixes = self.engine(images, None, self.model.gallery_draw(images))
+        mixes = self.engine(images, None, self.model.gallery_draw(images, sweep))
         self.model.train()
         if not self.process.is_main or batch is None or mixes is None:
             return
         mean, std = (v[:, None, None] for v in (self.model.mean, self.model.std))
         pixels = ((mixes.images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-        labels = batch.labels[: len(images)]
+        labels, partner = batch.labels[:pairs].cpu().numpy(), mixes.partner[:pairs].cpu().numpy()
+        images, mixed, lam = (each.cpu().numpy() for each in (images[:pairs], pixels, mixes.lam))
+        masks = mixes.mask.cpu().numpy().astype(np.float16)
         self.log.gallery(
             self.position.step,
-            images=images.cpu().numpy(),
-            partners=images[mixes.partner].cpu().numpy(),
-            masks=mixes.mask.cpu().numpy().astype(np.float16),
-            mixed=pixels.cpu().numpy(),
-            lam=mixes.lam.cpu().numpy(),
-            labels=labels.cpu().numpy(),
-            partner_labels=labels[mixes.partner].cpu().numpy(),
+            images=images,
+            partners=images[partner],
+            masks=masks[:pairs],
+            mixed=mixed[:pairs],
+            lam=lam[:pairs],
+            labels=labels,
+            partner_labels=labels[partner],
+            sweep_masks=masks[pairs:],
+            sweep_mixed=mixed[pairs:],
+            sweep_lam=lam[pairs:],
         )

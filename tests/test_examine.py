@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
+from timm.utils import accuracy as timm_accuracy
 from tiny import CLASSES, SIZE, tiny_config, tiny_model
 
 from automix_dist import distributed
@@ -68,6 +69,8 @@ def test_counts_are_what_others_count():
     seen, right, guessed = counts.classes.T
     assert np.allclose(right / seen, recall_score(labels, guess, average=None))
     assert np.allclose(right / guessed, precision_score(labels, guess, average=None))
+    as_timm_validates = timm_accuracy(logits, labels, topk=(1, 5))  # in percent
+    assert counts.right.tolist() == pytest.approx([float(each) * 3 for each in as_timm_validates])
     error = 0.0
     for i in range(BINS):
         inside = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)

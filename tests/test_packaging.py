@@ -14,17 +14,20 @@ ROOT = Path(__file__).parent.parent
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
     0: [
-        "config", "schedules", "draws", "provenance", "run_log", "rank_log", "progress", "sources", "datasets", "jpeg",
-        "robustness",
+        "config", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress", "sources",
+        "datasets", "jpeg", "robustness",
     ],
     1: [
         "backbone", "mix_block", "loss", "policy", "distributed", "batchnorm", "activation_checkpointing", "beton",
         "augment", "rand_augment", "profiling",
     ],
-    2: ["automix", "classifier", "momentum", "data", "optimizer", "engines", "engine_state", "checkpoint", "heartbeat"],
+    2: [
+        "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",
+        "checkpoint", "heartbeat",
+    ],
     3: [
-        "policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight", "examine", "watch",
-        "compare",
+        "policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight", "cam", "examine",
+        "watch", "compare",
     ],
     4: [
         "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.memory", "bench.published", "bench.scaling",
@@ -33,18 +36,18 @@ ROWS = {
 }  # fmt: skip
 # Files in one row that stand on each other, in this order.
 SAME_ROW = {
-    ("schedules", "config"), ("draws", "config"), ("run_log", "config"),
-    ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("momentum", "automix"),
-    ("optimizer", "automix"), ("checkpoint", "engine_state"),
+    ("schedules", "config"), ("draws", "config"), ("run_log", "trackers"), ("trackers", "config"),
+    ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("captured_step", "automix"),
+    ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "evaluate"), ("trainer", "replay"), ("engine_state", "engines"), ("engines", "automix"),
-    ("preflight", "doctor"), ("examine", "report"), ("watch", "report"), ("compare", "report"),
+    ("preflight", "doctor"), ("examine", "report"), ("examine", "cam"), ("watch", "report"), ("compare", "report"),
     ("checkpoint", "engines"), ("batchnorm", "distributed"), ("__main__", "cli"), ("bench.throughput", "cli"),
 }  # fmt: skip
 OWNERS = {
     "ffcv": {"augment", "data", "bench.loader"},
     "timm": {"backbone"},
     "deepspeed": {"engines"},
-    "accelerate": {"distributed", "run_log"},
+    "accelerate": {"distributed", "trackers"},
     "triton": set(),
 }
 
@@ -133,6 +136,7 @@ def test_imports_are_declared():
     }
     names |= {"cv2": None, "llvmlite": None}  # FFCV asks for the one, numba for the other
     names |= {"webdataset": None, "nvidia": None}  # the loader's benchmark names them if they are missing
+    names |= {"huggingface_hub": "huggingface-hub", "mlflow": "mlflow-skinny"}
     names |= {"pynvml": None}  # the throughput benchmark tells the energy where it is installed
     for name, tree in modules().items():
         for root in {target.split(".")[0] for target in imported(tree)} - sys.stdlib_module_names:

@@ -38,6 +38,9 @@ def gallery_arrays(share: float, pairs: int = 3, side: int = 16) -> dict[str, np
     mixed = (images * (1 - masks[..., None]) + partners * masks[..., None]).astype(np.uint8)
     labels = np.arange(pairs)
     lam = np.full(pairs, 1 - share, np.float32)
+    sweep_lam = np.linspace(0, 1, 5, dtype=np.float32)
+    sweep_masks = np.tile(1 - sweep_lam[:, None, None], (1, side, side))
+    sweep_mixed = images[0] * (1 - sweep_masks[..., None]) + partners[0] * sweep_masks[..., None]
     return {
         "images": images,
         "partners": partners,
@@ -46,6 +49,9 @@ def gallery_arrays(share: float, pairs: int = 3, side: int = 16) -> dict[str, np
         "lam": lam,
         "labels": labels,
         "partner_labels": (labels + 1) % pairs,
+        "sweep_masks": sweep_masks,
+        "sweep_mixed": sweep_mixed.astype(np.uint8),
+        "sweep_lam": sweep_lam,
     }
 
 
@@ -235,6 +241,9 @@ def test_controls_of_the_page(run, browser):
     first = browser.run(state)
     assert first[0] == "step 20, epoch 1" and first[3] == "image 92 %" and first[5] != last[5]
     assert browser.run("return [...document.querySelectorAll('#gallery img')].every((i) => i.naturalWidth === 16)")
+    sweep = browser.run("return [...document.querySelectorAll('.sweep figure')].map((x) => x.innerText)")
+    assert sweep[:5] == ["image 0 %", "image 25 %", "image 50 %", "image 75 %", "image 100 %"]
+    assert sweep[5:] == ["λ 0.00", "λ 0.25", "λ 0.50", "λ 0.75", "λ 1.00"]
     browser.run("document.querySelector('#play').click()")
     time.sleep(0.7)
     assert browser.run(state)[0] != "step 20, epoch 1"
@@ -415,7 +424,8 @@ def test_photographs_are_made_small(tmp_path):
     gallery = data_of(write_report(tmp_path))["gallery"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) for uri in gallery["pictures"]]
     assert {picture.size for picture in pictures} == {(160, 160)}
-    assert sorted(picture.format for picture in pictures) == ["JPEG"] * 6 + ["PNG"]
+    # Of the sweep's five mixed samples, three are an image, its partner and the pair's own mixed sample.
+    assert sorted(picture.format for picture in pictures) == ["JPEG"] * 8 + ["PNG"] * 5
     assert not gallery["small"]
 
 
