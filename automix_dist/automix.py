@@ -7,14 +7,16 @@ encoder learns from no loss; `momentum.py` moves it after each optimizer step.
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, ConfigError, LossConfig
-from automix_dist.draws import Draws, MixDraw, draw_step
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, LossConfig
+from automix_dist.draws import Draws, MixDraw, draw_step, gallery_pairs, on_device
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.mix_block import MixBlock, mask_loss
 
@@ -102,7 +104,8 @@ class AutoMix(nn.Module):
         implementation: of the kernels: "auto", "triton" or "reference".
         immediate_backward: differentiate each loss as soon as it is known, so that only one set of activations lives at
             a time instead of three; `total.backward()` then delivers the sum.
-        joint_query: the query encoder reads clean and mixed images in one pass; for networks without BatchNorm.
+        joint_query: the query encoder reads clean and mixed images in one training pass; its BatchNorms take the halves
+            for two batches.
     """
 
     Losses = Losses
@@ -133,8 +136,8 @@ class AutoMix(nn.Module):
         self.query = Encoder(backbone, num_classes)
         self.momentum = copy.deepcopy(self.query).requires_grad_(False)
         self.mix_block = self.make_mix_block(backbone.feature_channels)
-        if joint_query and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()):
-            raise ConfigError("engine.joint_query needs a backbone without BatchNorm: its statistics are of one batch")
+        if joint_query:
+            _normalize_halves(self.query)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
@@ -152,11 +155,10 @@ class AutoMix(nn.Module):
         draws = draw_step(self.config, len(images), **where, device=images.device)
         return draws if judged else draws._replace(train_mixed_momentum=False)
 
-    def gallery_draw(self, images: Tensor) -> Draws:
-        """Each image with the next one, for lambda from 0.1 to 0.9."""
-        size, device = len(images), images.device
-        lam = torch.linspace(0.1, 0.9, size, device=device)
-        draw = MixDraw(lam, torch.arange(size, device=device).roll(-1), self.config.upsampling[0])
+    def gallery_draw(self, images: Tensor, sweep: int = 0) -> Draws:
+        """Pairs and lambdas for people to look at: see `draws.gallery_pairs`."""
+        lam, partner = (on_device(each, images.device) for each in gallery_pairs(len(images), sweep))
+        draw = MixDraw(lam, partner, self.config.upsampling[0])
         return Draws(draw, draw, False, True)
 
     def compile_regions(self, backend: str = "inductor") -> None:
@@ -311,12 +313,12 @@ def sum_losses(early: "list[Tensor | _Differentiated]", last: Tensor) -> Tensor:
     """
     for each in early:
         if isinstance(each, _Differentiated):
-            each = _HoldGradients.apply(each.loss, each.gradients, *each.parameters)
+            each = HeldGradients.apply(each.loss, each.gradients, *each.parameters)
         last = last + each
     return last
 
 
-class _HoldGradients(torch.autograd.Function):
+class HeldGradients(torch.autograd.Function):
     """A loss value whose backward pass hands out gradients computed earlier, scaled by the incoming one."""
 
     @staticmethod
@@ -331,7 +333,7 @@ class _HoldGradients(torch.autograd.Function):
         sharded = [p for p in ctx.parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
         if sharded:
             sharded[0].all_gather(sharded)
-        return None, None, *(g * scale for g in ctx.gradients)
+        return None, None, *torch._foreach_mul(ctx.gradients, scale)
 
 
 def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
@@ -342,6 +344,17 @@ def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
     grown = 1 - (1 - own) * ((1 - lam) / (1 - area))
     adjusted = torch.where(area > lam, shrunk, grown)
     return torch.where((area - lam).abs() > 1e-8, adjusted, own)
+
+
+def _normalize_halves(encoder: Encoder) -> None:
+    """Have BatchNorm take each half of a training batch for a batch of its own, the first one first."""
+    for layer in encoder.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.forward = partial(_forward_halves, layer, layer.forward)
+
+
+def _forward_halves(layer: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([forward(half) for half in images.chunk(2)]) if layer.training else forward(images)
 
 
 def lay_out(images: Tensor) -> Tensor:

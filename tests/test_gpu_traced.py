@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import tiny_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
@@ -122,6 +123,29 @@ def test_no_policy_waits_for_the_gpu(name, gpu, teacher):
     read = [args[0] for operator, args, _ in operators.ran if operator == "aten::convolution"]
     assert read and all(each.dtype == torch.bfloat16 for each in read)
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in read if each.shape[1] == 3)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - DIFFERENTIATING))
+def test_forward_passes_copy_nothing_from_the_host(name, gpu, teacher):
+    """As a CUDA graph asks: what comes from the host is copied before."""
+    settings = {"attentivemix": teacher, "switch": {"policies": [{"name": "cutmix"}, {"name": "mixup"}]}}.get(name, {})
+    sections = {"policy": {"name": name, "settings": settings}, "automix": LEARNED.get(name, {})}
+    config = tiny_config(engine={"immediate_backward": False}, **sections)
+    backbone = "vit_tiny_patch16_224" if name == "transmix" else "resnet18"
+    feature = config.automix.feature if name in LEARNED else None
+    model = build_model(config, create_backbone(ModelConfig(backbone), feature, SIZE), 10, torch.bfloat16)
+    with gpu:
+        model.to_empty(device="cuda").train()
+        images = torch.empty(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device="cuda")
+        labels = torch.empty(BATCH, dtype=torch.int64, device="cuda")
+        draws, weight = model.draw(images, seed=0, step=0), torch.empty((), device="cuda")
+        with Operators() as operators:
+            model(images, labels, draws, weight)
+    for operator, args, result in operators.ran:
+        results = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        assert all(each.device.type == "cuda" for each in results), operator
+        tensors = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor)]
+        assert all(each.device.type == "cuda" or each.ndim == 0 for each in tensors), operator
 
 
 @pytest.mark.parametrize(

@@ -63,22 +63,26 @@ def test_compiled_regions_train_the_same_under_an_engine(tmp_path):
 
 
 @pytest.mark.parametrize("immediate", [False, True])
-def test_a_joint_pass_of_the_query_encoder_computes_the_same(immediate):
-    config = tiny_config()
-    models = []
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_joint_pass_of_the_query_encoder_computes_the_same(norm, immediate):
+    """Gradients, and the running statistics of clean before mixed images."""
+    config, models = tiny_config(), []
     for joint in (False, True):
         torch.manual_seed(0)
-        backbone = TinyBackbone("group")
-        models.append(
-            AutoMix(backbone, CLASSES, config.automix, joint_query=joint, immediate_backward=joint and immediate)
-        )
+        options = {"joint_query": joint, "immediate_backward": joint and immediate}
+        models.append(AutoMix(TinyBackbone(norm), CLASSES, config.automix, **options))
     for got, expected in zip(*(gradients(model, config) for model in models[::-1]), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    for name, buffer in models[0].named_buffers():
+        torch.testing.assert_close(models[1].get_buffer(name), buffer, msg=name)
+    images = torch.rand(3, 3, 16, 16)  # an odd batch, in evaluation
+    for got, expected in zip(*(model.eval()(images) for model in models), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_joint_pass_is_refused_where_it_would_differ():
-    with pytest.raises(ConfigError, match="BatchNorm"):
-        AutoMix(TinyBackbone("batch"), CLASSES, joint_query=True)
+    with pytest.raises(ConfigError, match="sync_batchnorm"):
+        from_dict({"engine": {"joint_query": True, "sync_batchnorm": True}})
     with pytest.raises(ConfigError, match="feature_source"):
         from_dict({"engine": {"joint_query": True}, "automix": {"feature_source": "query"}})
     for engine in ({"zero_stage": 3}, {"name": "fsdp2"}):

@@ -40,6 +40,7 @@ from automix_dist import provenance
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
+from automix_dist.captured_step import CapturedStep
 from automix_dist.classifier import build_model
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config, ConfigError, from_dict
 from automix_dist.draws import draw_step
@@ -134,13 +135,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train; `twin` names the one with the same operations, not compiled, whose FLOPs are counted for it."""
+    """A way to train; `twin` names the one with the same operations, neither compiled nor recorded, whose FLOPs are
+    counted for it."""
 
     name: str
     build: Callable[[Case], Trained]
     twin: str = ""
     unasked: Literal["always", "gpu", "never"] = "always"
     """Where it takes part without being named."""
+    graph: bool = False
+    """A CUDA graph, whose memory is set aside once: the peak of a step would say nothing."""
 
 
 def vanilla(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Trained:
@@ -165,6 +169,8 @@ def policy(case: Case, name: str = "automix", engine: dict | None = None, **sett
     model = build_model(config, backbone, case.network.classes, case.dtype).to(case.device).train()
     if config.engine.compile:
         model.compile_regions()
+    if config.engine.cuda_graph:
+        CapturedStep(model)
     update = MomentumUpdate(model)
 
     def loss(step: int) -> Tensor:
@@ -196,23 +202,32 @@ def _sgd(model: nn.Module, case: Case) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=case.network.config().optimizer.lr, momentum=0.9, fused=True)
 
 
-TOGETHER = {"immediate_backward": False}
+TOGETHER, COMPILED = {"immediate_backward": False}, {"compile": True}
+GRAPHS = {"CUDA graph": {"cuda_graph": True}, "compiled, CUDA graph": {"cuda_graph": True, **COMPILED}}
 CUT = {"feature_pass": "cut"}
 WAYS = (
     Way("vanilla", vanilla),
     Way("vanilla, channels-last", partial(vanilla, channels_last=True), unasked="gpu"),
     Way("vanilla, compiled", partial(vanilla, compiled=True), twin="vanilla", unasked="gpu"),
+    *(
+        Way(f"vanilla, {name}", partial(policy, name="none", engine=engine), twin="vanilla", unasked="gpu", graph=True)
+        for name, engine in GRAPHS.items()
+    ),
     Way("AutoMix", policy),
     Way("AutoMix, one backward", partial(policy, engine=TOGETHER)),
     Way("AutoMix, cut", partial(policy, **CUT)),
     Way("AutoMix, cut, one backward", partial(policy, engine=TOGETHER, **CUT)),
-    Way("AutoMix, cut, joint query", partial(policy, engine={"joint_query": True}, **CUT), unasked="never"),
-    Way("AutoMix, cut, compiled", partial(policy, engine={"compile": True}, **CUT), twin="AutoMix, cut", unasked="gpu"),
+    Way("AutoMix, cut, joint query", partial(policy, engine={"joint_query": True}, **CUT), unasked="gpu"),
+    Way("AutoMix, cut, compiled", partial(policy, engine=COMPILED, **CUT), twin="AutoMix, cut", unasked="gpu"),
     Way(
         "AutoMix, cut, one backward, compiled",
-        partial(policy, engine={"compile": True, **TOGETHER}, **CUT),
+        partial(policy, engine=COMPILED | TOGETHER, **CUT),
         twin="AutoMix, cut",
         unasked="gpu",
+    ),
+    *(
+        Way(f"AutoMix, cut, {name}", partial(policy, engine=engine, **CUT), "AutoMix, cut", unasked="gpu", graph=True)
+        for name, engine in GRAPHS.items()
     ),
     # Not the published method (docs/throughput.md).
     Way("inexact: query's features", partial(policy, feature_source="query"), unasked="never"),
@@ -397,7 +412,7 @@ def _prepare(way: Way, case: Case, rows: dict[str, Row]) -> Trained:
     else:
         row.gflop_per_image = counted_flops(lambda: trained.step(1)) / case.batch / 1e9
         row.host_reads = host_reads(lambda: trained.step(2), case.device)
-    if case.device.type == "cuda" or not way.twin:
+    if not way.graph and (case.device.type == "cuda" or not way.twin):
         row.peak_mib = peak_bytes(lambda: trained.step(3), case.device) / 2**20
     return trained
 

@@ -1,0 +1,193 @@
+"""Training steps that are recorded once and replayed: on a CPU by a tape of operators, which as a CUDA graph does keeps
+its memory and everything that Python decided; on a GPU by the CUDA graph itself."""
+
+import copy
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_engine import ENGINES, assert_same, train_plain, train_with_engine
+from tiny import CLASSES, SIZE, TinyBackbone, micro_batch, tiny_config, tiny_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from automix_dist import captured_step
+from automix_dist.batchnorm import RunningStatistics
+from automix_dist.captured_step import CapturedStep, CudaGraph
+from automix_dist.classifier import build_model
+from automix_dist.config import ConfigError, from_dict
+from automix_dist.draws import seed_torch
+from automix_dist.momentum import MomentumUpdate
+from automix_dist.optimizer import build_optimizer
+
+
+class Tape(TorchDispatchMode):
+    """A recording of a function's operators with their arguments: numbers as they were, tensors by their memory."""
+
+    made = 0
+
+    def __init__(self, function):
+        super().__init__()
+        Tape.made += 1
+        function()
+        self.calls = []
+        with self:
+            self.outputs = function()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        assert operator is not torch.ops.aten._local_scalar_dense.default, "the host asks for a value"
+        if any(isinstance(each, torch.Tensor) for each in tree_leaves(result)):
+            self.calls.append((operator, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        with torch.no_grad():
+            for operator, args, kwargs, before in self.calls:
+                for old, new in zip(tree_leaves(before), tree_leaves(operator(*args, **kwargs)), strict=True):
+                    if old is not None and old.data_ptr() != new.data_ptr():  # neither a view nor in place
+                        old.copy_(new)
+
+
+class Dropping(TinyBackbone):
+    """With dropout, whose numbers are torch's own."""
+
+    def features_and_embedding(self, images):
+        features = self.stem(images)
+        return features, nn.functional.dropout(self.top(features), 0.2, self.training).mean(dim=(2, 3))
+
+
+POLICIES = {
+    "automix": {"automix": {"upsampling": ["nearest", "bilinear"], "mask_adjust": 0.5, "switch_off": 0.5}},
+    "one backward": {"engine": {"immediate_backward": False}},
+    "samix": {"policy": {"name": "samix"}, "automix": {"lam_concat": False}},
+    "adautomix": {"policy": {"name": "adautomix", "settings": {"random_samples": True}}},
+    "none": {"policy": {"name": "none"}},
+    "cutmix": {"policy": {"name": "cutmix", "average": 0.9}},
+    "manifoldmix": {"policy": {"name": "manifoldmix", "settings": {"layers": ["stem", "top"]}}},
+    "puzzlemix": {"policy": {"name": "puzzlemix", "settings": {"blocks": [2, 4]}}},
+}
+
+
+def train(config, captured: bool, steps: int = 8) -> tuple[list, dict]:
+    """The losses of each step, and the model's state afterwards."""
+    torch.manual_seed(0)
+    model = build_model(config, Dropping(), CLASSES, torch.float32).train()
+    optimizer, statistics = build_optimizer(model, config.optimizer), RunningStatistics(model)
+    if captured:
+        CapturedStep(model, Tape)
+    update, losses = MomentumUpdate(model), []
+    for step in range(steps):
+        images, labels = micro_batch(step, 0, 8)
+        statistics.keep()
+        draws = model.draw(images, seed=0, step=step)
+        seed_torch(seed=0, step=step)
+        losses.append(model(images, labels, draws, 0.1 / (step + 1)))
+        optimizer.zero_grad()
+        losses[-1].total.backward()
+        optimizer.step()
+        statistics.restore(torch.tensor(float(step == 3)))
+        update(0.9)
+    model.eval()
+    assert torch.equal(model(images)[0], model(images)[0])  # evaluation is not recorded
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_replayed_steps_train_as_steps_do(policy):
+    """To the bit, for draws, weights of the mask loss and dropout that change in each step."""
+    config, before = tiny_config(**POLICIES[policy]), Tape.made
+    expected, state = train(config, captured=False)
+    losses, replayed = train(config, captured=True)
+    assert 1 <= Tape.made - before < 8, "some steps were replayed"
+    for got, wanted in zip(losses, expected, strict=True):
+        for name, value in wanted._asdict().items():
+            assert torch.equal(getattr(got, name), value), name
+    assert state.keys() == replayed.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_the_tape_keeps_what_python_decides():
+    """As a CUDA graph would: a step that hides a number in Python is found out by the test above."""
+    model = tiny_model(tiny_config())
+    plain, number = model.forward, iter((1.0, 1.0, 5.0))
+    model.forward = lambda *arguments: plain(*arguments)._replace(clean=plain(*arguments).total * next(number))
+    CapturedStep(model.train(), Tape)
+    images, labels = micro_batch(0, 0, 8)
+    draws = model.draw(images, seed=0, step=0)
+    first, second = (model(images, labels, draws, 0.1).clean for _ in range(2))
+    assert next(number) == 5.0 and torch.equal(first, second)
+
+
+def test_graphs_of_another_size_make_room_and_too_many_are_refused(monkeypatch):
+    config = tiny_config(automix={"upsampling": ["nearest", "bilinear"]})
+    model = tiny_model(config).train()
+    captured = CapturedStep(model, Tape)
+    for step, size in enumerate([SIZE] * 12 + [2 * SIZE]):
+        images, labels = torch.zeros(4, size, size, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+        model(images, labels, model.draw(images, seed=0, step=step), 0.1)
+        assert len(captured.captured) <= 4
+    assert len(captured.captured) == 1
+    monkeypatch.setattr(captured_step, "MAX_GRAPHS", 1)
+    with pytest.raises(ConfigError, match="differ in more than 1 ways"):
+        for step in range(8):
+            model(images, labels, model.draw(images, seed=0, step=step), 0.1)
+
+
+def train_recorded(config, folder):
+    """As train_with_engine, recorded: what `automix train` does with engine.cuda_graph, but for the GPU."""
+    import test_engine
+
+    build = test_engine.build_engine
+
+    def build_and_record(model, *arguments):
+        engine = build(model, *arguments)
+        CapturedStep(model, Tape)
+        return engine
+
+    test_engine.build_engine = build_and_record
+    return train_with_engine(config, folder, 4)
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])
+def test_replayed_steps_train_the_same_under_an_engine(engine, tmp_path):
+    config = tiny_config(engine=ENGINES[engine], automix={"switch_off": 0.5})
+    ranks = run_ranks(2, train_recorded, config, tmp_path)
+    assert_same(ranks[0], train_plain(config, ranks=2, steps=4))
+
+
+def test_what_does_not_go_with_a_graph_is_refused():
+    for engine in ({"zero_stage": 3}, {"name": "fsdp2"}):
+        with pytest.raises(ConfigError, match=r"engine\.cuda_graph needs whole parameters"):
+            from_dict({"engine": {"cuda_graph": True, **engine}})
+    for key, value in (("device", "cpu"), ("activation_checkpointing", True), ("sync_batchnorm", True)):
+        with pytest.raises(ConfigError, match=f"engine.cuda_graph does not go with engine.{key} = {value!r}"):
+            from_dict({"engine": {"cuda_graph": True, key: value}})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cuda_graph_trains_as_steps_do(compiled):
+    config = tiny_config(engine={"device": "cuda"}, automix=POLICIES["automix"]["automix"])
+    torch.manual_seed(0)
+    plain = build_model(config, Dropping(), CLASSES, torch.bfloat16).cuda().train()
+    recorded = copy.deepcopy(plain)
+    if compiled:
+        plain.compile_regions()
+        recorded.compile_regions()
+    CapturedStep(recorded, CudaGraph)
+    for step in range(8):
+        found = []
+        for model in (plain, recorded):
+            images, labels = (each.cuda() for each in micro_batch(step, 0, 8))
+            seed_torch(seed=0, step=step)
+            losses = model(images, labels, model.draw(images, seed=0, step=step), 0.1 / (step + 1))
+            model.zero_grad()
+            losses.total.backward()
+            found.append([losses.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        for got, expected in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4)
+    for (name, got), expected in zip(recorded.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4, msg=name)
