@@ -12,6 +12,7 @@ A comparison's file:
       automix: []
 """
 
+import html
 import json
 import re
 import signal
@@ -19,14 +20,16 @@ import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 from scipy import stats
 
+from automix_dist import provenance
 from automix_dist.config import Config, ConfigError, load_config, to_dict
-from automix_dist.report import percent_or_nothing, table, write_page
+from automix_dist.report import percent_or_nothing, table, ticks, write_page
 from automix_dist.run_log import METRICS, read_metrics
 
 BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
@@ -216,16 +219,56 @@ def write_table(comparison: Comparison) -> Path:
     rows = summarize(found)
     comparison.output.mkdir(parents=True, exist_ok=True)
     about = {"metric": comparison.metric, "seeds": list(comparison.seeds), "reference": next(iter(found))}
+    about["date"] = datetime.now(UTC).date().isoformat()
+    about["environment"] = {k: v for k, v in provenance.environment().items() if k != "command"}
     (comparison.output / "compare.json").write_text(json.dumps(about | {"policies": rows}, indent=1))
     cells = [_cells(row, len(comparison.seeds)) for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *cells)]
     hint = (
         f"{comparison.metric} of the last step. Difference: from {about['reference']}, paired by seed; p: two-sided, "
-        f"of the paired t-test, not corrected for the number of policies."
+        f"of the paired t-test, not corrected for the number of policies. {_made_with(about)}"
     )
     (comparison.output / "compare.md").write_text("\n".join([*lines, "", hint, ""]))
     sections = {"Policies": f'{table(cells, HEAD, "figures")}<p class="hint">{hint}</p>'}
+    if any(found.values()):
+        sections["Every run"] = _strip_chart(rows)
     return write_page(comparison.output / "compare.html", "Comparison", comparison.output.name, sections)
+
+
+def _made_with(about: dict[str, Any]) -> str:
+    environment = about["environment"]
+    device = ", ".join(sorted(set(environment["gpus"]))) or "CPU"
+    return f"Python {environment['python']}, torch {environment['versions']['torch']}, {device}; {about['date']}."
+
+
+def _strip_chart(rows: list[dict[str, Any]]) -> str:
+    """A line for each policy, with a dot for each of its runs and a stroke at their mean."""
+    every = [value for row in rows for value in row["values"].values()]
+    margin = 0.05 * (max(every) - min(every) or 0.01)
+    low, high = min(every) - margin, max(every) + margin
+    left, width, step = 110, 560, 26
+    bottom = step * len(rows) + 8
+
+    def x(value: float) -> str:
+        return f"{left + (value - low) / (high - low) * width:.1f}"
+
+    parts = []
+    for value in ticks(low, high):
+        parts.append(f'<line class="grid" x1="{x(value)}" x2="{x(value)}" y1="4" y2="{bottom}"/>')
+        parts.append(f'<text x="{x(value)}" y="{bottom + 18}" text-anchor="middle">{100 * value:g} %</text>')
+    for number, row in enumerate(rows):
+        y = step * number + step / 2 + 4
+        parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{html.escape(row["policy"])}</text>')
+        for seed, value in row["values"].items():
+            text = f"<title>seed {seed}: {percent_or_nothing(value)}</title>"
+            parts.append(f'<circle cx="{x(value)}" cy="{y}" r="4" fill="var(--accent)" opacity="0.6">{text}</circle>')
+        if row["mean"] is not None:
+            parts.append(f'<path d="M{x(row["mean"])} {y - 9}v18" stroke="var(--ink)" stroke-width="2"/>')
+    return (
+        f'<p class="hint">A dot for each seed, a stroke at their mean.</p><svg class="card figure" role="img" '
+        f'viewBox="0 0 {left + width + 24} {bottom + 28}" width="{left + width + 24}" '
+        f'aria-label="The metric of every run, by policy">{"".join(parts)}</svg>'
+    )
 
 
 def _cells(row: dict[str, Any], seeds: int) -> list[str]:

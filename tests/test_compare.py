@@ -69,8 +69,9 @@ def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
         load_comparison(write(tmp_path, **changes))
 
 
-def test_the_comparison_of_the_repository_can_be_run():
-    comparison = load_comparison(ROOT / "configs" / "digits_compare.yaml")
+@pytest.mark.parametrize("name", ["digits_compare", "digits_few_compare"])
+def test_the_comparisons_of_the_repository_can_be_run(name):
+    comparison = load_comparison(ROOT / "configs" / f"{name}.yaml")
     assert len(comparison.seeds) == 5 and next(iter(comparison.policies)) == "none"
     for policy in comparison.policies:
         assert load_config(comparison.base, comparison.overrides(policy, 0)).policy.name in POLICIES
@@ -104,7 +105,8 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):  # n
             records = (out / f"{row['policy']}_seed{seed}" / "metrics.jsonl").read_text().splitlines()
             assert value == next(r["top1_query"] for r in map(json.loads, records) if r["kind"] == "eval")
     assert "| none | 2 of 2 |" in (out / "compare.md").read_text()
-    assert "paired by seed" in (out / "compare.html").read_text()
+    page = (out / "compare.html").read_text()
+    assert "paired by seed" in page and page.count("<circle") == 4 and page.count("<title>seed 1: ") == 2
 
     said = []
     assert compare(file, ["false"], said.append) == 0  # nothing is started again
