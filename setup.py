@@ -20,7 +20,8 @@ setup(
     packages=["automix_dist", "automix_dist.bench", "automix_dist.policies", "automix_kernels"],
     package_data={"automix_dist": ["report.html", "report.css", "report.js"]},
     package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},
-    ext_modules=[Extension("automix_dist._jpeg", ["automix_dist/jpeg.c"], libraries=["jpeg"])],
+    # It calls nothing of Python's: one file for every version.
+    ext_modules=[Extension("automix_dist._jpeg", ["automix_dist/jpeg.c"], libraries=["jpeg"], py_limited_api=True)],
     install_requires=[
         "torch>=2.11,<3",
         "torchvision>=0.26,<1",

@@ -6,7 +6,6 @@ TurboJPEG's interface, decodes whole images only.
 """
 
 import ctypes
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ class DecoderError(ImportError):
 
 def _load() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(Path(__file__).with_name("_jpeg" + EXTENSION_SUFFIXES[0])))
+        return ctypes.CDLL(str(Path(__file__).with_name("_jpeg.abi3.so")))
     except OSError as error:
         raise DecoderError(
             f"the JPEG decoder does not load ({error}): run launch/install.sh, or install libjpeg-dev and a C compiler "

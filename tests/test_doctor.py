@@ -136,12 +136,13 @@ def test_libraries_that_pkg_config_knows(bare_path, without):
 
 
 def test_a_decoder_that_was_not_compiled(monkeypatch):
-    import importlib.machinery
+    import ctypes
 
+    load = ctypes.CDLL
     assert found("JPEG decoder").status == "ok"
     monkeypatch.delitem(sys.modules, "automix_dist.jpeg")
     monkeypatch.delattr("automix_dist.jpeg")
-    monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", [".of-another-python.so"])
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: load(f"{path}.missing"))
     check = found("JPEG decoder")
     assert check.status == "fail" and "cannot open" in check.found and "install.sh" in check.mend
 

@@ -1,12 +1,14 @@
 """A node without network: the bundle is made here and installed and used where there is no network at all."""
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -61,6 +63,11 @@ def test_bundle_and_installation(tmp_path):
     assert {name.partition("-")[0] for name in names} == {"ffcv", "automix_dist", "fastargs", "pip"}
     assert {name.split("-", 2)[2] for name in names if name[0] in "fa"} == {
         "cp311-abi3-linux_x86_64.whl", "py3-none-any.whl"}  # fmt: skip
+
+    with tarfile.open(bundle) as packed:
+        wheels = [io.BytesIO(packed.extractfile(name).read()) for name in packed.getnames() if name.endswith(".whl")]
+    compiled = [name for wheel in wheels for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    assert sorted(compiled) == ["automix_dist/_jpeg.abi3.so", "ffcv/_libffcv.abi3.so"], "for any Python"
 
     venv = tmp_path / "a node"
     site = node(venv)
