@@ -24,11 +24,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from scipy import stats
 
 from automix_dist import provenance
+from automix_dist.backbone import create_backbone
+from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, load_config, to_dict
+from automix_dist.policy import needed_feature
 from automix_dist.report import percent_or_nothing, table, ticks, write_page
 from automix_dist.run_log import METRICS, read_metrics
 
@@ -109,6 +113,17 @@ def _check_budgets(comparison: Comparison, path: Path) -> None:
                 )
 
 
+def _check_models(comparison: Comparison, path: Path) -> None:
+    """Raise ConfigError, before hours of training, for a policy that does not take its settings or this backbone."""
+    for name in comparison.policies:
+        config = load_config(comparison.base, comparison.overrides(name, comparison.seeds[0]))
+        try:
+            backbone = create_backbone(config.model, needed_feature(config), config.data.image_size)
+            build_model(config, backbone, 2, torch.float32)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: policies.{name}: {error}") from error
+
+
 def _setting(config: Config, key: str) -> Any:
     value: Any = to_dict(config)
     for part in key.split("."):
@@ -128,6 +143,7 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object]) -
         0, or STOPPED if a signal stopped a training.
     """
     comparison = load_comparison(path)
+    _check_models(comparison, path)
     say(f"the table: {write_table(comparison)}")
     # Seed by seed: an interrupted comparison has as many runs of each policy.
     for seed in comparison.seeds:

@@ -11,7 +11,7 @@ import yaml
 from scipy import stats
 from test_training import digits, run  # noqa: F401 - one of them is a fixture
 
-from automix_dist.compare import CompareError, compare, load_comparison, summarize
+from automix_dist.compare import CompareError, _check_models, compare, load_comparison, summarize
 from automix_dist.config import POLICIES, ConfigError, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +75,14 @@ def test_the_comparisons_of_the_repository_can_be_run(name):
     assert len(comparison.seeds) == 5 and next(iter(comparison.policies)) == "none"
     for policy in comparison.policies:
         assert load_config(comparison.base, comparison.overrides(policy, 0)).policy.name in POLICIES
+    _check_models(comparison, Path(name))
+
+
+def test_a_policy_that_cannot_be_built_is_named_before_anything_is_trained(tmp_path):
+    policies = {"none": ["policy.name=none"], "samix": ["policy.name=samix"]}
+    with pytest.raises(ConfigError, match=r"policies.samix: automix.lam_concat = True: policy samix needs False"):
+        compare(write(tmp_path, policies=policies), ["false"], print)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_run_stops_the_comparison_and_a_failed_one_is_named(tmp_path):
