@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.classifier import build_model
-from automix_dist.config import POLICIES, ModelConfig
+from automix_dist.config import POLICIES, Config, ModelConfig
 from automix_dist.engines import Engine
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
@@ -75,17 +75,25 @@ class Plain(Engine):
         self.optimizer.step()
 
 
+def model_of(config: Config, backbone: str) -> torch.nn.Module:
+    feature = config.automix.feature if config.policy.name in LEARNED else None
+    return build_model(config, create_backbone(ModelConfig(backbone), feature, SIZE), 10, torch.bfloat16)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.empty(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device="cuda")
+    return images, torch.empty(BATCH, dtype=torch.int64, device="cuda")
+
+
 def trace(gpu: FakeTensorMode, name: str, backbone: str = "resnet18", **sections) -> Operators:
     """A training step and an evaluation of a policy's model; LAMB, as torch cannot trace its own fused optimizers."""
     optimizer = {"name": "lamb", "clip_norm": 1.0, "mix_momentum": None}
     sections = {"policy": {"name": name}, "optimizer": optimizer, "engine": {"immediate_backward": False}} | sections
     config = tiny_config(**sections)
-    feature = config.automix.feature if name in LEARNED else None
-    model = build_model(config, create_backbone(ModelConfig(backbone), feature, SIZE), 10, torch.bfloat16)
+    model = model_of(config, backbone)
     with gpu:
         model.to_empty(device="cuda").train()
-        images = torch.empty(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device="cuda")
-        labels = torch.empty(BATCH, dtype=torch.int64, device="cuda")
+        images, labels = inputs()
         statistics, update_momentum = RunningStatistics(model), MomentumUpdate(model)
         tally = Tally(SimpleNamespace(device=torch.device("cuda")), model.Losses._fields)
         engine = Plain(model, build_optimizer(model, config.optimizer), config, process=None)
@@ -131,13 +139,10 @@ def test_forward_passes_copy_nothing_from_the_host(name, gpu, teacher):
     settings = {"attentivemix": teacher, "switch": {"policies": [{"name": "cutmix"}, {"name": "mixup"}]}}.get(name, {})
     sections = {"policy": {"name": name, "settings": settings}, "automix": LEARNED.get(name, {})}
     config = tiny_config(engine={"immediate_backward": False}, **sections)
-    backbone = "vit_tiny_patch16_224" if name == "transmix" else "resnet18"
-    feature = config.automix.feature if name in LEARNED else None
-    model = build_model(config, create_backbone(ModelConfig(backbone), feature, SIZE), 10, torch.bfloat16)
+    model = model_of(config, "vit_tiny_patch16_224" if name == "transmix" else "resnet18")
     with gpu:
         model.to_empty(device="cuda").train()
-        images = torch.empty(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device="cuda")
-        labels = torch.empty(BATCH, dtype=torch.int64, device="cuda")
+        images, labels = inputs()
         draws, weight = model.draw(images, seed=0, step=0), torch.empty((), device="cuda")
         with Operators() as operators:
             model(images, labels, draws, weight)
