@@ -84,6 +84,15 @@ def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[engine.precision]
 
 
+def _threads(local_world_size: int) -> int:
+    """For this rank's operations on the CPU: what OMP_NUM_THREADS says, else its share of the cores it may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked) > (local_world_size > 1):  # 1 is what torchrun sets for several ranks
+        return int(asked)
+    sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS", local_world_size))  # 1 where launch/rank.sh has bound cores
+    return max(1, len(os.sched_getaffinity(0)) // sharers)
+
+
 def start(engine: EngineConfig) -> Process:
     """Join the processes that a launcher started, or be the only one. Sets what users should not have to set:
     DeepSpeed's accelerator, gloo's interface, thread counts. Call once, before the first collective.
@@ -95,8 +104,7 @@ def start(engine: EngineConfig) -> Process:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         _name_gloo_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS", local_world_size))  # 1 where launch/rank.sh has bound cores
-    threads = max(1, len(os.sched_getaffinity(0)) // sharers)
+    threads = _threads(local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not engine.deterministic

@@ -4,6 +4,7 @@ The loader's traps are in test_data.py; clipping and accumulation, the momentum 
 another world size are in test_engine.py; interrupted saves are in test_checkpoint.py.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -140,3 +141,17 @@ def test_ranks_evaluate_the_same_statistics_and_get_their_own_back():
     assert running
     for name in running:
         torch.testing.assert_close(within0[name], (before0[name] + before1[name]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "threads"),
+    [(None, 1, 6), (None, 2, 3), ("1", 1, 1), ("1", 2, 3), ("4", 2, 4), ("0", 1, 6), ("many", 3, 2), (None, 8, 1)],
+)
+def test_threads_are_what_the_user_says_but_not_what_torchrun_says(asked, ranks, threads, monkeypatch):
+    """torchrun sets OMP_NUM_THREADS=1 for several ranks, whatever cores there are."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.delenv("AUTOMIX_CORE_SHARERS", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert distributed._threads(ranks) == threads
