@@ -53,6 +53,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.12",
+            "torchmetrics>=1.6",
             "wandb>=0.22",
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings-python>=2"],

@@ -1,4 +1,4 @@
-"""Evaluation in detail: against scikit-learn, float64 restatements, plain loops, and itself on two ranks."""
+"""Evaluation in detail: against scikit-learn, torchmetrics, timm, plain loops, and itself on two ranks."""
 
 import json
 import re
@@ -11,6 +11,7 @@ from ranks import run_ranks
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from timm.utils import accuracy as timm_accuracy
 from tiny import CLASSES, SIZE, tiny_config, tiny_model
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from automix_dist import distributed
 from automix_dist.config import ConfigError, EngineConfig
@@ -64,20 +65,18 @@ def test_counts_are_what_others_count():
     counts = Counts(7, confusion=True, device=torch.device("cpu"))
     for part in range(0, 300, 64):
         counts.add(logits[part : part + 64], labels[part : part + 64])
-    guess, confidence = logits.argmax(dim=1), logits.softmax(dim=1).amax(dim=1)
+    guess = logits.argmax(dim=1)
     assert np.array_equal(counts.confusion, confusion_matrix(labels, guess))
     seen, right, guessed = counts.classes.T
     assert np.allclose(right / seen, recall_score(labels, guess, average=None))
     assert np.allclose(right / guessed, precision_score(labels, guess, average=None))
     as_timm_validates = timm_accuracy(logits, labels, topk=(1, 5))  # in percent
     assert counts.right.tolist() == pytest.approx([float(each) * 3 for each in as_timm_validates])
-    error = 0.0
-    for i in range(BINS):
-        inside = (confidence > i / BINS) & (confidence <= (i + 1) / BINS)
-        if inside.any():
-            gap = (guess[inside] == labels[inside]).double().mean() - confidence[inside].mean()
-            error += inside.double().mean() * gap.abs()
-    assert counts.calibration_error() == pytest.approx(float(error), abs=1e-12)
+    of_torchmetrics = multiclass_calibration_error(logits.softmax(dim=1), labels, num_classes=7, n_bins=BINS)
+    assert counts.calibration_error() == pytest.approx(float(of_torchmetrics), abs=1e-6)
+    for part, among in enumerate((1, 5)):
+        right = multiclass_accuracy(logits, labels, num_classes=7, top_k=among, average="micro")
+        assert counts.right[part] == pytest.approx(float(right) * 300)
     assert counts.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item() * 300)
 
 
