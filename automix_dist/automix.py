@@ -197,7 +197,7 @@ class AutoMix(nn.Module):
             return self._losses(images, clean, labels, draws, mask_loss_weight)
 
     def _losses(self, images: Tensor, clean: Tensor, labels: Tensor, draws: Draws, mask_loss_weight: float) -> Losses:
-        """Steps 1 to 12 of docs/method.md 2.3, in its order: it fixes the order of BatchNorm updates."""
+        """Steps 1 to 7 of docs/method.md 2.3, in its order: it fixes the order of BatchNorm updates."""
         config = self.config
         clean_logits, mixed_logits = None, None
         if config.feature_source == "query":

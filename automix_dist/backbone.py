@@ -88,7 +88,7 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
         kwargs["drop_path_rate"] = config.drop_path
     try:
         if config.pretrained:
-            _require_reachable(config.backbone)
+            _require_reachable(config)
         model = timm.create_model(config.backbone, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
     except TypeError as error:
         raise ConfigError(f"model.backbone = {config.backbone!r} does not take these settings: {error}") from error
@@ -175,9 +175,11 @@ def _nearest_model(name: str) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else " (see timm.list_models())"
 
 
-def _require_reachable(name: str) -> None:
+def _require_reachable(config: ModelConfig) -> None:
     """Ask once for pretrained weights that are not in the cache: without network timm would retry for a minute."""
-    repository = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    if config.timm_kwargs.get("pretrained_cfg_overlay"):  # which may name a file
+        return
+    repository = getattr(timm.get_pretrained_cfg(config.backbone), "hf_hub_id", None)
     files = ("model.safetensors", "pytorch_model.bin")
     if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
         HfApi().model_info(repository, timeout=10)

@@ -39,8 +39,8 @@ class Showcase:
                 have[label] += 1
                 self._found.append((label, int(batch.indices[row]), batch.images[row].cpu()))
 
-    def gather(self, process: Process) -> Batch:
-        """The chosen images of all ranks, on the device, in the order of their classes."""
+    def gather(self, process: Process) -> Batch | None:
+        """The chosen images of all ranks, on the device, in the order of their classes; None if these have none."""
         found = sorted((each for own in process.gather(self._found) for each in own), key=lambda each: each[:2])
         have: Counter = Counter()
         chosen = []
@@ -48,6 +48,8 @@ class Showcase:
             if have[label] < self._wanted[label]:
                 have[label] += 1
                 chosen.append((label, sample, image))
+        if not chosen:
+            return None
         labels, samples, images = zip(*chosen, strict=True)
         numbers = (torch.tensor(each, device=process.device) for each in (labels, samples))
         return Batch(torch.stack(images).to(process.device), *numbers)
@@ -72,6 +74,20 @@ class Views(NamedTuple):
     of_partner: Tensor | None
 
 
+def check(model: nn.Module, image: Tensor, answer: str) -> None:
+    """Raise ConfigError, before a long evaluation, if `look` cannot see this answer.
+
+    Args:
+        image: one as evaluation has them, [1, H, W, 3] uint8.
+    """
+    name = answer.partition("_")[0]
+    if name == "ensemble":
+        raise ConfigError("--cam: the ensemble has no features of its own; choose --encoder query or momentum")
+    if hasattr(model, name):
+        model.eval()
+        _features(getattr(model, name).backbone, _normalized(model, image))
+
+
 @torch.no_grad()
 def look(model: nn.Module, batch: Batch, answer: str) -> Views:
     """Grad-CAM in float32 of one answer to each image, and to its mix with the next one.
@@ -81,14 +97,13 @@ def look(model: nn.Module, batch: Batch, answer: str) -> Views:
         answer: a name of the model's logits, such as "query_mix". Mixes are seen by the head trained on them, if
             there is one.
 
-    Raises ConfigError for "ensemble", and for a backbone whose last features are no map of the image.
+    Raises ConfigError as `check` does.
     """
+    check(model, batch.images[:1], answer)
     name, _, head = answer.partition("_")
-    if name == "ensemble":
-        raise ConfigError("--cam: the ensemble has no features of its own; choose --encoder query or momentum")
     model.eval().requires_grad_(False)
     encoder = getattr(model, name)
-    images = (batch.images.permute(0, 3, 1, 2) / 255 - model.mean[:, None, None]) / model.std[:, None, None]
+    images = _normalized(model, batch.images)
     probabilities = encoder(images, head or "one").softmax(dim=1)
     confidence, guess = probabilities.max(dim=1)
     maps = [_enlarged(each, images) for each in grad_cam(encoder, head or "one", images, [guess, batch.labels])]
@@ -147,6 +162,10 @@ def _features(backbone: Backbone, images: Tensor) -> tuple[Tensor, int, Tensor]:
         if _places(features, info["num_chs"], model).shape[1] >= MIN_SIDE:
             return features, info["num_chs"], embedding
     raise _refused(model, f"has no feature map of {MIN_SIDE} x {MIN_SIDE} places or more for these images")
+
+
+def _normalized(model: nn.Module, images: Tensor) -> Tensor:
+    return (images.permute(0, 3, 1, 2) / 255 - model.mean[:, None, None]) / model.std[:, None, None]
 
 
 def _tapped(backbone: Backbone, module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ has a graph of its own. The gradients end in fixed places too, and are handed to
 those of `engine.immediate_backward` are: reduction, clipping and the optimizer are the engine's, with a few launches.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,31 +26,37 @@ MAX_GRAPHS = 16
 class Recording(Protocol):
     """What a function did once, done again without Python: with the same memory and what the host decided then."""
 
-    outputs: Any
-    """The function's results, which each replay overwrites."""
+    @property
+    def outputs(self) -> Any:
+        """The function's results, which each replay overwrites."""
 
     def replay(self) -> None: ...
 
 
-class CudaGraph:
-    """A recording on the GPU. All graphs of a process share one pool of memory: no two run at the same time, and what
-    one of them leaves is used before the next."""
+class CudaGraphs:
+    """Records on the GPU, all in one pool of memory: no two recordings run at the same time, and what one of them
+    leaves is used before the next."""
 
-    pool: Any = None
+    def __init__(self):
+        self._stream = torch.cuda.Stream()
+        self._pool = torch.cuda.graph_pool_handle()
 
-    def __init__(self, function: Callable[[], Any]):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def __call__(self, function: Callable[[], Any]) -> Recording:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        CudaGraph.pool = CudaGraph.pool or torch.cuda.graph_pool_handle()
         # The loader's and the collectives' threads go on allocating and asking for events.
-        with torch.cuda.graph(graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
-            self.outputs = function()
-        self.replay = graph.replay
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            outputs = function()
+        return _Recorded(outputs, graph.replay)
+
+
+class _Recorded(NamedTuple):
+    outputs: Any
+    replay: Callable[[], None]
 
 
 class _Captured(NamedTuple):
@@ -66,10 +73,12 @@ class CapturedStep:
     as without; BatchNorm's statistics advance once per step.
     """
 
-    def __init__(self, model: nn.Module, record: Callable[[Callable[[], Any]], Recording] = CudaGraph):
+    def __init__(self, model: nn.Module, recorder: Callable[[], Callable[[Callable], Recording]] = CudaGraphs):
+        """`recorder` makes what records functions; anew when all recordings are dropped."""
         self.model = model
         self.plain = model.forward
-        self.record = record
+        self.recorder = recorder
+        self.record = recorder()
         self.captured: dict[Any, _Captured] = {}
         model.forward = self
 
@@ -112,14 +121,16 @@ class CapturedStep:
 
         def step() -> tuple[Tensor, list[Tensor]]:
             losses = self.plain(images, labels, draws, weight)
-            gradients = torch.autograd.grad(losses.total, trained, allow_unused=True)
+            aliases = [p for p in self.model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(losses.total, aliases, allow_unused=True)
             reached[:] = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
             return torch.stack([each.detach().float() for each in losses]), [g for g in gradients if g is not None]
 
         buffers = list(self.model.buffers())
         before = [buffer.clone() for buffer in buffers]
         devices = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices):  # and what the passes before the recording did to the model is undone
+        # What the passes before the recording do to the model and to the random numbers is undone.
+        with torch.random.fork_rng(devices), _aliased_parameters(self.model):
             recording = self.record(step)
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
@@ -130,8 +141,27 @@ class CapturedStep:
         shapes = {key[2][0] for key in self.captured}
         if shapes and images.shape not in shapes:
             self.captured.clear()
+            self.record = self.recorder()
         if len(self.captured) == MAX_GRAPHS:
             raise ConfigError(
                 f"engine.cuda_graph: the steps of this policy differ in more than {MAX_GRAPHS} ways that are decided "
                 f"on the host, each of which needs a graph: set engine.cuda_graph=false"
             )
+
+
+@contextlib.contextmanager
+def _aliased_parameters(model: nn.Module) -> Iterator[None]:
+    """Within the block the model has other parameters, in the same memory.
+
+    Autograd keeps a node for each parameter that others hold, as DDP does, or the graph of a micro batch that is still
+    alive. Such a node belongs to the stream that it was made on, and a capture that meets it fails.
+    """
+    places = [(m, name, p) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+    aliases = {parameter: nn.Parameter(parameter.detach(), parameter.requires_grad) for _, _, parameter in places}
+    for module, name, parameter in places:
+        module._parameters[name] = aliases[parameter]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter

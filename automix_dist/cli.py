@@ -92,7 +92,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if rest and not (hasattr(options, "overrides") and not any(each.startswith("-") for each in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train from a config")
     train.add_argument("config", help="a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     train.add_argument(
         "--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"
     )
@@ -193,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
     doctor.add_argument("config", nargs="?", help="check its data and output folder too")
-    doctor.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    doctor.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     doctor.add_argument(
         "--all-ranks", action="store_true", help="under a launcher: every host of the job, and the network between them"
     )
@@ -583,9 +587,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     if loader.num_classes != len(saved.manifest["classes"]):
         raise CommandError(f"{path} has {loader.num_classes} classes, the model {len(saved.manifest['classes'])}")
     showcase = None if options.cam is None else cam.Showcase(options.cam, loader.num_classes)
+    if showcase is not None:
+        cam.check(model, loader.blank(), conditions.answer)
     values = examine(model, loader, process, conditions, config.data.mean, showcase)
     loader.close()
-    views = None if showcase is None else cam.look(model, showcase.gather(process), conditions.answer)
+    chosen = None if showcase is None else showcase.gather(process)
+    if showcase is not None and chosen is None and process.is_main:
+        print("no Grad-CAM: the classes that --cam chose have no images; a larger number chooses more", file=sys.stderr)
+    views = None if chosen is None else cam.look(model, chosen, conditions.answer)
     torch.distributed.barrier()
     if process.is_main:
         result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}

@@ -75,10 +75,11 @@ def load_comparison(path: Path) -> Comparison:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected the keys {', '.join(known)}")
     for key, value in values.items():
-        if key not in known or not isinstance(value, known[key]):
-            raise ConfigError(
-                f"{path}: {key} = {value!r}: expected some of the keys {', '.join(known)} (docs/evaluation.md)"
-            )
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key}: expected some of {', '.join(known)} (docs/evaluation.md)")
+        if not isinstance(value, known[key]):
+            kind = {str: "text", list: "a list, as [0, 1]", dict: "a section of name: [settings]"}[known[key]]
+            raise ConfigError(f"{path}: {key} = {value!r}: expected {kind}")
     for key in ("base", "output", "seeds", "policies"):
         if not values.get(key):
             raise ConfigError(f"{path}: {key} is missing or empty")
@@ -86,8 +87,10 @@ def load_comparison(path: Path) -> Comparison:
         raise ConfigError(f"{path}: seeds = {values['seeds']!r}: expected different whole numbers")
     shared = values.get("settings", [])
     for name, settings in values["policies"].items():
-        if not re.fullmatch(r"[\w.-]+", str(name)) or not all(isinstance(s, str) for s in [*(settings or []), *shared]):
-            raise ConfigError(f"{path}: policies.{name}: expected a name of letters and a list of section.key=value")
+        if not re.fullmatch(r"[\w.-]+", str(name)):
+            raise ConfigError(f"{path}: policies.{name}: expected a name of letters, digits, dots and dashes")
+        if not isinstance(settings, list | None) or not all(isinstance(s, str) for s in [*(settings or []), *shared]):
+            raise ConfigError(f"{path}: policies.{name} = {settings!r}: expected a list, as [policy.name=mixup]")
     policies = {str(name): (*shared, *(settings or [])) for name, settings in values["policies"].items()}
     comparison = Comparison(
         base=path.parent / values["base"],
@@ -114,14 +117,23 @@ def _check_budgets(comparison: Comparison, path: Path) -> None:
 
 
 def _check_models(comparison: Comparison, path: Path) -> None:
-    """Raise ConfigError, before hours of training, for a policy that does not take its settings or this backbone."""
+    """Raise ConfigError, before hours of training, for a policy that does not take its settings or this backbone, or
+    whose evaluation has no such metric."""
     for name in comparison.policies:
         config = load_config(comparison.base, comparison.overrides(name, comparison.seeds[0]))
         try:
             backbone = create_backbone(config.model, needed_feature(config), config.data.image_size)
-            build_model(config, backbone, 2, torch.float32)
+            model = build_model(config, backbone, 2, torch.float32).eval()
         except ConfigError as error:
             raise ConfigError(f"{path}: policies.{name}: {error}") from error
+        size = config.data.image_size
+        with torch.no_grad():
+            answers = model(torch.zeros(1, size, size, 3, dtype=torch.uint8))._fields
+        metrics = [f"{kind}_{answer}" for answer in answers for kind in ("top1", "top5", "loss")]
+        if comparison.metric not in metrics:
+            raise ConfigError(
+                f"{path}: metric = {comparison.metric!r}: policies.{name} is evaluated by {', '.join(metrics)}"
+            )
 
 
 def _setting(config: Config, key: str) -> Any:

@@ -162,7 +162,7 @@ class ModelConfig:
     backbone: str = "resnet50"
     """Name of a timm model (`timm.list_models()`)."""
     pretrained: bool = False
-    """Start from timm's pretrained weights; they must be in its cache, or `weights` name a file."""
+    """Start from timm's pretrained weights, from its cache or downloaded; or let `weights` name a file."""
     weights: str = ""
     """Start from this .safetensors file, a timm state dict of the backbone; its classifier is not used."""
     small_stem: bool = False

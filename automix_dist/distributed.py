@@ -87,7 +87,8 @@ def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
 def _threads(local_world_size: int) -> int:
     """For this rank's operations on the CPU: what OMP_NUM_THREADS says, else its share of the cores it may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdecimal() and int(asked) > (local_world_size > 1):  # 1 is what torchrun sets for several ranks
+    launched = "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if asked.isdecimal() and int(asked) > launched:  # 1 is what torchrun and accelerate set by themselves
         return int(asked)
     sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS", local_world_size))  # 1 where launch/rank.sh has bound cores
     return max(1, len(os.sched_getaffinity(0)) // sharers)

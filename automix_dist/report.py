@@ -206,7 +206,9 @@ def _load_gallery(run: _Run, folder: Path) -> None:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name][:MAX_PAIRS] for name in GALLERY_ARRAYS}
-                arrays |= {name: stored[name] for name in SWEEP_ARRAYS}
+                arrays |= {name: stored[name] for name in SWEEP_ARRAYS if name in stored}
+            for name, of_a_pair in zip(SWEEP_ARRAYS, ("masks", "mixed", "lam"), strict=True):
+                arrays.setdefault(name, arrays[of_a_pair][:0])  # a run of an earlier version has no sweep
             _check_gallery(arrays)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             run.notes.append(f"gallery/{path.name} could not be read and was left out.")

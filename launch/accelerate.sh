@@ -16,10 +16,10 @@
 nodes=1 head_option="" node_rank="" per_node=""
 while [ $# -gt 0 ]; do
     case $1 in
-    --nodes) nodes=${2:?--nodes needs a number} && shift 2 ;;
-    --head) head_option=${2:?--head needs HOST[:PORT]} && shift 2 ;;
-    --node-rank) node_rank=${2:?--node-rank needs a number} && shift 2 ;;
-    --ranks-per-node) per_node=${2:?--ranks-per-node needs a number} && shift 2 ;;
+    --nodes) needs 'a number' "$@" && nodes=$2 && shift 2 ;;
+    --head) needs 'HOST[:PORT]' "$@" && head_option=$2 && shift 2 ;;
+    --node-rank) needs 'a number' "$@" && node_rank=$2 && shift 2 ;;
+    --ranks-per-node) needs 'a number' "$@" && per_node=$2 && shift 2 ;;
     --dry-run) dry_run=1 && shift ;;
     --help) usage && exit ;;
     *) break ;;

@@ -15,8 +15,8 @@
 hostfile="" over=pdsh doctor=""
 while [ $# -gt 0 ]; do
     case $1 in
-    --hostfile) hostfile=${2:?--hostfile needs a file} && shift 2 ;;
-    --over) over=${2:?--over needs pdsh, openmpi or mpich} && shift 2 ;;
+    --hostfile) needs 'a file' "$@" && hostfile=$2 && shift 2 ;;
+    --over) needs 'pdsh, openmpi or mpich' "$@" && over=$2 && shift 2 ;;
     --doctor) doctor=1 && shift ;;
     --dry-run) dry_run=1 && shift ;;
     --help) usage && exit ;;

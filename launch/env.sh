@@ -4,7 +4,7 @@
 # shellcheck shell=bash disable=SC2034
 
 # Variables that travel: settings of libraries, not those that describe a machine (HOME, PATH, CUDA_VISIBLE_DEVICES).
-CARRIED='^(AUTOMIX|NCCL|GLOO|TORCH|PYTORCH|TRITON|OMP|GOMP|MKL|NUMBA|DS|HF|WANDB|TENSORBOARD|FI|UCX|LD_LIBRARY|PYTHON)_?[A-Z0-9_]*$'
+CARRIED='^(AUTOMIX|NCCL|GLOO|TORCH|PYTORCH|TRITON|OMP|GOMP|MKL|NUMBA|DS|HF|WANDB|MLFLOW|TENSORBOARD|FI|UCX|LD_LIBRARY|PYTHON)_?[A-Z0-9_]*$'
 
 setting() { # NAME VALUE REASON
     [ -n "${!1+set}" ] || export "$1=$2"

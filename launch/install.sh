@@ -11,6 +11,7 @@ extras=""
 case "${1:-}" in
     "") ;;
     --dev) extras="[dev,docs]" ;;
+    -h | --help) sed -n '2,3s/^# //p' launch/install.sh; exit ;;
     *) die "unknown option $1; expected --dev or nothing" ;;
 esac
 

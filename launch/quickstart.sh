@@ -4,6 +4,7 @@
 # Interrupted (Ctrl-C, SIGTERM), it saves; started again, it continues. Arguments are settings: section.key=value;
 # AUTOMIX_RUN names another folder for the run.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,5s/^# //p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh
 automix=.venv/bin/automix

@@ -13,7 +13,7 @@
 hostfile="" only_here=""
 while [ $# -gt 0 ]; do
     case $1 in
-    --hostfile) hostfile=${2:?--hostfile needs a file} && shift 2 ;;
+    --hostfile) needs 'a file' "$@" && hostfile=$2 && shift 2 ;;
     --here) only_here=1 && shift ;; # what runs on each node; "-" for FILE is standard input
     --dry-run) dry_run=1 && shift ;;
     --help) usage && exit ;;

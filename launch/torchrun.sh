@@ -17,10 +17,10 @@ nodes=${PET_NNODES:-1} rendezvous="" per_node="" restarts=10 # PET_*: Kubeflow T
 [[ ! ${PET_NPROC_PER_NODE:-} =~ ^[0-9]+$ ]] || per_node=$PET_NPROC_PER_NODE
 while [ $# -gt 0 ]; do
     case $1 in
-    --nodes) nodes=${2:?--nodes needs MIN:MAX} && shift 2 ;;
-    --rendezvous) rendezvous=${2:?--rendezvous needs HOST[:PORT]} && shift 2 ;;
-    --ranks-per-node) per_node=${2:?--ranks-per-node needs a number} && shift 2 ;;
-    --restarts) restarts=${2:?--restarts needs a number} && shift 2 ;;
+    --nodes) needs MIN:MAX "$@" && nodes=$2 && shift 2 ;;
+    --rendezvous) needs 'HOST[:PORT]' "$@" && rendezvous=$2 && shift 2 ;;
+    --ranks-per-node) needs 'a number' "$@" && per_node=$2 && shift 2 ;;
+    --restarts) needs 'a number' "$@" && restarts=$2 && shift 2 ;;
     --dry-run) dry_run=1 && shift ;;
     --help) usage && exit ;;
     *) break ;;

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from automix_dist import captured_step
 from automix_dist.batchnorm import RunningStatistics
-from automix_dist.captured_step import CapturedStep, CudaGraph
+from automix_dist.captured_step import CapturedStep
 from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError, from_dict
 from automix_dist.draws import seed_torch
@@ -76,7 +76,7 @@ def train(config, captured: bool, steps: int = 8) -> tuple[list, dict]:
     model = build_model(config, Dropping(), CLASSES, torch.float32).train()
     optimizer, statistics = build_optimizer(model, config.optimizer), RunningStatistics(model)
     if captured:
-        CapturedStep(model, Tape)
+        CapturedStep(model, lambda: Tape)
     update, losses = MomentumUpdate(model), []
     for step in range(steps):
         images, labels = micro_batch(step, 0, 8)
@@ -109,12 +109,30 @@ def test_replayed_steps_train_as_steps_do(policy):
         torch.testing.assert_close(replayed[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
+def test_recordings_have_nothing_to_do_with_the_graphs_of_others():
+    """What DDP holds of each parameter, and a step that is still alive, belong to other streams."""
+    model = tiny_model(tiny_config()).train()
+    own = list(model.parameters())
+    seen = []
+
+    def record(function):
+        seen.append([(a is not b, a.data_ptr() == b.data_ptr()) for a, b in zip(model.parameters(), own, strict=True)])
+        return Tape(function)
+
+    CapturedStep(model, lambda: record)
+    images, labels = micro_batch(0, 0, 8)
+    model(images, labels, model.draw(images, seed=0, step=0), 0.1).total.backward()
+    assert seen == [[(True, True)] * len(own)]
+    assert all(a is b for a, b in zip(model.parameters(), own, strict=True))
+    assert all(p.grad is not None for p in own if p.requires_grad)
+
+
 def test_the_tape_keeps_what_python_decides():
     """As a CUDA graph would: a step that hides a number in Python is found out by the test above."""
     model = tiny_model(tiny_config())
     plain, number = model.forward, iter((1.0, 1.0, 5.0))
     model.forward = lambda *arguments: plain(*arguments)._replace(clean=plain(*arguments).total * next(number))
-    CapturedStep(model.train(), Tape)
+    CapturedStep(model.train(), lambda: Tape)
     images, labels = micro_batch(0, 0, 8)
     draws = model.draw(images, seed=0, step=0)
     first, second = (model(images, labels, draws, 0.1).clean for _ in range(2))
@@ -124,7 +142,7 @@ def test_the_tape_keeps_what_python_decides():
 def test_graphs_of_another_size_make_room_and_too_many_are_refused(monkeypatch):
     config = tiny_config(automix={"upsampling": ["nearest", "bilinear"]})
     model = tiny_model(config).train()
-    captured = CapturedStep(model, Tape)
+    captured = CapturedStep(model, lambda: Tape)
     for step, size in enumerate([SIZE] * 12 + [2 * SIZE]):
         images, labels = torch.zeros(4, size, size, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
         model(images, labels, model.draw(images, seed=0, step=step), 0.1)
@@ -144,7 +162,7 @@ def train_recorded(config, folder):
 
     def build_and_record(model, *arguments):
         engine = build(model, *arguments)
-        CapturedStep(model, Tape)
+        CapturedStep(model, lambda: Tape)
         return engine
 
     test_engine.build_engine = build_and_record
@@ -177,7 +195,7 @@ def test_a_cuda_graph_trains_as_steps_do(compiled):
     if compiled:
         plain.compile_regions()
         recorded.compile_regions()
-    CapturedStep(recorded, CudaGraph)
+    CapturedStep(recorded)
     for step in range(8):
         found = []
         for model in (plain, recorded):
@@ -191,3 +209,20 @@ def test_a_cuda_graph_trains_as_steps_do(compiled):
             torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4)
     for (name, got), expected in zip(recorded.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_recorded_beside_what_others_hold_of_the_parameters():
+    """As DDP and the micro batch before do; and again at another image size."""
+    config = tiny_config(engine={"device": "cuda"}, automix={"upsampling": ["nearest", "bilinear"]})
+    model = tiny_model(config).cuda().train()
+    held = [torch.autograd.graph.get_gradient_edge(p).node for p in model.parameters() if p.requires_grad]
+    captured = CapturedStep(model)
+    losses = []
+    for step, size in enumerate([SIZE] * 6 + [2 * SIZE] * 6):
+        images = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, device="cuda")
+        labels = torch.randint(0, CLASSES, (8,), device="cuda")
+        losses.append(model(images, labels, model.draw(images, seed=0, step=step), 0.1))
+        losses[-1].total.backward()
+    assert len(held) > 0 and 1 < len(captured.captured) <= 4
+    assert all(torch.isfinite(each.total) for each in losses)

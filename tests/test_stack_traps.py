@@ -145,13 +145,26 @@ def test_ranks_evaluate_the_same_statistics_and_get_their_own_back():
 
 @pytest.mark.parametrize(
     ("asked", "ranks", "threads"),
-    [(None, 1, 6), (None, 2, 3), ("1", 1, 1), ("1", 2, 3), ("4", 2, 4), ("0", 1, 6), ("many", 3, 2), (None, 8, 1)],
+    [
+        (None, 0, 6),
+        (None, 2, 3),
+        ("1", 0, 1),
+        ("1", 1, 6),
+        ("1", 2, 3),
+        ("4", 2, 4),
+        ("0", 0, 6),
+        ("many", 3, 2),
+        (None, 8, 1),
+    ],
 )
-def test_threads_are_what_the_user_says_but_not_what_torchrun_says(asked, ranks, threads, monkeypatch):
-    """torchrun sets OMP_NUM_THREADS=1 for several ranks, whatever cores there are."""
+def test_threads_are_what_the_user_says_but_not_what_launchers_say(asked, ranks, threads, monkeypatch):
+    """torchrun and accelerate set OMP_NUM_THREADS=1, whatever cores there are; 0 ranks: no launcher."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.delenv("AUTOMIX_CORE_SHARERS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    assert distributed._threads(ranks) == threads
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert distributed._threads(ranks or 1) == threads

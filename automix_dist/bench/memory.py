@@ -6,6 +6,7 @@ the allocator's slack are left out, so the figures are properties of the method 
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--out", type=Path, help="folder for memory.json and memory.md")
     options = parser.parse_args(arguments)
+    for network in options.networks:
+        if not re.fullmatch(r".+:-?\d+", network):
+            parser.error(f"--networks {network}: expected BACKBONE:FEATURE, as resnet50:-2")
     rows = [measure(*network.rsplit(":", 1), options.batch_size) for network in options.networks]
     text = table(rows)
     print(text)

@@ -259,7 +259,9 @@ def markdown(result: dict[str, Any]) -> str:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="automix bench throughput", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
+    )
     parser.add_argument("--steps", type=int, default=60, help="measured steps (default: 60)")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them (default: 10)")
     parser.add_argument("--images", type=int, default=2048, help="generated training images (default: 2048)")

@@ -64,13 +64,13 @@ def test_arguments_and_variables_survive_the_packing(tmp_path):
     trap, folder = tmp_path / "trap", tmp_path / "a b; $(id)"
     folder.mkdir()
     arguments = [text.format(trap) for text in HOSTILE]
-    code = "import json, os, sys; print(json.dumps([os.getcwd(), os.environ['NCCL_X'], *sys.argv[1:]]))"
+    found = "os.getcwd(), os.environ['NCCL_X'], os.environ['MLFLOW_X'], *sys.argv[1:]"
+    code = f"import json, os, sys; print(json.dumps([{found}]))"
     script = f'. {LAUNCH}/job.sh; job_settings=(); cd "$1"; shift; pack "$@"'
-    packed = bash(
-        "-c", script, "bash", folder, "python3", "-c", code, *arguments, env=os.environ | {"NCCL_X": arguments[0]}
-    )
+    variables = {"NCCL_X": arguments[0], "MLFLOW_X": arguments[1]}
+    packed = bash("-c", script, "bash", folder, "python3", "-c", code, *arguments, env=os.environ | variables)
     assert packed.isascii() and not set(packed) & set(" ;$&|<>'\"\\`*?()")
-    assert json.loads(bash(LAUNCH / "rank.sh", "--packed", packed)) == [str(folder), arguments[0], *arguments]
+    assert json.loads(bash(LAUNCH / "rank.sh", "--packed", packed)) == [str(folder), *arguments[:2], *arguments]
     assert not trap.exists()
 
 
