@@ -176,6 +176,26 @@ def test_replayed_steps_train_the_same_under_an_engine(engine, tmp_path):
     assert_same(ranks[0], train_plain(config, ranks=2, steps=4))
 
 
+@pytest.mark.slow
+def test_a_recording_is_no_reason_to_compile_again():
+    """Compiled regions take the parameters of each recording for the model's own."""
+    config = tiny_config()
+    model = tiny_model(config).train()
+    model.compile_regions("aot_eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    images, labels = micro_batch(0, 0, 8)
+    graphs = []
+    for _ in range(3):
+        with captured_step._aliased_parameters(model):
+            losses = model(images, labels, model.draw(images, seed=0, step=0), 0.1)
+            torch.autograd.grad(losses.total, [p for p in model.parameters() if p.requires_grad])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 4 and set(graphs) == {graphs[0]}
+    torch.compiler.reset()
+    counters.clear()
+
+
 def test_what_does_not_go_with_a_graph_is_refused():
     for engine in ({"zero_stage": 3}, {"name": "fsdp2"}):
         with pytest.raises(ConfigError, match=r"engine\.cuda_graph needs whole parameters"):

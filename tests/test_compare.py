@@ -58,7 +58,9 @@ def test_few_and_unpaired_seeds():
     [
         ({"base": ""}, "base is missing"),
         ({"seeds": [1, 1]}, "different whole numbers"),
-        ({"polices": {}}, "expected some of the keys"),
+        ({"polices": {}}, "unknown key polices: expected some of base, output"),
+        ({"seeds": 3}, r"seeds = 3: expected a list, as \[0, 1\]"),
+        ({"policies": {"mixup": "policy.name=mixup"}}, r"policies.mixup = 'policy.name=mixup': expected a list"),
         ({"policies": {"a/b": []}}, "a name of letters"),
         ({"policies": {"none": [], "long": ["epochs=99"]}}, "policies.long has epochs = 99 and none has 24"),
         ({"policies": {"none": ["policy.name=nothing"]}}, "policy.name"),
@@ -82,6 +84,8 @@ def test_a_policy_that_cannot_be_built_is_named_before_anything_is_trained(tmp_p
     policies = {"none": ["policy.name=none"], "samix": ["policy.name=samix"]}
     with pytest.raises(ConfigError, match=r"policies.samix: automix.lam_concat = True: policy samix needs False"):
         compare(write(tmp_path, policies=policies), ["false"], print)
+    with pytest.raises(ConfigError, match=r"metric = 'top1_momentum': policies.none is evaluated by top1_query, "):
+        compare(write(tmp_path, metric="top1_momentum"), ["false"], print)
     assert not (tmp_path / "out").exists()
 
 
