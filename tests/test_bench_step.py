@@ -106,7 +106,7 @@ def test_the_published_step_is_the_same_method():
     block = ours.mix_block
     with torch.no_grad():
         for weight in (block.query_weight, block.value_weight):
-            weight.normal_(std=0.3)
+            weight.normal_(std=0.1)  # at 0.3 what cancels in their softmax is so large that float32 loses 3 digits
         theirs.projection.weight.copy_(block.query_weight[:, :, None, None])
         theirs.projection.bias.copy_(block.query_bias)
         theirs.value.weight.copy_(block.value_weight[:, :, None, None])
@@ -123,7 +123,7 @@ def test_the_published_step_is_the_same_method():
     loss.backward()
     expected.backward()
     gradient = block.query_weight.grad
-    torch.testing.assert_close(theirs.projection.weight.grad.squeeze(), gradient, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(theirs.projection.weight.grad.squeeze(), gradient, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("settings", [{}, {"feature_pass": "cut", "upsampling": ["bilinear"], "mask_adjust": 1.0}])
@@ -181,6 +181,7 @@ def test_a_failure_is_a_reason_not_a_gap():
     rows = bench.measure(case, [bench.Way("broken", broken), bench.Way("vanilla", bench.vanilla)], 1, 1)
     assert rows[0].note == "failed: RuntimeError: no such luck" and rows[0].ms is None
     assert rows[1].ms > 0 and rows[1].note == ""
+    assert [row.ms for row in bench.measure(case, [bench.Way("broken", broken)], 1, 1)] == [None]
     machine = {"device": "abacus", "versions": {}, "load_average": 0.0}
     result = {"machine": machine, "gpu": False, "dtype": "float32", "rounds": 1, "steps": 1, "parts": {}}
     result["rows"] = [dataclasses.asdict(row) for row in rows]

@@ -385,7 +385,8 @@ def measure(case: Case, ways: list[Way], rounds: int, steps: int) -> list[Row]:
     for turn in range(rounds):
         _tell(f"{case.name}: round {turn + 1} of {rounds}")
         names = list(ready)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        first = turn % max(len(names), 1)
+        for name in names[first:] + names[:first]:
             with _noting(rows[name]):
                 clock = Clock(case.device)
                 ready[name].step(next(numbers))  # finds the caches as the other ways left them
