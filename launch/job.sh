@@ -12,7 +12,7 @@ GRACE=${AUTOMIX_GRACE:-20} # seconds that the other ranks have to end by themsel
 say() { printf 'automix: %s\n' "$*" >&2; }
 die() { printf 'automix: error: %s\n' "$*" >&2; exit 2; }
 usage() { sed -n '2,/^\([^#]\|$\)/{/^#SBATCH/d;/^#/s/^# \{0,1\}//p}' "$0"; }
-needs() { [ $# -ge 3 ] && [ -n "$3" ] || die "$2 needs $1"; } # WHAT OPTION [VALUE ...]
+needs() { [ -n "${3:-}" ] || die "$2 needs $1"; } # WHAT OPTION [VALUE ...]
 quoted() { printf '%q ' "$@"; echo; }
 
 dry_run=""

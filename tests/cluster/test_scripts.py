@@ -223,3 +223,10 @@ def test_shellcheck_is_content():
     allowed = "SC1091,SC2154,SC2034,SC2317,SC2016,SC2013,SC2029"
     done = subprocess.run(["shellcheck", "-x", "-e", allowed, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh", "accelerate.sh", "stage_data.sh"])
+def test_an_option_without_its_value_is_named(script):
+    option = "--nodes" if script in ("torchrun.sh", "accelerate.sh") else "--hostfile"
+    done = subprocess.run(["bash", LAUNCH / script, option], capture_output=True, text=True)
+    assert done.returncode == 2 and f"error: {option} needs " in done.stderr
