@@ -182,7 +182,7 @@ def test_a_failure_is_a_reason_not_a_gap():
     assert rows[0].note == "failed: RuntimeError: no such luck" and rows[0].ms is None
     assert rows[1].ms > 0 and rows[1].note == ""
     assert [row.ms for row in bench.measure(case, [bench.Way("broken", broken)], 1, 1)] == [None]
-    machine = {"device": "abacus", "versions": {}, "load_average": 0.0}
+    machine = {"device": "abacus", "versions": {}, "load_average": 0.0, "date": "2026-01-01"}
     result = {"machine": machine, "gpu": False, "dtype": "float32", "rounds": 1, "steps": 1, "parts": {}}
     result["rows"] = [dataclasses.asdict(row) for row in rows]
     assert "no such luck" in bench.markdown(result) and bench.bars_svg(result).count("<path") == 1

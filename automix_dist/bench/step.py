@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
@@ -522,6 +523,7 @@ def describe_machine() -> dict[str, Any]:
         "versions": {k: about["versions"][k] for k in ("torch", "triton", "timm")} | {"python": about["python"]},
         "commit": about["commit"],
         "load_average": os.getloadavg()[0],
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 
@@ -533,7 +535,8 @@ def markdown(result: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         "# One training step", "",
-        f"{machine['device']}; {versions}; {result['dtype']}; load average at the start {machine['load_average']:.2f}. "
+        f"{machine['device']}; {versions}; {result['dtype']}; {machine['date']}, load average at the start "
+        f"{machine['load_average']:.2f}. "
         f"Medians (20 to 80 %) of {result['rounds']} interleaved rounds of {result['steps']} steps; one device, no "
         "engine. The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
         + ("the allocator's, beyond what it held before the step" if result["gpu"] else
