@@ -61,6 +61,11 @@ class Mixes(NamedTuple):
     partner: Tensor
     """[B]"""
 
+    def pixels(self, mean: Tensor, std: Tensor) -> Tensor:
+        """The images as [B, H, W, 3] uint8, for the normalisation [3] that they have."""
+        images = self.images * std[:, None, None] + mean[:, None, None]
+        return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
 
 class Encoder(nn.Module):
     """A backbone with linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1)."""

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from automix_kernels import api as kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -85,7 +86,7 @@ def check(model: nn.Module, image: Tensor, answer: str) -> None:
         raise ConfigError("--cam: the ensemble has no features of its own; choose --encoder query or momentum")
     if hasattr(model, name):
         model.eval()
-        _features(getattr(model, name).backbone, _normalized(model, image))
+        _features(getattr(model, name).backbone, kernels.normalize(image, model.mean, model.std))
 
 
 @torch.no_grad()
@@ -103,15 +104,14 @@ def look(model: nn.Module, batch: Batch, answer: str) -> Views:
     name, _, head = answer.partition("_")
     model.eval().requires_grad_(False)
     encoder = getattr(model, name)
-    images = _normalized(model, batch.images)
+    images = kernels.normalize(batch.images, model.mean, model.std)
     probabilities = encoder(images, head or "one").softmax(dim=1)
     confidence, guess = probabilities.max(dim=1)
     maps = [_enlarged(each, images) for each in grad_cam(encoder, head or "one", images, [guess, batch.labels])]
     mixes = model(batch.images, None, model.gallery_draw(batch.images))
     mixed, mixed_maps = None, [None, None]
     if mixes is not None:
-        pixels = mixes.images * model.std[:, None, None] + model.mean[:, None, None]
-        mixed = (pixels * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        mixed = mixes.pixels(model.mean, model.std)
         head = "mix" if hasattr(encoder, "head_mix") else "one"
         classes = [batch.labels, batch.labels[mixes.partner]]
         mixed_maps = [_enlarged(each, images) for each in grad_cam(encoder, head, mixes.images.float(), classes)]
@@ -162,10 +162,6 @@ def _features(backbone: Backbone, images: Tensor) -> tuple[Tensor, int, Tensor]:
         if _places(features, info["num_chs"], model).shape[1] >= MIN_SIDE:
             return features, info["num_chs"], embedding
     raise _refused(model, f"has no feature map of {MIN_SIDE} x {MIN_SIDE} places or more for these images")
-
-
-def _normalized(model: nn.Module, images: Tensor) -> Tensor:
-    return (images.permute(0, 3, 1, 2) / 255 - model.mean[:, None, None]) / model.std[:, None, None]
 
 
 def _tapped(backbone: Backbone, module: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

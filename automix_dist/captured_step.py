@@ -1,6 +1,6 @@
 """A training step's forward and backward passes as one CUDA graph: the host launches it instead of a thousand kernels.
 
-Where the GPU is faster than the host's launches, as with small images, the step takes half the time or less. A graph is
+It is for steps that the GPU finishes before the host has launched the next kernels, as with small images. A graph is
 what was recorded: memory at fixed places, and whatever the host decided frozen. So the step's tensors are copied to
 fixed places first, and each combination of what the host decides (upsampling modes, which branches run) and of shapes
 has a graph of its own. The gradients end in fixed places too, and are handed to the engine in its one backward pass, as

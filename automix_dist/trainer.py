@@ -313,8 +313,7 @@ class Trainer:
         self.model.train()
         if not self.process.is_main or batch is None or mixes is None:
             return
-        mean, std = (v[:, None, None] for v in (self.model.mean, self.model.std))
-        pixels = ((mixes.images * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+        pixels = mixes.pixels(self.model.mean, self.model.std)
         labels, partner = batch.labels[:pairs].cpu().numpy(), mixes.partner[:pairs].cpu().numpy()
         images, mixed, lam = (each.cpu().numpy() for each in (images[:pairs], pixels, mixes.lam))
         masks = mixes.mask.cpu().numpy().astype(np.float16)

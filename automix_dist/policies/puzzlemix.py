@@ -153,7 +153,7 @@ def best_mask(costs: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """
     top, n = len(costs), costs.shape[2]
     neighbours = torch.full((n,), 2.0, device=costs.device)
-    neighbours[0].fill_(1)  # an assignment would wait for the GPU before torch 2.13
+    neighbours[0].fill_(1)  # in older torch an assignment of a number waits for the GPU
     neighbours[-1].fill_(1)
     step, dual_step = top / (neighbours.unsqueeze(1) + neighbours), 0.5 / top
     odd = torch.arange(1, 2 * top, 2, device=costs.device).view(-1, 1, 1, 1) / (top**2 * dual_step)
