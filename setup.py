@@ -52,6 +52,7 @@ setup(
             "pyarrow>=18",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "torchmetrics>=1.6",
             "wandb>=0.22",

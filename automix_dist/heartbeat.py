@@ -320,15 +320,18 @@ def _within(seconds: float, action: Callable[[], Any]) -> Any:
 
 
 def silence(beats: Sequence[Beat], silent: dict[int, float], allowed: float, host: str) -> str | None:
-    """The verdict on ranks whose beats stopped `silent` seconds ago, more than `allowed`; `host` is the observer's."""
-    lost = [beat for beat in beats if silent[beat.rank] > allowed and not beat.finished]
-    if not lost:
+    """The verdict on ranks whose beats stopped `silent` seconds ago, more than `allowed`; `host` is the observer's.
+
+    Ranks that were quiet for half as long go with them: a host's ranks die together, but their last beats lie apart.
+    """
+    quiet = [beat for beat in beats if silent[beat.rank] > allowed / 2 and not beat.finished]
+    if not any(silent[beat.rank] > allowed for beat in quiet):
         return None
-    first = lost[0]
-    states = {state for beat in lost if beat.host == host and (state := _process_state(beat.process))}
+    first = quiet[0]
+    states = {state for beat in quiet if beat.host == host and (state := _process_state(beat.process))}
     reason = f" ({', '.join(sorted(states))})" if states else " (is its host down?)" if first.host != host else ""
-    seconds = max(silent[beat.rank] for beat in lost)
-    return f"{_names(lost)} has not responded for {seconds:.0f} s{reason}; last seen in {_place(first)}"
+    seconds = min(silent[beat.rank] for beat in quiet)
+    return f"{_names(quiet)} has not responded for {seconds:.0f} s{reason}; last seen in {_place(first)}"
 
 
 def standstill(beats: Sequence[Beat]) -> str | None:
