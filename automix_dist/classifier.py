@@ -9,6 +9,7 @@ from automix_kernels import api as kernels
 from torch import Tensor, nn
 
 from automix_dist.automix import Encoder, Mixes, lay_out
+from automix_dist.backbone import pad_stems
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
 from automix_dist.loss import mixed_loss
@@ -133,6 +134,8 @@ def build_model(config: Config, backbone: nn.Module, num_classes: int, autocast:
     Raises ConfigError for settings that the policy cannot use, alone or with this backbone.
     """
     module, settings = load(config.policy)
+    if config.engine.padded_stem:
+        pad_stems(backbone)
     common = {"loss": config.loss, "mean": config.data.mean, "std": config.data.std, "autocast": autocast}
     if hasattr(module, "Policy"):
         policy = module.Policy(settings, config.data.mean, config.data.std)

@@ -378,6 +378,9 @@ class EngineConfig:
     joint_query: bool = False
     """The query encoder reads clean and mixed images in one pass, in which BatchNorm takes them for two batches. The
     same training, but with immediate_backward two sets of activations live at a time."""
+    padded_stem: bool = False
+    """The first convolution reads a fourth channel of zeros, for GPU kernels that want channels in fours; images are
+    copied for it. The weights stay as they are."""
     deterministic: bool = False
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"

@@ -1,5 +1,6 @@
 """The speed options: those that are said to train the same do, and those that do not do what they say."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,7 +10,7 @@ from test_engine import assert_same, train_plain, train_with_engine
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist.automix import AutoMix
-from automix_dist.backbone import create_backbone
+from automix_dist.backbone import PaddedConv2d, create_backbone, pad_stems
 from automix_dist.bench import step as bench
 from automix_dist.bench.step import counted_flops
 from automix_dist.config import ConfigError, from_dict
@@ -88,6 +89,28 @@ def test_a_joint_pass_is_refused_where_it_would_differ():
     for engine in ({"zero_stage": 3}, {"name": "fsdp2"}):
         with pytest.raises(ConfigError, match=r"engine\.compile"):
             from_dict({"engine": {"compile": True, **engine}})
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_a_padded_stem_computes_the_same_with_the_same_weights(name):
+    """In float64, with gradients down to the image: the mixed images of AutoMix have one."""
+    config = from_dict({"model": {"backbone": name}})
+    plain = create_backbone(config.model, 5 if "vit" in name else -2, 64).double()
+    padded = copy.deepcopy(plain)
+    pad_stems(padded)
+    assert sum(isinstance(module, PaddedConv2d) for module in padded.modules()) == 1
+    assert list(padded.state_dict()) == list(plain.state_dict()), "a checkpoint of one fits the other"
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backbone in (plain, padded):
+        embedding = backbone(images)
+        wanted = [images, *backbone.parameters()]
+        found = torch.autograd.grad(embedding.square().sum(), wanted, allow_unused=True)
+        results.append([embedding, *(grad for grad in found if grad is not None)])
+    for got, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    with pytest.raises(ConfigError, match=r"engine\.padded_stem"):
+        pad_stems(torch.nn.Linear(3, 3))
 
 
 def small_resnet(**automix) -> tuple[AutoMix, dict]:

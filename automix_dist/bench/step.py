@@ -136,8 +136,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train; `twin` names the one with the same operations, neither compiled nor recorded, whose FLOPs are
-    counted for it."""
+    """A way to train; `twin` names the one with the same operations, neither compiled, recorded nor padded, whose FLOPs
+    are counted for it."""
 
     name: str
     build: Callable[[Case], Trained]
@@ -203,7 +203,7 @@ def _sgd(model: nn.Module, case: Case) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=case.network.config().optimizer.lr, momentum=0.9, fused=True)
 
 
-TOGETHER, COMPILED = {"immediate_backward": False}, {"compile": True}
+TOGETHER, COMPILED, PADDED = {"immediate_backward": False}, {"compile": True}, {"padded_stem": True}
 GRAPHS = {"CUDA graph": {"cuda_graph": True}, "compiled, CUDA graph": {"cuda_graph": True, **COMPILED}}
 CUT = {"feature_pass": "cut"}
 WAYS = (
@@ -214,11 +214,13 @@ WAYS = (
         Way(f"vanilla, {name}", partial(policy, name="none", engine=engine), twin="vanilla", unasked="gpu", graph=True)
         for name, engine in GRAPHS.items()
     ),
+    Way("vanilla, padded stem", partial(policy, name="none", engine=PADDED), twin="vanilla", unasked="gpu"),
     Way("AutoMix", policy),
     Way("AutoMix, one backward", partial(policy, engine=TOGETHER)),
     Way("AutoMix, cut", partial(policy, **CUT)),
     Way("AutoMix, cut, one backward", partial(policy, engine=TOGETHER, **CUT)),
     Way("AutoMix, cut, joint query", partial(policy, engine={"joint_query": True}, **CUT), unasked="gpu"),
+    Way("AutoMix, cut, padded stem", partial(policy, engine=PADDED, **CUT), twin="AutoMix, cut", unasked="gpu"),
     Way("AutoMix, cut, compiled", partial(policy, engine=COMPILED, **CUT), twin="AutoMix, cut", unasked="gpu"),
     Way(
         "AutoMix, cut, one backward, compiled",
