@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import llvmlite.binding
+import numba.typed
 import numpy as np
 import torch
 from llvmlite import ir
@@ -26,8 +27,11 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_threads = torch.get_num_threads()
-from ffcv import libffcv  # noqa: E402 - importing FFCV sets torch's thread count to 1 ...
+# Importing FFCV sets torch's thread count to 1, which would starve everything else in the process, and fills one of
+# numba's typed dictionaries, for which numba compiles for four seconds: no compiled code reads it, so any dict does.
+_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
+numba.typed.Dict = dict
+from ffcv import libffcv  # noqa: E402
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.operation import Operation  # noqa: E402
@@ -35,7 +39,8 @@ from ffcv.pipeline.state import State  # noqa: E402
 
 from automix_dist import jpeg  # noqa: E402
 
-torch.set_num_threads(_threads)  # ... which would starve everything else in the process
+torch.set_num_threads(_threads)
+numba.typed.Dict = _typed_dict
 
 JPEG = 0
 """FFCV's number for images stored as JPEG; others are raw pixels."""
