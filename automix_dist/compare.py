@@ -6,7 +6,7 @@ A comparison's file:
     output: runs/digits_compare          # a folder for each run, and the table
     seeds: [0, 1, 2, 3, 4]
     metric: top1_query                   # of the last evaluation, so that nothing is chosen on the validation set
-    settings: [epochs=24]                # over the base's, for all runs
+    settings: [epochs=6]                 # over the base's, for all runs
     policies:                            # the first is what the others are tested against
       none: [policy.name=none]           # name: settings over the shared ones
       automix: []

@@ -233,7 +233,7 @@ class AutoMixConfig:
     upsampling: tuple[Literal["nearest", "bilinear"], ...] = ("nearest",)
     """How a mask is brought to image size; with several, one is drawn per Mix Block call."""
     mask_loss: Literal["l1", "sparsity", "l1_variance", "l2_variance"] = "l1"
-    """Form of the mask loss (section 1.5)."""
+    """Form of the mask loss (section 1.4)."""
     mask_loss_weight: float = 0.1
     """Weight of the mask loss at the start."""
     mask_loss_margin: float = 0.1
@@ -384,7 +384,8 @@ class EngineConfig:
     deterministic: bool = False
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU."""
+    """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU that can run it (compute
+    capability 8.0 or higher)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto = the GPU if there is one."""
     bucket_size: int = 8_000_000
@@ -438,7 +439,7 @@ class EngineConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_epochs: int = 1
-    """Save a checkpoint after every so many epochs; 0 = only at the end and on a signal."""
+    """Save a checkpoint after every so many epochs; 0 = do not. One is saved at the end and on a signal anyway."""
     every_steps: int = 0
     """Save a checkpoint after every so many steps too; 0 = do not."""
     keep_last: int = 2

@@ -75,6 +75,11 @@ def resolve_device(engine: EngineConfig) -> str:
     device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
     if engine.kernels == "triton" and device == "cpu":
         raise ConfigError("engine.kernels = 'triton' needs a GPU and there is none here: set engine.kernels=reference")
+    if engine.kernels == "triton" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        raise ConfigError(
+            f"engine.kernels = 'triton' needs a GPU of compute capability 8.0 or higher, which "
+            f"{torch.cuda.get_device_name()} has not: set engine.kernels=auto"
+        )
     return device
 
 

@@ -117,7 +117,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def mask_loss(form: str, mask_mean: Tensor, mask_square_mean: Tensor, lam: Tensor, margin: float) -> Tensor:
-    """How far the masks are from covering 1 - lambda of the image, and from being binary (docs/method.md 1.5).
+    """How far the masks are from covering 1 - lambda of the image, and from being binary (docs/method.md 1.4).
 
     Args:
         form: AutoMixConfig.mask_loss.

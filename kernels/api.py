@@ -266,12 +266,19 @@ def _takes_triton(implementation: str, device: torch.device, obstacle: str | Non
         obstacle = "the package triton is not installed"
     elif device.type != "cuda" and not (INTERPRETED and device.type == "cpu" and implementation == "triton"):
         obstacle = f"the tensors are on {device}, and it needs a GPU (or TRITON_INTERPRET=1 when the process starts)"
+    elif device.type == "cuda" and _is_too_old(device):
+        obstacle = f"it needs compute capability 8.0 or higher, which {torch.cuda.get_device_name(device)} has not"
     if obstacle is not None and implementation == "triton":
         raise RuntimeError(
             f"the Triton kernel cannot run: {obstacle}. implementation='reference' (engine.kernels=reference in a "
             "config) runs plain PyTorch"
         )
     return obstacle is None
+
+
+@torch.compiler.assume_constant_result
+def _is_too_old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _dtype_obstacle(name: str, tensor: Tensor) -> str | None:

@@ -278,7 +278,7 @@ def test_immediate_backward_holds_one_set_of_activations():
         model(images, labels, draws, 0.1).total.backward()
 
     one, together, immediate = (
-        peak_saved_bytes(run) for run in (vanilla, lambda: automix(False), lambda: automix(True))
+        peak_saved_bytes(run, model) for run in (vanilla, lambda: automix(False), lambda: automix(True))
     )
     print(f"of vanilla's activations: together {together / one:.2f}, immediate {immediate / one:.2f}")
     assert together > 2.3 * one

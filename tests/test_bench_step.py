@@ -220,6 +220,9 @@ def test_comparing_tells_a_change_from_noise():
     text, slower = bench.compare(after, before)
     assert text == "n, b: 10.00 -> 15.00 ms, slower by 50.0%\nn, c: 10.00 -> 6.00 ms, faster by 40.0%" and slower
     assert bench.compare(before, before) == ("nothing moved beyond the spread", False)
+    assert bench.compare(result_of(new=(1, 1, 1)), before) == (
+        "nothing in common: the same --networks, --batch and --ways can be compared", True
+    )  # fmt: skip
     text, slower = bench.compare(result_of(a=None), before)
     assert "no figures any more" in text and slower
 

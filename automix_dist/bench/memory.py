@@ -1,7 +1,8 @@
 """`automix bench memory`: activations that a training step keeps alive, as multiples of a vanilla step's.
 
-Counts what autograd holds for the backward pass at its fullest moment, on the CPU in float32: weights, gradients and
-the allocator's slack are left out, so the figures are properties of the method and the network, not of a machine.
+Counts the activations that autograd holds for the backward pass at its fullest moment, on the CPU in float32: weights,
+gradients and the allocator's slack are left out, so the figures are properties of the method and the network, not of a
+machine.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from automix_dist.automix import AutoMix
@@ -66,7 +68,7 @@ def measure(backbone: str, feature: str, batch_size: int) -> dict:
         model.immediate_backward = immediate
         model(images, labels, draws, 0.1).total.backward()
 
-    peaks = (peak_saved_bytes(step) for step in (vanilla, lambda: automix(False), lambda: automix(True)))
+    peaks = (peak_saved_bytes(step, model) for step in (vanilla, lambda: automix(False), lambda: automix(True)))
     names = ("vanilla", "together", "immediate")
     return {"backbone": backbone} | {k: peak / batch_size / 2**20 for k, peak in zip(names, peaks, strict=True)}
 
@@ -79,14 +81,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def peak_saved_bytes(step: Callable[[], None]) -> int:
-    """The most bytes that autograd held for backward at any moment of `step()`; a shared storage counts once."""
+def peak_saved_bytes(step: Callable[[], None], model: nn.Module) -> int:
+    """The most bytes, but for the model's parameters, that autograd held for backward at any moment of `step()`; a
+    shared storage counts once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     alive: dict[int, list[int]] = {}  # storage address -> [bytes, holders]
     peak = 0
 
-    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, "_Holder"]:
+    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, "_Holder | None"]:
         nonlocal peak
         storage = tensor.untyped_storage()
+        if storage.data_ptr() in weights:
+            return tensor, None
         box = (tensor, _Holder(alive, storage.data_ptr(), storage.nbytes()))
         peak = max(peak, sum(size for size, _ in alive.values()))
         return box

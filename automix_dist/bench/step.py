@@ -263,7 +263,7 @@ class Row:
     """Share of the device's stated bfloat16 peak; None where that is not known."""
     peak_mib: float | None = None
     """On a GPU the most that the allocator held beyond what it held before the step; on a CPU the most that autograd
-    held for the backward pass."""
+    held for the backward pass, but for the weights."""
     host_reads: int | None = None
     """How often the host waited for the device's results in one step."""
     note: str = ""
@@ -334,13 +334,14 @@ def host_reads(step: Callable[[], None], device: torch.device) -> int:
     return sum("synchronizing" in str(each.message) for each in caught)
 
 
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(trained: Trained, device: torch.device) -> int:
+    """Of one step; see Row.peak_mib."""
     if device.type != "cuda":
-        return peak_saved_bytes(step)
+        return peak_saved_bytes(lambda: trained.step(3), trained.module)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    step()
+    trained.step(3)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -417,7 +418,7 @@ def _prepare(way: Way, case: Case, rows: dict[str, Row]) -> Trained:
         row.gflop_per_image = counted_flops(lambda: trained.step(1)) / case.batch / 1e9
         row.host_reads = host_reads(lambda: trained.step(2), case.device)
     if not way.graph and (case.device.type == "cuda" or not way.twin):
-        row.peak_mib = peak_bytes(lambda: trained.step(3), case.device) / 2**20
+        row.peak_mib = peak_bytes(trained, case.device) / 2**20
     return trained
 
 
@@ -542,7 +543,7 @@ def markdown(result: dict) -> str:
         f"Medians (20 to 80 %) of {result['rounds']} interleaved rounds of {result['steps']} steps; one device, no "
         "engine. The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
         + ("the allocator's, beyond what it held before the step" if result["gpu"] else
-           "what autograd holds for the backward pass")
+           "what autograd holds for the backward pass, but for the weights")
         + ". Host reads: how often a step waits for results of the device.", "",
         "| network | way | batch | images/s | ms | of vanilla | FLOPs of vanilla's | MFU | peak, MiB | host reads |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -607,17 +608,19 @@ def bars_svg(result: dict) -> str:
 
 
 def compare(result: dict, before: dict) -> tuple[str, bool]:
-    """What moved since an earlier result of the same kind of machine, and whether anything became slower.
+    """What moved since an earlier result of the same kind of machine, and whether anything became slower, or was not
+    compared at all.
 
     A row has moved when the middle 60 % of its times and those of before do not overlap, and the medians differ by
     more than MIN_MOVE.
     """
     earlier = {(row["network"], row["way"], row["batch"]): row for row in before["rows"] if row["ms"]}
-    lines, slower = [], False
+    lines, slower, compared = [], False, 0
     for row in result["rows"]:
         old = earlier.pop((row["network"], row["way"], row["batch"]), None)
         if old is None:
             continue
+        compared += 1
         name = f"{row['network']}, {row['way']}"
         if row["ms"] is None:
             lines.append(f"{name}: no figures any more: {row['note']}")
@@ -629,6 +632,8 @@ def compare(result: dict, before: dict) -> tuple[str, bool]:
             lines.append(f"{name}: {old['ms']:.2f} -> {row['ms']:.2f} ms, {'slower' if change > 0 else 'faster'} "
                          f"by {abs(change):.1%}")  # fmt: skip
             slower |= change > 0
+    if not compared:
+        return "nothing in common: the same --networks, --batch and --ways can be compared", True
     return "\n".join(lines or ["nothing moved beyond the spread"]), slower
 
 
