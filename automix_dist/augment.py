@@ -340,9 +340,12 @@ def _resample(pixels, width, box, whole, first, method, target):
     count = ((ends - starts).max() + 1) // 2  # the same for all: a loop of known length is faster than a shorter one
     pairs = np.zeros((len(starts), count, 8), np.int32)
     for x in range(len(starts)):
+        at = max(min(starts[x], ends[-1] - 2 * count), starts[0])  # as far to the left as it takes to end in the row
         for k in range(ends[x] - starts[x]):
+            j = starts[x] - at + k
             for channel in range(3):
-                pairs[x, k // 2, 3 * (k % 2) + channel] = weights[x, k]
+                pairs[x, j // 2, 3 * (j % 2) + channel] = weights[x, k]
+        starts[x] = at
     if rows_first:
         _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target)
     else:

@@ -49,6 +49,11 @@ class Logits(NamedTuple):
     momentum_mix: Tensor
 
 
+RECOMPILE_LIMIT = 64
+"""Of torch.compile, for each function, which it compiles anew for each image size of a schedule. Beyond PyTorch's own
+limit, 8, a function runs uncompiled."""
+
+
 class Mixes(NamedTuple):
     """What a policy makes of images, for people to look at."""
 
@@ -171,6 +176,7 @@ class AutoMix(nn.Module):
 
         Evaluation stays as it is. Dropout and stochastic depth then draw other numbers from the same seed.
         """
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         for region in (self.query, self.momentum, self.mix_block):
             region.compile(backend=backend, dynamic=False)
         features = self.momentum.backbone.features
@@ -250,7 +256,8 @@ class AutoMix(nn.Module):
         if not (self.immediate_backward and loss.requires_grad):
             return loss
         parameters = [p for p in part.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.autocast(loss.device.type, enabled=False):  # as in a backward pass outside of the model
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         torch.clear_autocast_cache()  # its casts of the weights hang on the graph that was just freed
         # Without those that the loss does not reach: ZeRO 3 has not gathered them, and autograd notes an empty shape.
         reached = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]

@@ -202,8 +202,7 @@ def prepare(
                 index_checksum=_parse_index(file, file_size).checksum,
                 versions=_versions(),
             )
-            os.replace(unfinished, out)  # until the manifest follows, an older one does not match and is refused
-            _write_synced(manifest_path(out), json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+            _replace_both(unfinished, out, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
     except OSError as error:
         raise BetonError(f"cannot write {out}: {error.strerror or error}") from error
     return manifest
@@ -235,6 +234,8 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
             mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except BlockingIOError:
             mine = False
+        except OSError:
+            mine = True  # a file system without locks
         if not mine:
             raise BetonError(f"{path} is being written by another process")
         file.truncate()
@@ -407,14 +408,21 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _write_synced(path: Path, text: str) -> None:
-    """Write a small file so that it exists whole or not at all, also after a power cut."""
-    unfinished = path.with_name(path.name + ".partial")
-    with open(unfinished, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def _replace_both(unfinished: Path, out: Path, manifest: str) -> None:
+    """Give a data file, which is on disk, and its manifest their names: both, or what can fail for want of space fails
+    before the older pair is touched."""
+    path = manifest_path(out)
+    unfinished_manifest = path.with_name(path.name + ".partial")
+    try:
+        with open(unfinished_manifest, "w") as file:
+            file.write(manifest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, out)  # until the manifest follows, an older one does not match and is refused
+        os.replace(unfinished_manifest, path)
+    except BaseException:
+        unfinished_manifest.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -11,6 +11,7 @@ checkpoint can be restored by another number of ranks or another engine.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -115,12 +116,12 @@ class Checkpoints:
             except RuntimeError as problem:  # another rank is gone
                 error = str(problem).splitlines()[0]
             finally:
-                if error:
-                    step = manifest["step"]
-                    self.say(f"checkpoint of step {step} NOT written ({error}); earlier checkpoints are untouched")
                 self._last_written = not error
                 seconds = time.perf_counter() - began
                 self._results.append(SaveResult(manifest["step"], stall, seconds, size, not error))
+                if error:
+                    step = manifest["step"]
+                    self.say(f"checkpoint of step {step} NOT written ({error}); earlier checkpoints are untouched")
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -141,7 +142,7 @@ class Checkpoints:
         """This rank's shard, and when all ranks have theirs, rank 0's commit: what went wrong, and the bytes of all."""
         step = manifest["step"]
         staging, final = self.root / f".step_{step:08d}.partial", self.root / f"step_{step:08d}"
-        if self._channel.broadcast(self.process.is_main and _is_whole(final)):  # stopped again where it resumed
+        if self._channel.broadcast(self.process.is_main and _is_there(final, manifest["state"])):
             return None, 0
         error = self._on_main(lambda: _fresh_folder(staging))
         written: dict[str, Any] | None = None
@@ -160,7 +161,7 @@ class Checkpoints:
             return error, 0
         if self.process.is_main:
             try:
-                self._prune(manifest["state"].get("best_step"))
+                self._prune(step, manifest["state"].get("best_step"))
             except OSError as problem:
                 self.say(f"old checkpoints could not be removed: {problem}")
         return None, sum(files["bytes"] for files in manifest["files"])
@@ -180,9 +181,10 @@ class Checkpoints:
         """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why."""
         return self.process.broadcast(newest(self.root.parent, self.say) if self.process.is_main else None)
 
-    def _prune(self, best_step: int | None) -> None:
-        """Remove what the retention rule does not keep; never the newest. Leftovers of interrupted saves go too."""
-        steps = sorted(committed(self.root))
+    def _prune(self, step: int, best_step: int | None) -> None:
+        """Remove what the retention rule does not keep; never `step`, just written. Leftovers of interrupted saves go
+        too. Later steps stay and do not count: a resume has passed them over as broken."""
+        steps = sorted(each for each in committed(self.root) if each <= step)
         every = self.config.keep_every_steps
         keep = set(steps[-self.config.keep_last :]) | {step for step in steps if every and step % every == 0}
         if self.config.keep_best and best_step is not None:
@@ -246,12 +248,16 @@ class ShardReader:
         if piece.name.startswith("buffer/"):
             piece.view.copy_(self._buffer(piece.name, rank, world_size))
         else:
-            piece.view.copy_(self._range(piece.name, piece.start, piece.view.numel()))
+            piece.view.copy_(self.elements(piece.name, piece.start, piece.view.numel()))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its shape; buffers as the mean over ranks."""
-        flat = self._buffer(name, 0, 0) if name.startswith("buffer/") else self._range(name, 0, None)
-        return flat.view(self._shapes[name])
+        shape = self._shapes[name]
+        flat = self._buffer(name, 0, 0) if name.startswith("buffer/") else self.elements(name, 0, math.prod(shape))
+        return flat.view(shape)
 
     def _buffer(self, name: str, rank: int, world_size: int) -> Tensor:
         copies = sorted(self._slices[name], key=lambda entry: entry[2])
@@ -260,12 +266,9 @@ class ShardReader:
         values = torch.stack([self._files[index].get_tensor(name) for _, _, index in copies])
         return values.mean(dim=0) if values.is_floating_point() else values[0]
 
-    def _range(self, name: str, start: int, length: int | None) -> Tensor:
+    def elements(self, name: str, start: int, length: int) -> Tensor:
         """The elements [start, start + length) of the flattened whole, gathered from the slices that hold them."""
-        total = 1
-        for size in self._shapes[name]:
-            total *= size
-        end = total if length is None else start + length
+        end = start + length
         parts, position = [], start
         for slice_start, slice_length, index in sorted(self._slices[name]):
             if slice_start <= position < min(end, slice_start + slice_length):
@@ -310,12 +313,16 @@ def verify(folder: Path, *, checksums: bool = True) -> Saved:
         raise CheckpointError(f"{path}: its own checksum does not match: the file is damaged")
     for entry in files:
         file = folder / entry["name"]
-        size = file.stat().st_size if file.is_file() else None
+        try:
+            size = file.stat().st_size if file.is_file() else None
+            damaged = checksums and size == entry["bytes"] and _sha256(file) != entry["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{file}: {_reason(error)}") from error
         if size != entry["bytes"]:
             raise CheckpointError(
                 f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {entry['bytes']}"
             )
-        if checksums and _sha256(file) != entry["sha256"]:
+        if damaged:
             raise CheckpointError(f"{file}: the checksum does not match the manifest: the file is damaged")
     return Saved(folder, step, manifest)
 
@@ -338,12 +345,14 @@ def reshard(saved: Saved, run: Path, ranks: int) -> Path:
         for rank in range(ranks):
             path, tensors, slices = staging / f"shard_{rank:05d}.safetensors", {}, {}
             for name in reader.names(""):
-                whole = reader.tensor(name)
-                part = -(-whole.numel() // ranks)
-                start, end = (0, whole.numel()) if name.startswith("buffer/") else (rank * part, (rank + 1) * part)
-                if start < whole.numel():
-                    tensors[name] = whole.flatten()[start:end].clone()
-                    slices[name] = [start, list(whole.shape)]
+                shape = reader.shape(name)
+                length = math.prod(shape)
+                part = -(-length // ranks)
+                if name.startswith("buffer/"):
+                    tensors[name], slices[name] = reader.tensor(name).flatten(), [0, shape]
+                elif rank * part < length:
+                    tensors[name] = reader.elements(name, rank * part, min(part, length - rank * part))
+                    slices[name] = [rank * part, shape]
             files.append(_write_shard(path, tensors, slices))
         manifest = {key: value for key, value in saved.manifest.items() if key not in ("files", "world_size")}
         _commit(staging, final, manifest | {"world_size": ranks, "files": files})
@@ -351,6 +360,24 @@ def reshard(saved: Saved, run: Path, ranks: int) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(f"{final} cannot be written: {_reason(error)}") from error
     return final
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file for those who may read its folder: safetensors itself writes it for its owner alone.
+
+    Raises OSError, SafetensorError.
+    """
+    save_file(tensors, path, metadata)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def export_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file where a user wants one. Raises CheckpointError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(tensors, path, metadata)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {_reason(error)}") from error
 
 
 def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
@@ -363,11 +390,21 @@ def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        return folder.is_dir() and bool(verify(folder))
-    except CheckpointError:
+def _is_there(folder: Path, state: dict[str, Any]) -> bool:
+    """Whether a step is saved already: a run stopped again where it resumed, or saved before it was evaluated. Its
+    manifest then gets the newer state."""
+    if not folder.is_dir():
         return False
+    try:
+        manifest = verify(folder).manifest
+        if manifest["state"] != state:
+            renewed = folder / ".manifest.json"
+            _write_manifest(renewed, manifest | {"state": state})
+            renewed.replace(folder / "manifest.json")
+            _fsync(folder)
+    except (CheckpointError, OSError):
+        return False
+    return True
 
 
 def _fresh_folder(folder: Path) -> None:
@@ -377,20 +414,23 @@ def _fresh_folder(folder: Path) -> None:
 
 def _write_shard(path: Path, tensors: dict[str, Tensor], slices: dict[str, list]) -> dict[str, Any]:
     """One file of tensors, on disk when this returns; its entry in the manifest."""
-    save_file(tensors, path, metadata={"slices": json.dumps(slices)})
+    write_tensors(tensors, path, {"slices": json.dumps(slices)})
     _fsync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
-    path = staging / "manifest.json"
-    path.write_text(json.dumps(manifest | {"sha256": _manifest_checksum(manifest)}, indent=1))
-    _fsync(path)
+    _write_manifest(staging / "manifest.json", manifest)
     _fsync(staging)
     if final.exists():  # a broken one that a resume passed over
         _remove(final)
     staging.rename(final)
     _fsync(final.parent)
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    path.write_text(json.dumps(manifest | {"sha256": _manifest_checksum(manifest)}, indent=1))
+    _fsync(path)
 
 
 def _remove(folder: Path) -> None:

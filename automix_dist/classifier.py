@@ -8,7 +8,7 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.automix import Encoder, Mixes, lay_out
+from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out
 from automix_dist.backbone import pad_stems
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
@@ -92,6 +92,7 @@ class Classifier(nn.Module):
 
     def compile_regions(self, backend: str = "inductor") -> None:
         """Have torch.compile replace the encoder, as a whole, at its next call; evaluation too."""
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         self.query.compile(backend=backend, dynamic=False)
 
     def forward(

@@ -4,8 +4,10 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib
 import json
 import os
@@ -77,7 +79,10 @@ def _explain(error: Exception) -> str | None:
     if any(cls.__name__ in known for cls in type(error).__mro__):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size ({str(error).splitlines()[0]})"
+        reason = str(error).splitlines()[0]
+        return (
+            f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size (eval: --batch-size) ({reason})"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
@@ -272,8 +277,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     from automix_dist.rank_log import RankLog
 
     process = distributed.start(config.engine)
-    about = {"config": to_dict(config), "environment": provenance.environment(), "classes": manifest.classes}
-    problem = process.broadcast(_open_run(run, config, about, resume, overwrite) if process.is_main else None)
+    about = {
+        "config": to_dict(config),
+        "environment": provenance.environment(),
+        "classes": manifest.classes,
+        "index_checksum": manifest.index_checksum,
+    }
+    _agree(process, flatten(about["config"]) | {"index checksum of data.train": manifest.index_checksum})
+    problem = process.broadcast(_open_run(run, resume, overwrite) if process.is_main else None)
     if problem:
         raise CommandError(problem)
     with Heartbeat(process, config.engine, RankLog(run, process.rank)):
@@ -297,7 +308,10 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
 
     def say(text: str) -> None:
         if process.is_main:
-            print(text, file=sys.stderr, flush=True)
+            # RuntimeError: a signal came in the middle of another line. OSError, ValueError: the console is gone, as in
+            # a pipe to tee after Ctrl-C, and what is to be said must not stop what is to be saved.
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                print(text, file=sys.stderr, flush=True)
 
     # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
@@ -305,6 +319,14 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is not None:
         _compare_settings(saved.manifest["config"], to_dict(config), say)
+        if saved.manifest.get("index_checksum", about["index_checksum"]) != about["index_checksum"]:
+            raise ConfigError(
+                f"data.train = {config.data.train!r} has other images than those that {saved.folder} was trained with: "
+                f"give the same file, at any path, or train anew in another output"
+            )
+    problem = process.broadcast(_store_settings(run, config, about) if process.is_main else None)
+    if problem:
+        raise CommandError(problem)
 
     share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
     train_loader = TrainLoader(
@@ -350,7 +372,8 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
         train_loader.close()
         val_loader.close()
     if stopped:
-        say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, saved; continue with --resume")
+        kept = "saved" if position.step else "nothing to save yet"
+        say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, {kept}; continue with --resume")
         return EXIT_STOPPED
     best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
     say(f"done: {position.step} steps{best}; results in {run}")
@@ -413,8 +436,21 @@ def _build_model(config: Config, num_classes: int, device):
     return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
 
 
-def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: bool) -> str | None:
-    """Make the run's folder and store config and environment; a reason if that cannot or should not be done."""
+def _agree(process, settings: dict) -> None:
+    """Raise ConfigError unless all ranks have the same settings: they may have read different files."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    if len(set(process.gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    first, *others = process.gather(settings)
+    for rank, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                values = f"{other.get(key)!r} and rank 0 {first.get(key)!r}"
+                raise ConfigError(f"rank {rank} has {key} = {values}: give all nodes the same config and data")
+
+
+def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
+    """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
     from automix_dist.checkpoint import committed
 
     steps = committed(run / "checkpoints")
@@ -428,13 +464,20 @@ def _open_run(run: Path, config: Config, about: dict, resume: bool, overwrite: b
         holder = _lock(run)
         if holder is not None:
             return f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=..."
-        if overwrite and steps:
-            for name in ("checkpoints", "gallery", "tensorboard", "logs"):
+        if overwrite:
+            for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
                 shutil.rmtree(run / name, ignore_errors=True)
+    except OSError as error:
+        return f"cannot write to output = {str(run)!r}: {error.strerror}"
+    return None
+
+
+def _store_settings(run: Path, config: Config, about: dict) -> str | None:
+    """Keep config and environment in the run's folder; a reason if that cannot be done."""
+    environment = about["environment"] | {"classes": about["classes"]}
+    try:
         (run / "config.yaml").write_text(to_yaml(config))
-        (run / "environment.json").write_text(
-            json.dumps(about["environment"] | {"classes": about["classes"]}, indent=1)
-        )
+        (run / "environment.json").write_text(json.dumps(environment, indent=1))
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None
@@ -462,7 +505,6 @@ _LOCKS: list = []  # open for as long as this process lives
 FIXED_ON_RESUME = (
     "seed",
     "batch_size",
-    "data.train",
     "data.order",
     "data.chunk_size",
     "data.window_chunks",
@@ -520,6 +562,12 @@ def _saved_model(saved, config: Config, device):
     return model
 
 
+def _anywhere(config: Config) -> Config:
+    """A run's settings for another machine, which may lack the GPU that the run asked for."""
+    kernels = "auto" if config.engine.kernels == "triton" else config.engine.kernels
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, device="auto", kernels=kernels))
+
+
 def _replay(options: argparse.Namespace) -> int:
     saved = _find_checkpoint(options.dump, None, best=False)
 
@@ -527,7 +575,7 @@ def _replay(options: argparse.Namespace) -> int:
     from automix_dist.config import from_dict
     from automix_dist.replay import replay
 
-    config = from_dict(saved.manifest["config"])
+    config = _anywhere(from_dict(saved.manifest["config"]))
     process = distributed.start(config.engine)
     sound = replay(_saved_model(saved, config, process.device), config, saved, options.rank, print)
     print("everything was finite this time" if sound else "not finite again")
@@ -559,6 +607,8 @@ def _conditions(options: argparse.Namespace):
 
 def _evaluate(options: argparse.Namespace) -> int:
     conditions = _conditions(options)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ConfigError(f"--batch-size {options.batch_size}: expected 1 or more")
     if options.cam is not None and options.out is None:
         raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
     saved = _find_checkpoint(options.run_folder, options.step, options.best)
@@ -570,12 +620,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     from automix_dist.data import EvalLoader
     from automix_dist.examine import examine, summary, write_examination
 
-    config = from_dict(saved.manifest["config"])
+    config = _anywhere(from_dict(saved.manifest["config"]))
     path = Path(options.data or config.data.val)
-    beton.check(path)
+    manifest, classes = beton.check(path), saved.manifest["classes"]
+    if len(manifest.classes) != len(classes):
+        raise CommandError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
     process = distributed.start(config.engine)
     model = _saved_model(saved, config, process.device)
-    batch_size = options.batch_size or config.eval_batch_size or config.batch_size
+    if manifest.classes != classes and process.is_main:
+        print(f"warning: {path} names its classes otherwise; they are compared by number", file=sys.stderr)
+    ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
+    batch_size = options.batch_size or config.eval_batch_size or max(1, config.batch_size // ranks)
     loader = EvalLoader(
         str(path),
         config.data,
@@ -584,8 +639,6 @@ def _evaluate(options: argparse.Namespace) -> int:
         world_size=process.world_size,
         device=process.device,
     )
-    if loader.num_classes != len(saved.manifest["classes"]):
-        raise CommandError(f"{path} has {loader.num_classes} classes, the model {len(saved.manifest['classes'])}")
     showcase = None if options.cam is None else cam.Showcase(options.cam, loader.num_classes)
     if showcase is not None:
         cam.check(model, loader.blank(), conditions.answer)
@@ -617,7 +670,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from automix_dist.checkpoint import CheckpointError, committed, load_module_state, reshard, verify
+    from automix_dist.checkpoint import CheckpointError, committed, export_tensors, load_module_state, reshard, verify
 
     root = options.run_folder / "checkpoints"
     steps = sorted(committed(root))
@@ -625,17 +678,17 @@ def _checkpoint(options: argparse.Namespace) -> int:
         raise CheckpointError(f"{options.run_folder} has no checkpoint")
     if options.action == "reshard":
         if options.out is None:
-            raise CommandError("reshard needs --out, another run folder")
+            raise ConfigError("reshard needs --out, another run folder")
+        if options.ranks < 1:
+            raise ConfigError(f"--ranks {options.ranks}: expected 1 or more")
         saved = _find_checkpoint(options.run_folder, options.step, best=False)
         print(f"{reshard(saved, options.out, options.ranks)}: step {saved.step} in {options.ranks} shard(s)")
         return 0
     if options.action == "to-safetensors":
-        from safetensors.torch import save_file
-
         if options.out is None:
-            raise CommandError("to-safetensors needs --out FILE.safetensors")
+            raise ConfigError("to-safetensors needs --out FILE.safetensors")
         saved = _find_checkpoint(options.run_folder, options.step, best=False)
-        save_file(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
+        export_tensors(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
         print(
             f"{options.out}: weights and statistics of query encoder, momentum encoder and Mix Block, step {saved.step}"
         )

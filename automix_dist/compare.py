@@ -30,6 +30,7 @@ from scipy import stats
 
 from automix_dist import provenance
 from automix_dist.backbone import create_backbone
+from automix_dist.checkpoint import committed
 from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, load_config, to_dict
 from automix_dist.policy import needed_feature
@@ -209,8 +210,9 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     records, _ = read_metrics(run)
     total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)
     last = next((r for r in reversed(records) if r["kind"] == "eval"), None)
-    saved = any(r["kind"] == "checkpoint" and r["step"] == total for r in records)
-    return last.get(comparison.metric) if last is not None and last["step"] == total and saved else None
+    if last is None or last["step"] != total or total not in committed(run / "checkpoints"):
+        return None
+    return last.get(comparison.metric)
 
 
 def summarize(values: dict[str, dict[int, float]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ Section numbers in the docstrings refer to the method's description in docs/meth
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -686,7 +687,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in args and not isinstance(value, bool):
-            return value
+            return next(each for each in args if each == value)  # 3 for 3.0
         near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
         hint_text = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"{key} = {value!r}: expected one of {', '.join(str(a) for a in args)}{hint_text}")
@@ -706,9 +707,13 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return dict(value)
     if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text
+            number = float(value)  # YAML 1.1 reads 1e-4 as text
         except ValueError:
-            pass
+            number = None
+        if number is not None and not math.isfinite(number):
+            raise ConfigError(f"{key} = {value!r}: expected a finite number")
+        if number is not None:
+            return number
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

@@ -114,6 +114,7 @@ def start(engine: EngineConfig) -> Process:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not engine.deterministic
+    torch.backends.cudnn.allow_tf32 = engine.precision != "float32"
     if engine.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so; read at its start
         torch.use_deterministic_algorithms(True)

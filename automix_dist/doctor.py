@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -149,7 +150,7 @@ def _gpus() -> list[Check]:
         return [Check("GPU", "ok", "none: training runs on the CPU")]
     names = [line.strip() for line in (listed or "an AMD GPU").splitlines() if line.strip()]
     gpus = Check("GPU", "ok", "; ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)))
-    return [gpus, *_gpu_health(), _torch_on_gpu()]
+    return [gpus, *_gpu_health(), _torch_on_gpu(), *_triton_compiler()]
 
 
 def _gpu_health() -> list[Check]:
@@ -194,8 +195,21 @@ def _torch_on_gpu() -> Check:
     return Check("torch on the GPU", "warn", f"torch was built for CUDA {built} and finds no usable GPU", mend)
 
 
+def _triton_compiler() -> list[Check]:
+    """Triton compiles a small C module against Python's headers before its first kernel."""
+    if _missing("triton"):
+        return []
+    command = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    lacking = [*([] if command and shutil.which(command) else ["gcc"]), *([] if header.is_file() else ["python3-dev"])]
+    if lacking:
+        mend = f"{_apt(' '.join(lacking))}; or train with engine.kernels=reference"
+        return [Check("C compiler for Triton", "fail", f"{' and '.join(lacking)} not found", mend)]
+    return [Check("C compiler for Triton", "ok", command)]
+
+
 def _compiler() -> Check:
-    """FFCV is built from source when it is installed, and Triton compiles its launchers at run time."""
+    """FFCV is built from source when it is installed."""
     for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if command and (path := shutil.which(command)):
             version = (_output(path, "--version") or "").splitlines()

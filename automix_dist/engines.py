@@ -1,7 +1,8 @@
 """The engines that reduce gradients over the ranks and step the optimizer: DeepSpeed's ZeRO 0 to 3, DDP, FSDP2.
 
 All step the same torch optimizer, fused, over float32 weights. Clipping and the skipping of non-finite steps happen
-inside the optimizer's own kernels (`grad_scale`, `found_inf`), alike under every engine, without waiting for the GPU.
+inside the optimizer's own kernels (`grad_scale`, `found_inf`), alike under every engine, without waiting for the GPU;
+but ZeRO 1 and 2 wait for the last reduction themselves.
 """
 
 import contextlib
@@ -63,13 +64,16 @@ class Engine:
         if self._micro_step < self.accumulation_steps:
             self._between()
             return None
-        square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
+        gradients = self._gradients()
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self.process.device)
         if self.sharded:
             self.process.sum(square)
         norm = square.sqrt()
         skipped = (~norm.isfinite()).float()
-        self.optimizer.found_inf = skipped
-        self.optimizer.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1) if self.clip_norm else None
+        scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1) if self.clip_norm else None
+        # Where the optimizer is offloaded, its gradients and its step are on the host.
+        self.optimizer.found_inf = skipped.to(gradients[0].device)
+        self.optimizer.grad_scale = scale if scale is None else scale.to(gradients[0].device)
         self._step()
         return skipped
 
@@ -159,6 +163,8 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             return [p.grad for p in self.module.parameters() if p.grad is not None]
         if self.offload:
+            if self.process.device.type == "cuda":
+                torch.cuda.synchronize()  # DeepSpeed's copies to the host
             flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
             return [partition.grad for partition in flat]
         return [g for group in zero.averaged_gradients.values() for g in group]

@@ -47,6 +47,8 @@ class Conditions:
     seed: int = 0
 
     def __post_init__(self):
+        for kind in ("corruptions", "occlusion"):  # each once
+            object.__setattr__(self, kind, tuple(dict.fromkeys(getattr(self, kind))))
         unknown = [name for name in self.corruptions if name not in robustness.STRENGTHS]
         if unknown:
             raise ConfigError(f"--corruptions {unknown[0]}: expected some of {', '.join(robustness.STRENGTHS)}, or all")

@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
 from torch import nn
 
 from automix_dist.backbone import STEMS, create_timm_model, layer_kwargs
-from automix_dist.checkpoint import CheckpointError, Saved, load_module_state
+from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
 from automix_dist.config import from_dict
 
 
@@ -23,7 +22,8 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
         Python that loads the file.
 
     Raises:
-        CheckpointError: if there is no such encoder or head, or the model's own classifier is not one linear layer.
+        CheckpointError: if there is no such encoder or head, the model's own classifier is not one linear layer, or the
+            file cannot be written.
     """
     config = from_dict(saved.manifest["config"])
     state = load_module_state(saved, f"{encoder}.")
@@ -60,8 +60,7 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
         "classes": json.dumps(saved.manifest.get("classes")),
         "commit": str(saved.manifest["environment"]["commit"]),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, out, metadata=metadata)
+    export_tensors({k: v.contiguous() for k, v in tensors.items()}, out, metadata)
     return loading_code(out, config.model.backbone, kwargs, model)
 
 

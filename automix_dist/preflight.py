@@ -243,12 +243,13 @@ def measure(process: Process) -> dict[str, Any]:
     device = process.device
     payload = torch.ones(PAYLOAD[device.type] // 4, device=device)
     tiny = torch.ones(1, device=device)
-    gathered = torch.empty(process.world_size * payload.numel(), device=device)
+    shard = payload[: max(payload.numel() // process.world_size, 1024)]  # gathered by many ranks, it must fit
+    gathered = torch.empty(process.world_size * shard.numel(), device=device)
     size, dtype = MATMUL[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     share = (process.world_size - 1) / process.world_size
     all_reduce = _seconds(process, lambda: dist.all_reduce(payload), 3)
-    all_gather = _seconds(process, lambda: dist.all_gather_into_tensor(gathered, payload), 3)
+    all_gather = _seconds(process, lambda: dist.all_gather_into_tensor(gathered, shard), 3)
     return {
         "clock": _clock_offset(process),
         "flops": 2 * size**3 / _seconds(process, lambda: matrix @ matrix, 5),

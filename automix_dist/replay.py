@@ -5,15 +5,16 @@ RUN/dumps/step_00000012/
     batches_00000.safetensors ...   one per rank: images and labels of each micro batch of step 12
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved
+from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved, write_tensors
 from automix_dist.config import CheckpointConfig, Config
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
@@ -33,15 +34,18 @@ def write_dump(
         state, about: as for `Checkpoints.save`; `about` holds the step's scheduled values as `step_values`.
     """
     folder = root / f"step_{state['step'] - 1:08d}"
-    dump = Checkpoints(folder, CheckpointConfig(), checkpoints.process, checkpoints.say)
     checkpoints.settle()
+    if checkpoints.process.is_main:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at this step
+    checkpoints.process.barrier()
+    dump = Checkpoints(folder, CheckpointConfig(), checkpoints.process, checkpoints.say)
     dump.save(engine, state, about)
     dump.settle()
     tensors = {}
     for index, batch in enumerate(batches):
         tensors |= {f"images/{index}": batch.images.cpu(), f"labels/{index}": batch.labels.cpu()}
     try:
-        save_file(tensors, _batches_file(folder, checkpoints.process.rank))
+        write_tensors(tensors, _batches_file(folder, checkpoints.process.rank))
     except (OSError, SafetensorError) as error:
         checkpoints.say(f"rank {checkpoints.process.rank}: its batches could not be kept: {error}")
     return folder

@@ -34,6 +34,7 @@ from automix_dist.run_log import (
     accuracy_name,
     gallery_files,
     gallery_step,
+    is_finished,
     mask_colors,
     percent,
     read_metrics,
@@ -91,7 +92,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     path = run / "report.html" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))  # a class may be named by bytes that are no text
     return path
 
 
@@ -115,7 +116,7 @@ def write_page(path: Path, overline: str, title: str, sections: dict[str, str]) 
         style=_style(), overline=html.escape(overline), title=html.escape(title), body=body
     )
     with whole_file(path) as file:
-        file.write(page.encode())
+        file.write(page.encode(errors="replace"))
     return path
 
 
@@ -366,9 +367,9 @@ def _duration(seconds: float) -> str:
 
 def _status(run: _Run) -> tuple[str, str]:
     """How the run stands: (a word for the style, words for a person)."""
-    total = run.started_with("total_steps")
-    if total and run.step >= total:
+    if is_finished(run.records):
         return "done", "finished"
+    total = run.started_with("total_steps")
     last_start = max((i for i, record in enumerate(run.records) if record["kind"] == "start"), default=0)
     if any(record["kind"] == "stopped" for record in run.records[last_start:]):
         return "stopped", f"stopped at step {run.step:,}"

@@ -21,7 +21,7 @@ STRENGTHS = {
     "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),  # share of the values that become 0 or 1
     "gaussian_blur": (1, 2, 3, 4, 6),  # standard deviation in pixels
     "defocus_blur": (3, 4, 6, 8, 10),  # radius of the disk in pixels
-    "motion_blur": (10, 15, 15, 15, 20),  # length of the way in pixels
+    "motion_blur": ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),  # radius and standard deviation in pixels
     "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added
     "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),  # of the distances from the mean that are left
     "saturate": (0.3, 0.1, 2, 5, 20),  # of the distances from grey
@@ -130,17 +130,21 @@ def _defocus_blur(pixels: Tensor, strength: float, _: list) -> Tensor:
     return _filter(pixels, (radius + 0.5 - distance).clamp(0, 1))  # the rim counts by the share that the disk covers
 
 
-def _motion_blur(pixels: Tensor, strength: float, generators: list) -> Tensor:
-    """A straight way through each pixel, at the image's own angle between -45 and 45 degrees."""
-    half = strength * pixels.shape[-1] / 224 / 2
-    size = math.ceil(half)
+def _motion_blur(pixels: Tensor, strength: tuple[float, float], generators: list) -> Tensor:
+    """A straight way of 2 * radius from each pixel, at the image's own angle between -45 and 45 degrees; what lies far
+    along it weighs less."""
+    radius, deviation = (each * pixels.shape[-1] / 224 for each in strength)
+    size = math.ceil(2 * radius)
     offsets = torch.arange(-size, size + 1.0)
     blurred = []
     for image, g in zip(pixels, generators, strict=True):
         angle = math.radians(g.uniform(-45, 45))
         along = offsets[None, :] * math.cos(angle) + offsets[:, None] * math.sin(angle)
         across = offsets[None, :] * math.sin(angle) - offsets[:, None] * math.cos(angle)
-        weights = (1 - across.abs()).clamp(min=0) * (half + 0.5 - along.abs()).clamp(0, 1)
+        on_the_way = (
+            (1 - across.abs()).clamp(min=0) * (0.5 + along).clamp(0, 1) * (2 * radius + 0.5 - along).clamp(0, 1)
+        )
+        weights = on_the_way * torch.exp(-(along**2) / (2 * deviation**2))
         blurred.append(_filter(image[None], weights))
     return torch.cat(blurred)
 

@@ -72,7 +72,8 @@ class RunLog:
         self._restart_clock()
         if not is_main:
             return
-        self._attempt("metrics.jsonl", lambda: self._open_metrics(start_step))
+        self._start_step = start_step
+        self._attempt("metrics.jsonl", self._open_metrics)
         self._attempt("the gallery", lambda: _cut_gallery(self._folder / GALLERY, start_step))
         if not start_step:
             self._attempt("trackers.json", lambda: forget_runs(self._folder))
@@ -168,10 +169,10 @@ class RunLog:
             self._attempt("metrics.jsonl", self._metrics.close)
             self._metrics = None
 
-    def _open_metrics(self, start_step: int) -> None:
+    def _open_metrics(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS
-        _cut_metrics(path, start_step)
+        _cut_metrics(path, self._start_step)
         # Without a buffer of ours a record is in the file when `train` returns, whatever kills the process after it.
         self._metrics = path.open("ab", buffering=0)
 
@@ -200,10 +201,12 @@ class RunLog:
         if nonfinite:
             record = {**record, **dict.fromkeys(nonfinite), "nonfinite": nonfinite}
         line = json.dumps(record, allow_nan=False, default=str).encode() + b"\n"
-        if self._metrics is not None:
+        if self.is_main:
             self._attempt("metrics.jsonl", lambda: self._write_line(line))
 
     def _write_line(self, line: bytes) -> None:
+        if self._metrics is None:  # the disk was full when it should have been opened
+            self._open_metrics()
         if self._torn:
             line = b"\n" + line  # what a full disk left of the last record must not swallow this one
         self._torn = True
@@ -286,6 +289,12 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
             elif line.strip():
                 unreadable += 1
     return records, unreadable
+
+
+def is_finished(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether a run has come to its end: its last checkpoint is on disk."""
+    total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)
+    return bool(total) and any(r["kind"] == "checkpoint" and r["step"] >= total for r in records)
 
 
 def write_gallery(

@@ -433,6 +433,10 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
             raise self.error(f"no such folder{similar(root)}")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
+        elif (root / "train").is_dir():
+            raise self.error(
+                "it has train but no val: name the other folder val, or give DIR/train and the other by itself"
+            )
         classes = subfolders(root)
         if not classes:
             raise SourceError(f"{root} has no subfolders; expected one per class, with the images inside")

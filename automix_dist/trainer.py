@@ -35,6 +35,10 @@ SWEEP = 11
 """Lambdas from 0 to 1 for which the gallery shows its first pair."""
 
 
+COMPILING_STEPS = 100
+"""In so many first steps torch.compile may come upon a part of the model that earlier ones have left out."""
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which step and why."""
 
@@ -116,6 +120,7 @@ class Trainer:
         self.update_momentum = MomentumUpdate(model, config.engine.kernels)
         self.statistics = RunningStatistics(model)
         self.position = Position()
+        self._first_step = 0
         self.progress = process.progress
         self.last_batches: list[Batch] = []
         self._tally = Tally(process, model.Losses._fields)
@@ -126,7 +131,7 @@ class Trainer:
 
         Raises TrainingError if too many steps in a row were not finite, or if the last checkpoint cannot be written.
         """
-        self.position = position
+        self.position, self._first_step = position, position.step
         recorded = self.config.profile if self.process.is_main else ProfileConfig()
         self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
         self.log.start(self.schedule.total_steps, self.schedule.steps_per_epoch, position.step)
@@ -157,8 +162,10 @@ class Trainer:
         try:
             for index in range(first, self.schedule.steps_per_epoch):
                 self._check_stop()
-                self.progress.begin_step(self.position.step, patient=index == first)
+                compiling = self.config.engine.compile and self.position.step < self._first_step + COMPILING_STEPS
+                self.progress.patient = True  # a recording that ends here is written
                 self.profile.begin_step(self.position.step)
+                self.progress.begin_step(self.position.step, patient=compiling or index == first)
                 values = self.schedule.at(self.position.step)
                 self._train_step(batches, values)
                 self.position.step += 1
@@ -169,8 +176,8 @@ class Trainer:
                     self._log_training(epoch, values)
                 self.progress.end_step()
                 every = self.config.checkpoint.every_steps
-                if every and self.position.step % every == 0:
-                    self._save()
+                if every and self.position.step % every == 0 and index + 1 < self.schedule.steps_per_epoch:
+                    self._save()  # at an epoch's end after the evaluation, whose result belongs to it
         finally:
             batches.close()
         self._report_replaced()
@@ -218,12 +225,18 @@ class Trainer:
         epoch, first = divmod(position.step, self.schedule.steps_per_epoch)
         if first or not epoch:
             return
-        last = epoch == self.config.epochs
+        last, settings = epoch == self.config.epochs, self.config.checkpoint
+        is_new = position.saved_step != position.step
         if position.evaluated_step != position.step and (last or epoch % self.config.eval_every_epochs == 0):
             self._evaluate(epoch)
-        every = self.config.checkpoint.every_epochs
-        new_best = self.config.checkpoint.keep_best and position.best_step == position.step
-        if position.saved_step != position.step and (last or new_best or (every and epoch % every == 0)):
+            is_new = True  # even where a stop in the midst of an evaluation has saved the step already
+        due = [
+            last,
+            settings.keep_best and position.best_step == position.step,
+            settings.every_epochs and epoch % settings.every_epochs == 0,
+            settings.every_steps and position.step % settings.every_steps == 0,
+        ]
+        if is_new and any(due):
             self._save()
 
     def _evaluate(self, epoch: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from automix_dist.report import ReportError
-from automix_dist.run_log import METRICS, accuracy_name, percent, read_metrics
+from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics
 
 RECENT = 20
 """Training records that the time left is judged by."""
@@ -24,12 +24,13 @@ def watch(run: Path, *, once: bool, seconds: float = 2.0, say: Callable[[str], o
     if not run.is_dir():
         raise ReportError(f"no such run: {run}")
     while True:
+        began = time.monotonic()
         lines, finished = describe(run, datetime.now(UTC))
         clear = CLEAR if sys.stdout.isatty() and not once else ""
         say(clear + "\n".join(lines))
         if once or finished:
             return
-        time.sleep(seconds)
+        time.sleep(max(seconds, 10 * (time.monotonic() - began)))  # a long run's records take seconds to read
 
 
 def describe(run: Path, now: datetime) -> tuple[list[str], bool]:
@@ -43,8 +44,8 @@ def describe(run: Path, now: datetime) -> tuple[list[str], bool]:
         return [f"{run}: nothing recorded yet"], False
     start = max((i for i, r in enumerate(records) if r["kind"] == "start"), default=0)
     last_of = {record["kind"]: record for record in records}
-    step, total = records[-1]["step"], records[start].get("total_steps", 0)
-    finished = bool(total) and step >= total
+    step = records[-1]["step"]
+    finished = is_finished(records)
     session = [r for r in records[start:] if r["kind"] == "train"]
     lines = [
         f"{run}: {_state(records[-1], finished, now)}",

@@ -172,7 +172,7 @@ def attention_sdpa(backend: str, value_width: int) -> Callable[[dict[str, Tensor
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def call(inputs: dict[str, Tensor]) -> list[Tensor]:
-        with sdpa_kernel(SDPBackend[backend]):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             output = F.scaled_dot_product_attention(*_as_heads(inputs, value_width))
         return [_add_constants(output[:, 0, :, 0], inputs)]
 

@@ -19,6 +19,16 @@ _tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 @triton.jit
+def _move(target_ptr, source_ptr, indices, mask, weight):
+    target = tl.load(target_ptr + indices, mask=mask)
+    source = tl.load(source_ptr + indices, mask=mask).to(tl.float32)
+    # From the nearer end, so that weights 0 and 1 are exact.
+    from_target = target + weight * (source - target)
+    from_source = source - (1 - weight) * (source - target)
+    tl.store(target_ptr + indices, tl.where(weight < 0.5, from_target, from_source), mask=mask)
+
+
+@triton.jit
 def _lerp_kernel(
     tensors_ptr,
     chunks_ptr,
@@ -40,20 +50,19 @@ def _lerp_kernel(
     target_ptr = tl.load(tensors_ptr + 3 * tensor).to(tl.pointer_type(tl.float32))
     source_ptr = tl.load(tensors_ptr + 3 * tensor + 1).to(tl.pointer_type(SOURCE))
     elements = tl.load(tensors_ptr + 3 * tensor + 2)
+    whole = elements
     if ALIGNED:
         target_ptr = tl.multiple_of(target_ptr, 16)
         source_ptr = tl.multiple_of(source_ptr, 16)
         start = tl.multiple_of(start, 16)
+        whole = tl.multiple_of(elements // 4 * 4, 4)  # a mask that may end within four would forbid vector loads
     for offset in range(0, CHUNK, BLOCK):
         indices = start + offset + tl.arange(0, BLOCK)
-        mask = indices < elements
-        target = tl.load(target_ptr + indices, mask=mask)
-        source = tl.load(source_ptr + indices, mask=mask).to(tl.float32)
-        # From the nearer end, so that weights 0 and 1 are exact.
-        from_target = target + weight * (source - target)
-        from_source = source - (1 - weight) * (source - target)
-        updated = tl.where(weight < 0.5, from_target, from_source)
-        tl.store(target_ptr + indices, updated, mask=mask)
+        _move(target_ptr, source_ptr, indices, indices < whole, weight)
+    if ALIGNED:  # noqa: SIM102
+        if start + CHUNK >= elements:
+            indices = whole + tl.arange(0, 4)
+            _move(target_ptr, source_ptr, indices, indices < elements, weight)
 
 
 @torch.library.custom_op("automix::momentum_update", mutates_args=("targets",), device_types="cuda")

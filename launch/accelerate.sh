@@ -33,7 +33,7 @@ signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: th
 
 new_job
 per_node=${per_node:-$(ranks_per_node)}
-command=("$root/.venv/bin/accelerate" launch --num_machines="$nodes" --num_processes=$((nodes * per_node)) --mixed_precision=no --dynamo_backend=no)
+command=("$root/.venv/bin/python" -m accelerate.commands.launch --num_machines="$nodes" --num_processes=$((nodes * per_node)) --mixed_precision=no --dynamo_backend=no)
 if [ "$nodes" = 1 ]; then
     command+=(--main_process_port="$(free_port)")
 else

@@ -38,25 +38,24 @@ signal_job() { # NAME: SIGKILL to all hosts; a request to stop to one, whose ran
 }
 
 look_at_hosts() { # one visit to each host, before anything starts there; names all hosts that cannot take part
-    local host second=${hosts[1]:-} problems=0 now script reference=""
+    local host second=${hosts[1]:-} problems=0 script reference=""
     script=$(printf 'cd %q || exit 90\nroot=%q first=%q second=%q wanted=%q\n' "$PWD" "$root" "${hosts[0]}" "$second" "${MASTER_PORT:-}"; cat <<'PROBE'
 . "$root/launch/env.sh" 2>/dev/null || exit 91
 versions=$("$root/.venv/bin/python" -c 'import sys
 from importlib.metadata import version
 names = ("automix-dist", "torch", "deepspeed", "ffcv", "numpy")
 print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in names), sep=" ")') || exit 92
-echo "clock $(date +%s)"
 echo "versions $versions"
 echo "resolved $(address_of "$first")"
-echo "source $(cd / && sha256sum "$root"/automix_dist/*.py "$root"/kernels/*.py | sha256sum | cut -c1-12)"
-if [ "$(hostname)" = "$first" ] || ip -o addr show | grep -qwF "$(address_of "$first")/"; then
+echo "source $(cd "$root" && find automix_dist kernels -name '*.py' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)"
+if [ "$(hostname)" = "$first" ] || grep -qF " $(address_of "$first")/" <<<"$(ip -o addr show)"; then
     echo "address $(own_address "$second")"
     echo "port $(free_port "$wanted")"
 fi
+echo "clock $(date +%s)"
 PROBE
 )
     plan "look at every host: reachable, same folder, same versions, clock, addresses (timeout 60 s)" ssh "${ssh_options[@]}" HOST bash -s
-    now=$(date +%s)
     on_every_host "$script" "$scratch/hosts"
     for host in "${hosts[@]}"; do
         explain_host "$host" || problems=$((problems + 1))
@@ -77,7 +76,7 @@ explain_host() { # HOST: complain about what its visit has brought to light
     124) say "$1: no answer within 60 s: is it up, and is its file system?" && return 1 ;;
     *) say "$1: ssh fails: $(tail -n 1 "$answer.err")$(mend_ssh "$answer.err" "$1")" && return 1 ;;
     esac
-    clock=$(($(found "$1" clock) - now))
+    clock=$(($(found "$1" clock) - $(date -r "$answer" +%s))) # its last word came then
     [ "${clock#-}" -le 30 ] || say "warning: $1: its clock is off by $clock s: logs and caches will mislead; run an NTP service"
     reference=${reference:-$(found "$1" versions)}
     [ "$(found "$1" versions)" = "$reference" ] \
@@ -125,8 +124,9 @@ choose_way() { # fills way, DeepSpeed's options for --over, and script, what it 
         ;;
     openmpi)
         program=mpirun.openmpi package=openmpi-bin
-        subnet=$MASTER_ADDR/24 # DeepSpeed insists on eth0 otherwise; a subnet fits every node's name for its interface
-        way=(--launcher_args "--mca btl_tcp_if_include $subnet --mca oob_tcp_if_include $subnet --bind-to none")
+        subnet=$(getent ahostsv4 "$MASTER_ADDR" | awk '{ print $1; exit }')/24 # fits every node's name for its interface
+        way=(--launcher_args "--bind-to none") # some arguments there must be: DeepSpeed insists on eth0 otherwise
+        [ "$subnet" = /24 ] || way=(--launcher_args "--mca btl_tcp_if_include $subnet --mca oob_tcp_if_include $subnet --bind-to none")
         [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # containers are root
         export OMPI_MCA_plm_rsh_args="${ssh_options[*]}"
         ;;

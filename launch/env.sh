@@ -36,7 +36,8 @@ bind_cores() { # to this rank's share of the cores that its node may use
     first=$((LOCAL_RANK * ${#cores[@]} / LOCAL_WORLD_SIZE))
     last=$(((LOCAL_RANK + 1) * ${#cores[@]} / LOCAL_WORLD_SIZE))
     cores=("${cores[@]:first:last-first}")
-    taskset -pc "$(IFS=,; echo "${cores[*]}")" $$ >/dev/null && export AUTOMIX_CORE_SHARERS=1
+    taskset -pc "$(IFS=,; echo "${cores[*]}")" $$ >/dev/null || return 0
+    export AUTOMIX_CORE_SHARERS=1
 }
 
 ordered_cores() { # LIST, such as 0-3,8: its CPUs, one a line, by NUMA node and core, so that hyperthreads stay together

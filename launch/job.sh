@@ -9,7 +9,7 @@ automix=$root/.venv/bin/automix
 STOPPED=75 # exit code of a run that has saved and can be resumed
 GRACE=${AUTOMIX_GRACE:-20} # seconds that the other ranks have to end by themselves, and to say why, when one has failed
 
-say() { printf 'automix: %s\n' "$*" >&2; }
+say() { printf 'automix: %s\n' "$*" >&2 2>/dev/null || true; } # a console that is gone must not stop what is to be saved
 die() { printf 'automix: error: %s\n' "$*" >&2; exit 2; }
 usage() { sed -n '2,/^\([^#]\|$\)/{/^#SBATCH/d;/^#/s/^# \{0,1\}//p}' "$0"; }
 needs() { [ -n "${3:-}" ] || die "$2 needs $1"; } # WHAT OPTION [VALUE ...]
@@ -23,6 +23,8 @@ plan() { # REASON COMMAND [ARGUMENT ...]: with --dry-run, show it
     quoted "$@"
 }
 
+SECRET='^[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*$' # variables that a command line, which all users see, must not show
+
 plan_settings() { # what rank.sh will set on every node, by the same code
     [ -n "$dry_run" ] || return 0
     printf '# on every node, before the command (launch/env.sh); values found there may differ\n'
@@ -34,7 +36,11 @@ pack() { # COMMAND [ARGUMENT ...]: this folder, the variables to carry and the c
     {
         printf '%s\0' "$PWD"
         for name in $(compgen -e); do
-            [[ $name =~ $CARRIED || " ${AUTOMIX_CARRY:-} " == *" $name "* ]] && printf '%s\0' "$name=${!name}"
+            if [[ " ${AUTOMIX_CARRY:-} " == *" $name "* || ($name =~ $CARRIED && ! $name =~ $SECRET) ]]; then
+                printf '%s\0' "$name=${!name}"
+            elif [[ $name =~ $CARRIED ]]; then
+                say "note: $name stays here, as every user of a node could read it there; log in on the nodes, or name it in AUTOMIX_CARRY"
+            fi
         done
         printf '%s\0' "${job_settings[@]}" -- "$@"
     } | base64 -w0
@@ -54,11 +60,13 @@ new_job() { # a name for this job, a folder for its scratch files
 supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank end the whole job, a pattern
     local fatal=$1 launcher watcher stops=0 deadline="" code=0 ended stopped_at=0
     shift
-    mkfifo "$scratch/stdin" "$scratch/stderr"
+    trap "" PIPE
+    mkfifo "$scratch/stdin" "$scratch/stderr" "$scratch/copy"
     : >"$scratch/ended"
-    tee >(grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' >"$scratch/ended") \
-        <"$scratch/stderr" >&2 &
+    grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' \
+        <"$scratch/copy" >"$scratch/ended" &
     watcher=$!
+    tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null &
     setpriv --pdeathsig TERM setsid "$@" <"$scratch/stdin" 2>"$scratch/stderr" &
     launcher=$!
     exec 7>"$scratch/stdin" # closed by the kernel if this script is killed: the ranks' lifeline
@@ -83,6 +91,10 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
         wait $! || true
     done
     { wait $launcher || code=$?; } 2>/dev/null # bash would comment on what has been killed
+    if [ "$code" -gt 128 ] && [ $stops = 0 ] && [ -z "$deadline" ]; then
+        say "the launcher was ended by a signal (exit code $code): its ranks save first (Ctrl-C: end at once)"
+        signal_job TERM
+    fi
     exec 7>&-
     wait $watcher || true
     ended=$(grep -oE '[0-9]+$' "$scratch/ended") || true
@@ -119,9 +131,9 @@ find_head() { # OPTION HOST[:PORT] ARGUMENT ...
     port=$((20000 + token % 10000)) is_head=false
     [[ $2 != *:* ]] || port=${2##*:}
     [[ $host =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ && $port =~ ^[1-9][0-9]*$ ]] || die "$option $2: expected HOST or HOST:PORT"
-    head=$(address_of "$host")
+    head=$(address_of "$host") || true
     [ -n "$head" ] || die "$option $host: this name has no address here; mend /etc/hosts or give an address"
-    if [ "$host" = "$(hostname)" ] || { ! is_loopback "$head" && ip -o addr show | grep -qF " $head/"; }; then
+    if [ "$host" = "$(hostname)" ] || { ! is_loopback "$head" && grep -qF " $head/" <<<"$(ip -o addr show)"; }; then
         is_head=true
         own=$head
         if is_loopback "$head"; then

@@ -43,7 +43,9 @@ fail() { # MESSAGE CODE
 
 # The names that launchers have for the same four numbers.
 export RANK=${RANK:-${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${SLURM_PROCID:-0}}}}
-export WORLD_SIZE=${WORLD_SIZE:-${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-${SLURM_NTASKS:-1}}}}
+# Slurm's size only with Slurm's rank: a shell of salloc has the size alone.
+export WORLD_SIZE=${WORLD_SIZE:-${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-${SLURM_PROCID:+${SLURM_NTASKS:-}}}}}
+export WORLD_SIZE=${WORLD_SIZE:-1}
 export LOCAL_RANK=${LOCAL_RANK:-${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${SLURM_LOCALID:-0}}}}
 export LOCAL_WORLD_SIZE=${LOCAL_WORLD_SIZE:-${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-${LOCAL_SIZE:-1}}}}
 
@@ -86,7 +88,7 @@ case $code in
     # The stop may be for a node that wants to join. Every node's torchrun looks for it once a second, and must not take
     # the end of its ranks for the end of the job before it has seen it.
     [ -z "${AUTOMIX_ELASTIC:-}" ] || sleep 3
-    [ -n "${AUTOMIX_KEEP_CODE:-}" ] || code=0
+    code=0
     ;;
 *) report $code ;;
 esac

@@ -66,6 +66,8 @@ send() ( # HOST FILE NAME CHECKSUM: a small line for the remote shell, the rest 
 )
 
 failed=0 running=()
+set -m # each copy is a process group of its own, so that it can be ended whole
+trap 'for each in "${running[@]}"; do kill -TERM -- "-$each" 2>/dev/null || true; done; exit 130' INT TERM
 for file in "${files[@]}"; do
     file=$(realpath -- "$file")
     for each in "$file" "$file.json"; do
@@ -75,13 +77,13 @@ for file in "${files[@]}"; do
             [ ${#hosts[@]} -gt 0 ] || read_hostfile
             plan "to each host at once: from its own view of the file, or through ssh" ssh "${ssh_options[@]}" HOST "$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder"
             for host in "${hosts[@]}"; do
-                [ -n "$dry_run" ] || { send "$host" "$each" "${each##*/}" "$checksum" & running+=($!); }
+                [ -n "$dry_run" ] || { send "$host" "$each" "${each##*/}" "$checksum" </dev/null & running+=($!); }
             done
         else
             command=("$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder")
             [ -z "${SLURM_JOB_ID:-}" ] || command=(srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "${command[@]}")
             plan "on every node of the job, or here" "${command[@]}"
-            [ -n "$dry_run" ] || { "${command[@]}" & running+=($!); }
+            [ -n "$dry_run" ] || { "${command[@]}" </dev/null & running+=($!); }
         fi
     done
 done

@@ -6,11 +6,23 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from typing import Any
+from unittest import mock
 
-# The server process imports the heavy packages once; every rank is a fork of it.
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+# The server process imports the heavy packages once; every rank is a fork of it. DeepSpeed settles on its accelerator
+# when it is imported.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "deepspeed", "timm", "accelerate", "automix_dist.trainer"])
+
+
+def own_process(target: Callable, *arguments: Any) -> multiprocessing.Process:
+    """A process for a function, not yet started."""
+    with mock.patch.dict(os.environ, ON_CPU):  # in which the first call starts the server
+        forkserver.ensure_running()
+    return _CONTEXT.Process(target=target, args=arguments, daemon=True)
 
 
 def free_port() -> int:
@@ -23,10 +35,7 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: flo
     """Call `function(*arguments)` on every rank; the results by rank. A rank's exception is raised here."""
     port = free_port()
     queue = _CONTEXT.Queue()
-    ranks = [
-        _CONTEXT.Process(target=_rank, args=(rank, world_size, port, queue, function, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
+    ranks = [own_process(_rank, rank, world_size, port, queue, function, arguments) for rank in range(world_size)]
     for process in ranks:
         process.start()
     try:
@@ -51,8 +60,7 @@ def _rank(rank: int, world_size: int, port: int, queue, function: Callable, argu
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
+        **ON_CPU,
     }
     try:
         # As bytes: a tensor in a queue is a handle that dies with its process.

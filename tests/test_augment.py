@@ -509,6 +509,33 @@ def test_the_operations_run_in_ffcvs_own_loader(jpeg_file, tmp_path):
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
+GUARDED = """
+import ctypes, sys
+import numpy as np
+from automix_dist import augment
+
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+for height, width, size in [(8, 512, 32), (600, 40, 32), (300, 2000, 224), (7, 6, 8), (64, 4288, 16)]:
+    needed = 3 * height * width + augment.SLACK
+    pages = -(-needed // 4096)
+    start = libc.mmap(None, (pages + 1) * 4096, 3, 0x22, -1, 0)
+    assert libc.mprotect(start + pages * 4096, 4096, 0) == 0  # reading beyond the buffer ends the process
+    image = np.uint64(start + pages * 4096 - needed)
+    for method in (augment.AREA, augment.BILINEAR, augment.BICUBIC):
+        target = np.zeros((size, size, 3), np.uint8)
+        augment._resample(image, width, (0, 0, height, width), (size, size), (0, 0), method, target)
+print("within")
+"""
+
+
+def test_a_resize_reads_no_further_than_its_buffer():
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "within\n"), done.stderr
+
+
 def test_a_pipeline_is_one_compiled_stage():
     """FFCV 1.0.2 never returns when compiled and plain operations alternate; all of ours are compiled."""
     from ffcv.pipeline.graph import INITIAL_STATE

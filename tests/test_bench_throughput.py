@@ -60,6 +60,7 @@ def test_waiting_and_working_are_told_apart(micro_batches):
             next(batches)
             time.sleep(0.01)
         batches.close()
+    recorder.end()
     recorder.saving, recorder.evaluating = [0.1, 0.3], [(2.0, 100)]
     config = dataclasses.replace(load_config(CONFIG, ["batch_size=2"]))
     measured = bench.figures(recorder, config, 1)

@@ -1,5 +1,7 @@
 """Writing, describing and checking .beton files."""
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -188,6 +190,12 @@ def test_folder_with_train_and_val(tmp_path):
     make_tree(tmp_path, {"train/a/1.png": jpeg(photo(1)), "val/a/1.png": jpeg(photo(2)), "val/a/2.png": jpeg(photo(3))})
     assert write(f"imagefolder:{tmp_path}", tmp_path / "t.beton").count == 1
     assert write(tmp_path, tmp_path / "v.beton", split="val").count == 2
+
+
+def test_a_folder_with_train_and_test_is_no_set_of_two_classes(tmp_path):
+    make_tree(tmp_path, {"train/a/1.png": jpeg(photo(1)), "test/a/1.png": jpeg(photo(2))})
+    with pytest.raises(BetonError, match="train but no val"):
+        write(tmp_path, tmp_path / "t.beton")
 
 
 @pytest.mark.parametrize(
@@ -553,6 +561,33 @@ def test_a_full_disk_gives_one_message(tmp_path):
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.beton")], capture_output=True, text=True)
     assert run.stdout.startswith(f"cannot write {tmp_path}/x.beton: File too large"), run
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_cannot_be_written_leaves_the_older_pair(tmp_path, monkeypatch):
+    out = tmp_path / "x.beton"
+    before = write("digits:3", out)
+    sync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".json.partial"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BetonError, match="No space left on device"):
+        write("digits:4", out)
+    monkeypatch.undo()
+    assert calls and beton.verify(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert write("digits:3", tmp_path / "x.beton").count == 30
 
 
 def test_unwritable_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints under mishaps: killed writers, damaged files, full disks. Whole ones stay, broken ones are skipped."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import _CONTEXT, run_ranks
+from ranks import own_process, run_ranks
 from test_engine import (
     ENGINES,
     assert_same,
@@ -129,7 +130,7 @@ def save_and_die(config, folder: Path, point: str) -> None:
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_killed_while_saving_leaves_the_one_before(point, tmp_path):
     config = tiny_config()
-    writer = _CONTEXT.Process(target=save_and_die, args=(config, tmp_path, point))
+    writer = own_process(save_and_die, config, tmp_path, point)
     writer.start()
     writer.join(timeout=120)
     assert writer.exitcode == -signal.SIGKILL
@@ -292,6 +293,64 @@ def test_retention_keeps_the_last_ones_and_the_best(tmp_path):
     config = tiny_config(checkpoint={"keep_last": 1, "keep_every_steps": 3, "keep_best": False})
     (kept,) = run_ranks(1, prune_many, config, tmp_path / "every")
     assert kept == [[1], [2], [3], [3, 4], [3, 5]]
+
+
+def save_after_a_broken_one(config, folder: Path) -> list[int | None]:
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    for step in (100, 200):
+        assert save(checkpoints, engine, step)
+    damage_flip(folder / "checkpoints" / "step_00000200" / "shard_00000.safetensors")
+    found = []
+    for step in (110, 120):
+        assert save(checkpoints, engine, step)
+        found.append(newest(folder, lambda _: None).step)
+    return found
+
+
+def test_a_broken_later_checkpoint_does_not_cost_those_after_a_resume(tmp_path):
+    config = tiny_config(checkpoint={"keep_last": 1})
+    assert run_ranks(1, save_after_a_broken_one, config, tmp_path) == [[110, 120]]
+
+
+def save_again(config, folder: Path) -> list[dict]:
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    found = []
+    for evaluated in (0, 4):
+        checkpoints.save(engine, {"step": 4, "evaluated_step": evaluated, "best_step": evaluated or None}, {})
+        assert checkpoints.settle()
+        found.append(newest(folder).manifest)
+    return found
+
+
+def test_a_step_saved_again_keeps_its_files_and_takes_the_new_state(tmp_path):
+    ((before, after),) = run_ranks(1, save_again, tiny_config(), tmp_path)
+    assert before["state"]["evaluated_step"] == 0 and after["state"] == {"step": 4, "evaluated_step": 4, "best_step": 4}
+    assert before["files"] == after["files"]
+    names = sorted(path.name for path in newest(tmp_path).folder.iterdir())
+    assert names == ["manifest.json", "shard_00000.safetensors"]
+
+
+def test_who_may_read_the_folder_may_read_the_shards(two_steps, tmp_path):
+    for shared in (0o755, 0o700):
+        run = tmp_path / f"{shared:o}"
+        folder = reshard(newest(two_steps), run, 1)
+        folder.chmod(shared)
+        checkpoint.write_tensors({"x": torch.zeros(1)}, folder / "shard_00000.safetensors")
+        assert (folder / "shard_00000.safetensors").stat().st_mode & 0o777 == shared & 0o666
+
+
+def test_a_file_that_cannot_be_read_is_passed_over(two_steps, monkeypatch):
+    def broken(path: Path) -> str:
+        if "step_00000004" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return sha256(path)
+
+    sha256, said = checkpoint._sha256, []
+    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    assert newest(two_steps, said.append).step == 2
+    assert "shard_00000.safetensors: Input/output error" in said[0]
 
 
 def test_another_model_is_refused_by_name(two_steps):

@@ -43,6 +43,7 @@ def test_overrides_replace_the_file(tmp_path):
         ("data.mean=[1, 2]", ["data.mean", "3 values"]),
         ("data.std=[0, 1, 1]", ["data.std", "positive"]),
         ("data=3", ["data", "section"]),
+        ("engine.timeout_minutes=.inf", ["engine.timeout_minutes", "finite"]),
         ("epochs.x=1", ["epochs"]),
         ("optimizer.lr", ["section.key=value"]),
         ("optimizer.lr=[", ["optimizer.lr", "YAML"]),
@@ -55,6 +56,11 @@ def test_a_mistake_names_key_value_and_what_is_valid(override, parts):
         load_config(None, [override])
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_choice_is_the_choice_itself():
+    stage = load_config(None, ["engine.zero_stage=3.0"]).engine.zero_stage
+    assert stage == 3 and isinstance(stage, int)
 
 
 def test_combinations_that_cannot_be():

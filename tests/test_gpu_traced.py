@@ -52,6 +52,7 @@ def gpu(monkeypatch):
     """A mode in which tensors can be on "cuda"."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -95,8 +96,9 @@ def trace(gpu: FakeTensorMode, name: str, backbone: str = "resnet18", **sections
         model.to_empty(device="cuda").train()
         images, labels = inputs()
         statistics, update_momentum = RunningStatistics(model), MomentumUpdate(model)
-        tally = Tally(SimpleNamespace(device=torch.device("cuda")), model.Losses._fields)
-        engine = Plain(model, build_optimizer(model, config.optimizer), config, process=None)
+        process = SimpleNamespace(device=torch.device("cuda"))
+        tally = Tally(process, model.Losses._fields)
+        engine = Plain(model, build_optimizer(model, config.optimizer), config, process)
         with Operators() as operators:
             statistics.keep()
             losses = model(images, labels, model.draw(images, seed=0, step=0), 0.1)

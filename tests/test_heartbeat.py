@@ -102,9 +102,7 @@ class Job:
     def __init__(self, folder: Path, faults: dict, world_size: int = 3, steps: int = 4000):
         self.folder, port = folder, ranks.free_port()
         self.ranks = [
-            ranks._CONTEXT.Process(
-                target=rank_loop, args=(rank, world_size, port, folder, faults.get(rank), steps), daemon=True
-            )
+            ranks.own_process(rank_loop, rank, world_size, port, folder, faults.get(rank), steps)
             for rank in range(world_size)
         ]
         for process in self.ranks:

@@ -161,9 +161,13 @@ def test_mask_blend(record, tmp_path, architecture, cells, factor, mode):
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_momentum_update(record, tmp_path, architecture):
+@pytest.mark.parametrize("skip", [None, meta(1)], ids=["always", "skip"])
+def test_momentum_update(record, tmp_path, architecture, skip):
     launches = record(momentum, architecture)
     targets = [meta(64, 3, 7, 7), meta(1000)]
-    momentum.launch(targets, [meta(64, 3, 7, 7), meta(1000, dtype=torch.bfloat16)], 0.999)
+    momentum.launch(targets, [meta(64, 3, 7, 7), meta(1000, dtype=torch.bfloat16)], 0.999, skip)
     assert len(launches) == 2  # one a dtype
     assert_fits(launches, architecture, tmp_path)
+    if architecture != "hip":
+        kernel, arguments = launches[0]
+        assert "ld.global.v4.b32" in compile_launch(kernel, dict(arguments), architecture).asm["ptx"]

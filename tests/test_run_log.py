@@ -196,6 +196,17 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_a_log(tmp_path, capsy
     assert said.count("warning: cannot write the gallery") == 1
 
 
+def test_records_are_kept_once_there_is_room(tmp_path):
+    """The folder cannot be made when the log is opened."""
+    (tmp_path / "run").write_text("")
+    log = open_log(tmp_path / "run")
+    log.start(4, 2, 0)
+    (tmp_path / "run").unlink()
+    log.train(2, 0, {"loss": 1.0})
+    log.close()
+    assert [record["step"] for record in read_strictly(tmp_path / "run")] == [2]
+
+
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

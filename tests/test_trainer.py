@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -144,6 +145,20 @@ def test_a_signal_in_an_evaluation_saves_and_the_resumed_run_evaluates(ranks, tm
     assert second[0][1] == undisturbed[0][1]
 
 
+@pytest.mark.parametrize("changes", [{"every_steps": 3}, {"every_steps": 2}, {}])
+def test_the_last_checkpoint_knows_the_last_evaluation(changes, tmp_path):
+    """Also where a signal came in the midst of it: what is best is read from the newest checkpoint."""
+    settings = config(every_epochs=0, keep_best=True, **changes)
+    run_ranks(1, train, settings, tmp_path, None, 2)
+    ((stopped, position, _, kinds, _),) = run_ranks(1, train, settings, tmp_path)
+    assert stopped == 0 and position.evaluated_step == 12
+    state = newest(tmp_path).manifest["state"]
+    assert (state["evaluated_step"], state["best_step"]) == (12, position.best_step)
+    ((_, again, _, later, _),) = run_ranks(1, train, settings, tmp_path)  # a finished run is left as it is
+    assert again == position and later == kinds
+    assert [step for kind, step in later if kind == "eval"] == [6, 12]
+
+
 def diverge(settings, folder: Path) -> str:
     try:
         train(settings, folder)
@@ -166,6 +181,20 @@ def test_too_many_skipped_steps_stop_all_ranks_and_leave_a_dump(tmp_path):
     ]
     ((sound, said),) = run_ranks(1, replay_dump, settings, dump)
     assert not sound and "first output that is not finite" in "".join(said)
+
+
+def test_a_second_failure_at_a_step_leaves_its_own_dump(tmp_path):
+    weights = []
+    for lr in (1e30, 2e30):
+        settings = tiny_config(
+            optimizer={"lr": lr, "min_lr": 0.0}, log={"every_steps": 2}, engine={"max_skipped_steps": 3}
+        )
+        run_ranks(1, diverge, settings, tmp_path)
+        (dump,) = (tmp_path / "dumps").iterdir()
+        weights.append(load_module_state(newest(dump), "mix_block."))
+        shutil.rmtree(tmp_path / "checkpoints")  # the next one starts from the beginning
+    first, second = weights
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def replay_dump(settings, dump: Path) -> tuple[bool, list[str]]:

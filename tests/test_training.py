@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def settings(digits, tmp_path) -> Path:
     values["data"] |= {"train": str(digits / "train.beton"), "val": str(digits / "val.beton")}
     values["model"]["timm_kwargs"] = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
     values["checkpoint"] = {"every_epochs": 3, "keep_last": 10}
+    values["engine"] = {"device": "cpu"}  # where results repeat to the bit, and two ranks need no two GPUs
     values["log"] = {"every_steps": 5}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -114,6 +116,19 @@ def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp
     again = run("train", settings, f"output={broken}", "--resume")  # a finished run is not disturbed
     assert "done: 60 steps" in again.stderr
     assert shards(broken) == shards(tmp_path / "through")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_where_the_console_is_a_pipe_that_dies_first(settings, tmp_path):
+    """As in `automix train ... 2>&1 | tee log`: the signal goes to both."""
+    output, pipe = tmp_path / "run", 'trap : INT; "$@" 2>&1 | tee "$0" > /dev/null; exit "${PIPESTATUS[0]}"'
+    command = [*AUTOMIX, "train", str(settings), "log.every_steps=1", "epochs=100"]
+    shell = subprocess.Popen(["bash", "-c", pipe, tmp_path / "log", *command], cwd=ROOT, start_new_session=True)
+    while shell.poll() is None and not ((output / "metrics.jsonl").exists() and records(output, "train")):
+        time.sleep(0.05)
+    os.killpg(shell.pid, signal.SIGINT)
+    assert shell.wait(timeout=120) == EXIT_STOPPED
+    assert newest(output).step == records(output, "stopped")[-1]["step"] > 0
 
 
 @pytest.mark.slow
@@ -247,11 +262,21 @@ def test_help_and_mistakes_answer_at_once():
 
 
 @pytest.mark.slow
-def test_changes_that_a_checkpoint_cannot_survive(settings, tmp_path):
+def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
     run("train", settings, "epochs=1", "optimizer.warmup_epochs=0")
+    kept = (tmp_path / "run" / "config.yaml").read_text()
     refused = run("train", settings, "--resume", "batch_size=48", code=2)
     assert "batch_size: 96 -> 48" in refused.stderr
-    told = run("train", settings, "--resume", "epochs=1", "optimizer.warmup_epochs=0", "optimizer.lr=0.01")
+    fewer = tmp_path / "fewer.beton"
+    run("prepare", "digits:100", fewer)
+    refused = run("train", settings, "--resume", f"data.train={fewer}", code=2)
+    assert "has other images than those" in refused.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == kept
+    moved = tmp_path / "moved.beton"  # as to a node's own disk
+    for name in ("train.beton", "train.beton.json"):
+        shutil.copy(digits / name, tmp_path / name.replace("train", "moved"))
+    told = run("train", settings, "--resume", "epochs=1", "optimizer.warmup_epochs=0", "optimizer.lr=0.01",
+               f"data.train={moved}")  # fmt: skip
     assert "optimizer.lr: 0.05 -> 0.01" in told.stderr
 
 

@@ -51,6 +51,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder for checkpoint.json and checkpoint.md")
     options = parser.parse_args(arguments)
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < options.ranks:
+        parser.error(
+            f"--ranks {options.ranks}: one GPU each, and there are {gpus}; CUDA_VISIBLE_DEVICES= runs on the CPU"
+        )
     config = from_dict(
         {
             "batch_size": 2 * options.ranks,

@@ -323,7 +323,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"Without an engine a step takes {1000 * here['compute']:.1f} ms. All-reduces of 1 KiB to 16 MiB fit "
-            f"{1e6 * here['alpha']:.0f} us + what each rank sends at {1e-9 / here['beta']:.2f} GB/s. The model's step "
+            f"{1e6 * here['alpha']:.0f} us + what each rank sends at "
+            f"{'no measurable limit' if not here['beta'] else '%.2f GB/s' % (1e-9 / here['beta'])}. The model's step "
             "hides nothing.",
         ]
     origin = "given" if given["step_given"] else f"measured on this machine's {here['device']}"
@@ -394,9 +395,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.count_only and options.step_ms is None:
         parser.error("--count-only needs --step-ms: there is no step time to predict from")
-    for name in ("batch_size", "ranks"):
-        if getattr(options, name) < 2:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected 2 or more")
+    for name, least in (("batch_size", 2), ("ranks", 2), ("gpus_per_host", 1), ("repeat", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected {least} or more")
+    for name in ("link_gbps", "latency_us", "gpu_gbs"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected a positive number")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < options.ranks:
+        parser.error(
+            f"--ranks {options.ranks}: one GPU each, and there are {gpus}; CUDA_VISIBLE_DEVICES= runs on the CPU"
+        )
     return options
 
 

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -331,7 +331,7 @@ def host_reads(step: Callable[[], None], device: torch.device) -> int:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(each.message) for each in caught)
+    return sum("called a synchronizing" in str(each.message) for each in caught)  # not torch's note on the mode itself
 
 
 def peak_bytes(trained: Trained, device: torch.device) -> int:
@@ -376,15 +376,32 @@ class Clock:
         return sums
 
 
-def measure(case: Case, ways: list[Way], rounds: int, steps: int) -> list[Row]:
-    """A row for each way, from interleaved turns; what fails says why and leaves the others alone."""
+def measure_all(case: Case, ways: list[Way], rounds: int, steps: int) -> list[Row]:
+    """A row for each way. Those that set a step's memory aside for good are measured one by one, after the others."""
+    groups = [[way for way in ways if not way.graph], *([way] for way in ways if way.graph)]
+    rows: list[Row] = []
+    for group in filter(None, groups):
+        rows += measure(case, group, rounds, steps, before=rows)
+        gc.collect()  # a model and its recorded step hold each other
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()
+    order = [way.name for way in ways]
+    return sorted(rows, key=lambda row: order.index(row.way))
+
+
+def measure(case: Case, ways: list[Way], rounds: int, steps: int, before: Sequence[Row] = ()) -> list[Row]:
+    """A row for each way, from interleaved turns; what fails says why and leaves the others alone.
+
+    `before` are rows of other ways of the same case, which may be twins of these.
+    """
     rows = {way.name: Row(case.name, way.name, case.batch) for way in ways}
+    twins = {row.way: row for row in before} | rows
     ready: dict[str, Trained] = {}
     times: dict[str, list[float]] = {way.name: [] for way in ways}
     for way in ways:
         _tell(f"{case.name}: preparing {way.name}")
         with _noting(rows[way.name]):
-            ready[way.name] = _prepare(way, case, rows)
+            ready[way.name] = _prepare(way, case, twins)
     numbers = count()
     for turn in range(rounds):
         _tell(f"{case.name}: round {turn + 1} of {rounds}")
@@ -696,7 +713,7 @@ def run(argv: list[str]) -> int:
         network = replace(network, size=options.size or network.size)
         torch.compiler.reset()
         case = Case(network, options.batch or (network.batch if on_gpu else CPU_BATCH), device, dtype)
-        rows = measure(case, ways, options.rounds, options.steps)
+        rows = measure_all(case, ways, options.rounds, options.steps)
         result["rows"] += [asdict(row) for row in rows]
         if any(way.name.startswith("AutoMix") for way in ways):
             result["parts"][case.name] = measure_parts(case, options.rounds)

@@ -45,6 +45,7 @@ class Recorder:
         self.steps = 0
         self.began = self.ended = 0.0
         self.joules: float | None = None
+        """Used in the measured steps."""
         self.saving: list[float] = []
         self.evaluating: list[tuple[float, int]] = []
         """Seconds and images of each evaluation."""
@@ -79,7 +80,6 @@ class Recorder:
                         self.steps += (index + 1) % self.micro_batches == 0
                         if self.began:
                             self.clock.mark("working")
-                            self.ended = time.perf_counter()
             finally:
                 batches.close()
 
@@ -89,8 +89,17 @@ class Recorder:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.clock.mark("start")
-        self.joules = _joules()
+        self._joules_before = _joules()
         self.began = time.perf_counter()
+
+    def end(self) -> None:
+        """The training is over; what follows, an evaluation and the last checkpoint, counts for itself."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.ended = time.perf_counter()
+        used = _joules()
+        if used is not None and self._joules_before is not None:
+            self.joules = used - self._joules_before
 
     def _save(self, save: Callable) -> Callable:
         def recorded(*args, **kwargs):
@@ -103,6 +112,7 @@ class Recorder:
 
     def _evaluate(self, evaluate: Callable) -> Callable:
         def recorded(model, loader, process, *args, **kwargs):
+            self.end()
             began = time.perf_counter()
             result = evaluate(model, loader, process, *args, **kwargs)
             self.evaluating.append((time.perf_counter() - began, loader.num_samples))
@@ -118,7 +128,6 @@ def figures(recorder: Recorder, config: Config, world_size: int) -> dict[str, An
     steps = recorder.steps - recorder.warmup
     waiting, total = spans.get("waiting", 0.0), sum(spans.values())
     seconds = recorder.ended - recorder.began
-    used = _joules()
     return {
         "steps": steps,
         "images_per_second": steps * config.batch_size / seconds,
@@ -128,8 +137,8 @@ def figures(recorder: Recorder, config: Config, world_size: int) -> dict[str, An
         "saving_share": sum(recorder.saving[:-1]) / seconds,  # the last one comes after the last step
         "saving_seconds": statistics.mean(recorder.saving) if recorder.saving else 0.0,
         "evaluated_per_second": sum(n for _, n in recorder.evaluating) / sum(s for s, _ in recorder.evaluating),
-        "joules_per_image": None if used is None or recorder.joules is None else
-        (used - recorder.joules) * world_size / (steps * config.batch_size),
+        "joules_per_image": None if recorder.joules is None else
+        recorder.joules * world_size / (steps * config.batch_size),
         "world_size": world_size,
     }  # fmt: skip
 
@@ -273,6 +282,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, least in (("steps", 2), ("warmup", 1), ("images", 16)):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)}: expected {least} or more")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.data is None:
+        parser.error("--data FOLDER is needed under a launcher: all ranks share it")
     if options.storage.partition("@")[0] not in ("jpg", "raw") or not options.storage.partition("@")[2].isdigit():
         parser.error(f"--storage {options.storage}: expected jpg@SIZE or raw@SIZE, as jpg@500")
     return options

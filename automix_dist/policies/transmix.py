@@ -31,7 +31,7 @@ class Policy(cutmix.Policy):
         hook = attention.qkv.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
         try:
             mix = self.mix(images, draw)
-            logits = encoder(mix.images, "one")
+            logits = encoder.forward(mix.images, "one")  # not compiled: see manifoldmix.py
         finally:
             hook.remove()
         patches = class_attention(attention, seen[-1])[:, model.num_prefix_tokens :]

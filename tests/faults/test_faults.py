@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import _CONTEXT, _rank, free_port
+from ranks import _CONTEXT, _rank, free_port, own_process
 from test_trainer import train
 from tiny import tiny_config
 
@@ -56,9 +56,7 @@ def session(settings, folder: Path, kills: list[int | None]) -> bool:
     """One process per entry, killed at that call or left alone; whether all came to the end."""
     port, results = free_port(), _CONTEXT.Queue()
     ranks = [
-        _CONTEXT.Process(
-            target=_rank, args=(rank, len(kills), port, results, doomed, (settings, folder, calls)), daemon=True
-        )
+        own_process(_rank, rank, len(kills), port, results, doomed, (settings, folder, calls))
         for rank, calls in enumerate(kills)
     ]
     for process in ranks:
