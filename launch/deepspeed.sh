@@ -176,6 +176,7 @@ else
     new_run_arguments "$@"
 fi
 for ((i = 0; i < ${#hosts[@]}; i++)); do printf '%s slots=%s\n' "${hosts[i]}" "${slots[i]}"; done >"$scratch/hostfile"
+name_secrets
 packed=$(pack "${train[@]}")
 [ ${#packed} -lt 100000 ] || die "the variables to carry are too many for a command line (${#packed} bytes): unset some of $CARRIED"
 # What DeepSpeed would put into a shell's line unquoted travels in the packed word instead.

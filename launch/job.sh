@@ -36,14 +36,19 @@ pack() { # COMMAND [ARGUMENT ...]: this folder, the variables to carry and the c
     {
         printf '%s\0' "$PWD"
         for name in $(compgen -e); do
-            if [[ " ${AUTOMIX_CARRY:-} " == *" $name "* || ($name =~ $CARRIED && ! $name =~ $SECRET) ]]; then
-                printf '%s\0' "$name=${!name}"
-            elif [[ $name =~ $CARRIED ]]; then
-                say "note: $name stays here, as every user of a node could read it there; log in on the nodes, or name it in AUTOMIX_CARRY"
-            fi
+            [[ " ${AUTOMIX_CARRY:-} " == *" $name "* || ($name =~ $CARRIED && ! $name =~ $SECRET) ]] && printf '%s\0' "$name=${!name}"
         done
         printf '%s\0' "${job_settings[@]}" -- "$@"
     } | base64 -w0
+}
+
+name_secrets() { # those that `pack` leaves out
+    local name
+    for name in $(compgen -e); do
+        if [[ $name =~ $CARRIED && $name =~ $SECRET && " ${AUTOMIX_CARRY:-} " != *" $name "* ]]; then
+            say "note: $name stays here, as every user of a node could read it there; log in on the nodes, or name it in AUTOMIX_CARRY"
+        fi
+    done
 }
 
 new_job() { # a name for this job, a folder for its scratch files

@@ -319,6 +319,22 @@ def test_manifold_mixup_mixes_where_it_says():
     assert drawn == {"", "layer1", "layer2"}
 
 
+@pytest.mark.slow
+def test_what_looks_inside_a_compiled_network_sees_every_step():
+    """Hooks that come and go: torch.compile would keep to those of its first call."""
+    inner = [{"name": "cutmix"}, {"name": "manifoldmix", "settings": {"layers": ["layer1", "", "layer2"]}}]
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Classifier(create_backbone(ModelConfig("test_resnet"), None, 32), 4, make("switch", policies=inner))
+        if compiled:
+            model.compile_regions("eager")
+        images, labels = images_of(4, 32, 32), torch.arange(4)
+        losses.append([model(images, labels, model.draw(images, seed=0, step=step)).total.item() for step in range(8)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.compiler.reset()
+
+
 def test_transport_is_optimal_and_balanced():
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(3, 7, 4, dtype=torch.float64, generator=generator) for _ in range(2))

@@ -48,6 +48,25 @@ def test_noise_has_the_variance_it_should_have():
     assert set(hit.unique().tolist()) == {0, 128, 255}
 
 
+def test_motion_blur_drags_a_point_along_a_way_as_long_as_its_severity():
+    """Mean and largest distance of what becomes of a bright point: a Gaussian's one side, cut at twice the radius."""
+    image = torch.zeros(1, 225, 225, 3, dtype=torch.uint8)
+    image[0, 112, 112] = 255
+    for severity, (radius, deviation) in zip(SEVERITIES, STRENGTHS["motion_blur"], strict=True):
+        generators = [robustness.generator(0, 0, 1, severity)]
+        blurred = robustness._motion_blur(image.permute(0, 3, 1, 2).double() / 255, (radius, deviation), generators)[
+            0, 0
+        ]
+        rows, columns = torch.meshgrid(*[torch.arange(225.0) - 112] * 2, indexing="ij")
+        distance = (rows**2 + columns**2).sqrt()
+        steps = torch.arange(2 * radius + 1)
+        expected = torch.exp(-(steps**2) / (2 * deviation**2))
+        assert blurred.sum() == pytest.approx(1)
+        mean = (blurred * distance).sum().item()
+        assert mean == pytest.approx(((steps * expected).sum() / expected.sum()).item(), rel=0.1)
+        assert distance[blurred > 0].max() <= 2 * radius + 2
+
+
 def test_gaussian_blur_is_scipys():
     images = pictures(2, 224)
     ours = corrupt(images, "gaussian_blur", 3, torch.arange(2), 0).numpy()

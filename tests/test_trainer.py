@@ -13,6 +13,8 @@ from test_engine import start_engine
 from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
 from automix_dist.checkpoint import Checkpoints, committed, load_module_state, newest
+from automix_dist.cli import _agree
+from automix_dist.config import ConfigError
 from automix_dist.data import Batch
 from automix_dist.distributed import StopRequest
 from automix_dist.replay import replay
@@ -157,6 +159,21 @@ def test_the_last_checkpoint_knows_the_last_evaluation(changes, tmp_path):
     ((_, again, _, later, _),) = run_ranks(1, train, settings, tmp_path)  # a finished run is left as it is
     assert again == position and later == kinds
     assert [step for kind, step in later if kind == "eval"] == [6, 12]
+
+
+def settings_of_ranks(settings, _: Path) -> str:
+    process, *_ = start_engine(settings)
+    _agree(process, {"seed": 0, "optimizer.lr": 0.1})
+    try:
+        _agree(process, {"seed": 0, "optimizer.lr": 0.1 + process.rank})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_settings_are_named(tmp_path):
+    said = run_ranks(2, settings_of_ranks, tiny_config(), tmp_path)
+    assert said == ["rank 1 has optimizer.lr = 1.1 and rank 0 0.1: give all nodes the same config and data"] * 2
 
 
 def diverge(settings, folder: Path) -> str:

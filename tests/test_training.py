@@ -113,6 +113,8 @@ def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp
     listed = run("checkpoint", "verify", broken).stdout
     assert f"step {best}:" in listed and listed.count("  best") == 1
 
+    elsewhere = ["--out", tmp_path / "elsewhere", "--ranks"]
+    assert "--ranks 0: expected 1" in run("checkpoint", "reshard", broken, *elsewhere, 0, code=2).stderr
     again = run("train", settings, f"output={broken}", "--resume")  # a finished run is not disturbed
     assert "done: 60 steps" in again.stderr
     assert shards(broken) == shards(tmp_path / "through")
@@ -248,6 +250,7 @@ def test_print_config_is_a_config(settings, tmp_path):
 
 def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere")
+    assert "--batch-size 0: expected 1 or more" in failing(capsys, "eval", tmp_path / "nowhere", "--batch-size", "0")
     (tmp_path / "empty").mkdir()
     assert "no whole checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
     failing(capsys, "report", tmp_path / "nowhere")

@@ -52,6 +52,14 @@ def test_a_finished_run_ends_the_watch(tmp_path):
     assert len(shown) == 1 and "finished" in shown[0] and "left" not in shown[0]
 
 
+def test_a_run_has_finished_when_its_last_checkpoint_is_there(tmp_path):
+    run = make_run(tmp_path / "run", finished=False)
+    append(run, kind="train", step=240, epoch=11, time="2026-01-01T00:04:00Z", loss=1.0)
+    assert not describe(run, START + timedelta(seconds=250))[1]
+    append(run, kind="checkpoint", step=240, time="2026-01-01T00:04:10Z")
+    assert describe(run, START + timedelta(seconds=250))[1]
+
+
 def test_what_is_no_run_is_said(tmp_path):
     with pytest.raises(ReportError, match="no such run"):
         watch(tmp_path / "nowhere", once=True)

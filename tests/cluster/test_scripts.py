@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,38 @@ def test_a_rendezvous_that_no_other_node_can_reach_is_refused():
     assert "needs --rendezvous HOST" in text
 
 
+def test_the_head_knows_itself_by_any_of_its_names():
+    """By its address too, every time; a name without an address is told."""
+    show = ["ip", "-o", "-4", "addr", "show", "scope", "global"]
+    address = subprocess.run(show, capture_output=True, text=True).stdout.partition(" inet ")[2].partition("/")[0]
+    if not address:
+        pytest.skip("this machine has no address but loopback")
+    for _ in range(10):
+        text = bash(LAUNCH / "accelerate.sh", "--dry-run", "--nodes", "2", "--head", address, CONFIG)
+        assert "--machine_rank=0" in text
+    for script, option in (("accelerate.sh", "--head"), ("torchrun.sh", "--rendezvous")):
+        text = bash(LAUNCH / script, "--dry-run", "--nodes", "2", option, "no-such-host.invalid", CONFIG, code=2)
+        assert "no-such-host.invalid: this name has no address here" in text
+
+
+def test_secrets_stay_off_command_lines():
+    script = f". {LAUNCH}/job.sh; job_settings=(); name_secrets; pack true"
+    secrets = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "WANDB_PROJECT": "flowers"}
+    packed = bash("-c", f"{script} | base64 -d | tr '\\0' '\\n'", env=os.environ | secrets)
+    assert "WANDB_PROJECT=flowers" in packed and "s3cr3t" not in packed
+    assert "note: WANDB_API_KEY stays here" in packed and "note: HF_TOKEN stays here" in packed
+    wanted = os.environ | secrets | {"AUTOMIX_CARRY": "HF_TOKEN"}
+    assert "HF_TOKEN=s3cr3t" in bash("-c", f"{script} | base64 -d | tr '\\0' '\\n'", env=wanted)
+
+
+def test_a_shell_of_salloc_is_no_rank():
+    code = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])"
+    shell = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    assert bash(LAUNCH / "rank.sh", "python3", "-c", code, env=shell | {"SLURM_NTASKS": "8"}) == "0 1\n"
+    task = shell | {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
+    assert bash(LAUNCH / "rank.sh", "python3", "-c", code, env=task) == "3 8\n"
+
+
 def test_ports_in_use_are_seen():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -138,6 +172,27 @@ def test_each_rank_of_a_node_gets_cores_of_its_own():
     ]
     cores = [set(json.loads(line.rsplit(" ", 1)[0])) for line in seen]
     assert not cores[0] & cores[1] and cores[0] | cores[1] == os.sched_getaffinity(0)
+
+
+def test_ctrl_c_ends_the_copies(digits, tmp_path):
+    slow, disk = tmp_path / "bin" / "cat", tmp_path / "disk"
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", LAUNCH / "stage_data.sh", digits / "val.beton", disk],
+        env=os.environ | {"PATH": f"{slow.parent}:{os.environ['PATH']}"},
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 30
+    while len(list(disk.glob(".val.beton*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(timeout=30) == 130
+    while list(disk.glob(".val.beton*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(disk.iterdir()) == []
 
 
 def test_stage_data_copies_once_and_only_what_is_whole(digits, tmp_path):

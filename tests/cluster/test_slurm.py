@@ -51,14 +51,20 @@ def test_a_job_comes_round_at_its_time_limit_and_after_preemption(slurm, setting
 def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, settings, tmp_path):
     output, run = f"--output={tmp_path}/%j.log", tmp_path / "run"
     change(settings, epochs=500, log={"every_steps": 1, "gallery_pairs": 0})
-    job = slurm.submit("--nodes=2", output, SCRIPT, settings, cwd=ROOT)
+    own = tmp_path / "own.sbatch"  # a user's script, in which the training is not the job's first step
+    own.write_text(f'#!/bin/bash\nsrun true\nexec bash {SCRIPT} "$@"\n')
+    job = slurm.submit("--nodes=2", "--requeue", output, own, settings, cwd=ROOT)
     until(lambda: trained(run, 2), 120, "training has begun")
+    slurm.run("scancel", "--batch", "--signal=TERM", job)
+    until(lambda: slurm.state(job).endswith(" 1"), 90, "the script's signal has let the ranks save")
+    before = newest(run).step
+    until(lambda: trained(run, before + 2), 120, "it trains on")
     slurm.run("scancel", job)
-    slurm.wait(job, "CANCELLED 0", 30)
+    slurm.wait(job, "CANCELLED 1", 30)
     no_rank_is_left(hosts)
-    assert newest(run).step >= 2  # saved within Slurm's KillWait
+    assert newest(run).step >= before + 2  # saved within Slurm's KillWait
     time.sleep(2)
-    assert slurm.state(job) == "CANCELLED 0"
+    assert slurm.state(job) == "CANCELLED 1"
 
     job = slurm.submit("--nodes=2", output, SCRIPT, settings, "optimizer.lrr=1", cwd=ROOT)
     slurm.wait(job, "FAILED 0", 60)
