@@ -231,11 +231,12 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except BlockingIOError:
             mine = False
         except OSError:
-            mine = True  # a file system without locks
+            mine = True  # a file system without locks: better unguarded than not at all
+        else:
+            mine = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         if not mine:
             raise BetonError(f"{path} is being written by another process")
         file.truncate()

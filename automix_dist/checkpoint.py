@@ -9,6 +9,7 @@ rename makes it visible. Tensors and JSON only: nothing is ever unpickled. Slice
 checkpoint can be restored by another number of ranks or another engine.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -142,9 +143,12 @@ class Checkpoints:
         """This rank's shard, and when all ranks have theirs, rank 0's commit: what went wrong, and the bytes of all."""
         step = manifest["step"]
         staging, final = self.root / f".step_{step:08d}.partial", self.root / f"step_{step:08d}"
-        if self._channel.broadcast(self.process.is_main and _is_there(final, manifest["state"])):
+        renewed = []
+        error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"])))
+        if self._channel.broadcast(renewed == [True]):
+            self._prune(step, manifest["state"].get("best_step"))
             return None, 0
-        error = self._on_main(lambda: _fresh_folder(staging))
+        error = error or self._on_main(lambda: _fresh_folder(staging))
         written: dict[str, Any] | None = None
         if error is None:
             try:
@@ -159,11 +163,7 @@ class Checkpoints:
         if error is not None:
             self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
             return error, 0
-        if self.process.is_main:
-            try:
-                self._prune(step, manifest["state"].get("best_step"))
-            except OSError as problem:
-                self.say(f"old checkpoints could not be removed: {problem}")
+        self._prune(step, manifest["state"].get("best_step"))
         return None, sum(files["bytes"] for files in manifest["files"])
 
     def load(self, engine: Engine, saved: Saved) -> dict[str, Any]:
@@ -184,16 +184,20 @@ class Checkpoints:
     def _prune(self, step: int, best_step: int | None) -> None:
         """Remove what the retention rule does not keep; never `step`, just written. Leftovers of interrupted saves go
         too. Later steps stay and do not count: a resume has passed them over as broken."""
+        if not self.process.is_main:
+            return
         steps = sorted(each for each in committed(self.root) if each <= step)
         every = self.config.keep_every_steps
-        keep = set(steps[-self.config.keep_last :]) | {step for step in steps if every and step % every == 0}
-        if self.config.keep_best and best_step is not None:
-            keep.add(best_step)
-        for step in steps:
-            if step not in keep:
-                _remove(self.root / f"step_{step:08d}")
-        for leftover in self.root.glob(".step_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        keep = {best_step if self.config.keep_best else None, *steps[-self.config.keep_last :]}
+        keep |= {each for each in steps if every and each % every == 0}
+        try:
+            for each in steps:
+                if each not in keep:
+                    _remove(self.root / f"step_{each:08d}")
+            for leftover in self.root.glob(".step_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except OSError as problem:
+            self.say(f"old checkpoints could not be removed: {problem}")
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Run on rank 0 what may fail for want of space or rights; the reason on all ranks, or None."""
@@ -368,7 +372,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     Raises OSError, SafetensorError.
     """
     save_file(tensors, path, metadata)
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    with contextlib.suppress(OSError):  # a file system without modes
+        path.chmod(path.parent.stat().st_mode & 0o644)
 
 
 def export_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -390,20 +395,23 @@ def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def _is_there(folder: Path, state: dict[str, Any]) -> bool:
-    """Whether a step is saved already: a run stopped again where it resumed, or saved before it was evaluated. Its
-    manifest then gets the newer state."""
+def _renew(folder: Path, state: dict[str, Any]) -> bool:
+    """Give a step that is saved already the newer state, and tell whether it is: a run stopped again where it resumed,
+    or saved before it was evaluated. Raises OSError."""
     if not folder.is_dir():
         return False
     try:
         manifest = verify(folder).manifest
-        if manifest["state"] != state:
-            renewed = folder / ".manifest.json"
-            _write_manifest(renewed, manifest | {"state": state})
-            renewed.replace(folder / "manifest.json")
-            _fsync(folder)
-    except (CheckpointError, OSError):
+    except CheckpointError:
         return False
+    if manifest["state"] != state:
+        newer = folder / ".manifest.json"
+        try:
+            _write_manifest(newer, manifest | {"state": state})
+            newer.replace(folder / "manifest.json")
+        finally:
+            newer.unlink(missing_ok=True)
+        _fsync(folder)
     return True
 
 

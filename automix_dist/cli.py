@@ -269,7 +269,7 @@ def _load_config(options: argparse.Namespace) -> Config:
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     """One run, from the resolved config to its end; the exit code of `automix train`."""
-    manifest, model = _check(config)
+    manifest, val, model = _check(config)
     run = Path(config.output)
 
     from automix_dist import distributed, provenance
@@ -283,7 +283,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         "classes": manifest.classes,
         "index_checksum": manifest.index_checksum,
     }
-    _agree(process, flatten(about["config"]) | {"index checksum of data.train": manifest.index_checksum})
+    indices = {"the index of data.train": manifest.index_checksum, "the index of data.val": val.index_checksum}
+    _agree(process, flatten(about["config"]) | indices)
     problem = process.broadcast(_open_run(run, resume, overwrite) if process.is_main else None)
     if problem:
         raise CommandError(problem)
@@ -384,7 +385,7 @@ def _check(config: Config):
     """All that can be wrong with a config, before any process group, folder or file exists.
 
     Returns:
-        the training set's manifest and the model, whose construction is a check of its own.
+        the manifests of data.train and data.val, and the model, whose construction is a check of its own.
     """
     from automix_dist import beton
     from automix_dist.trackers import check_installed
@@ -417,7 +418,7 @@ def _check(config: Config):
             raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
     deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
 
-    return train, _build_model(config, len(train.classes), device)
+    return train, val, _build_model(config, len(train.classes), device)
 
 
 def _build_model(config: Config, num_classes: int, device):
@@ -464,7 +465,7 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
         holder = _lock(run)
         if holder is not None:
             return f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=..."
-        if overwrite:
+        if overwrite and (steps or (run / "metrics.jsonl").exists()):  # else it is the folder of something else
             for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
                 shutil.rmtree(run / name, ignore_errors=True)
     except OSError as error:
@@ -564,8 +565,13 @@ def _saved_model(saved, config: Config, device):
 
 def _anywhere(config: Config) -> Config:
     """A run's settings for another machine, which may lack the GPU that the run asked for."""
-    kernels = "auto" if config.engine.kernels == "triton" else config.engine.kernels
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, device="auto", kernels=kernels))
+    device, kernels = config.engine.device, config.engine.kernels
+    engine = dataclasses.replace(
+        config.engine,
+        device="auto" if device == "cuda" else device,
+        kernels="auto" if kernels == "triton" else kernels,
+    )
+    return dataclasses.replace(config, engine=engine)
 
 
 def _replay(options: argparse.Namespace) -> int:

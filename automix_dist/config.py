@@ -709,10 +709,10 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         try:
             number = float(value)  # YAML 1.1 reads 1e-4 as text
         except ValueError:
-            number = None
-        if number is not None and not math.isfinite(number):
-            raise ConfigError(f"{key} = {value!r}: expected a finite number")
-        if number is not None:
+            pass
+        else:
+            if not math.isfinite(number):
+                raise ConfigError(f"{key} = {value!r}: expected a finite number")
             return number
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

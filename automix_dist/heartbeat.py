@@ -322,10 +322,13 @@ def _within(seconds: float, action: Callable[[], Any]) -> Any:
 def silence(beats: Sequence[Beat], silent: dict[int, float], allowed: float, host: str) -> str | None:
     """The verdict on ranks whose beats stopped `silent` seconds ago, more than `allowed`; `host` is the observer's.
 
-    Ranks that were quiet for half as long go with them: a host's ranks die together, but their last beats lie apart.
+    Ranks of the same hosts that were quiet for half as long go with them: they die together, but their last beats lie
+    apart.
     """
-    quiet = [beat for beat in beats if silent[beat.rank] > allowed / 2 and not beat.finished]
-    if not any(silent[beat.rank] > allowed for beat in quiet):
+    running = [beat for beat in beats if not beat.finished]
+    hosts = {beat.host for beat in running if silent[beat.rank] > allowed}
+    quiet = [beat for beat in running if beat.host in hosts and silent[beat.rank] > allowed / 2]
+    if not quiet:
         return None
     first = quiet[0]
     states = {state for beat in quiet if beat.host == host and (state := _process_state(beat.process))}

@@ -64,7 +64,7 @@ class RunLog:
         self._trackers: list[Tracker] = []
         self._warned: set[str] = set()
         self._nonfinite: set[str] = set()
-        self._torn = False
+        self._torn = self._closed = False
         self._progress = {"loss": "", "accuracy": "", "speed": ""}
         self._step, self._total_steps, self._steps_per_epoch = 0, 0, 1
         self._session = (time.perf_counter(), 0)  # when this session started, and at which step
@@ -164,7 +164,7 @@ class RunLog:
             self._console(self._bar.close)
             self._bar = None
         self._track(lambda tracker: tracker.finish())
-        self._trackers = []
+        self._trackers, self._closed = [], True
         if self._metrics is not None:
             self._attempt("metrics.jsonl", self._metrics.close)
             self._metrics = None
@@ -201,7 +201,7 @@ class RunLog:
         if nonfinite:
             record = {**record, **dict.fromkeys(nonfinite), "nonfinite": nonfinite}
         line = json.dumps(record, allow_nan=False, default=str).encode() + b"\n"
-        if self.is_main:
+        if self.is_main and not self._closed:
             self._attempt("metrics.jsonl", lambda: self._write_line(line))
 
     def _write_line(self, line: bytes) -> None:

@@ -433,9 +433,9 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
             raise self.error(f"no such folder{similar(root)}")
         if (root / "train").is_dir() and (root / "val").is_dir():
             root = root / split
-        elif (root / "train").is_dir():
+        elif "train" in (names := subfolders(root)) and {*names} <= {"train", "test", "valid", "validation", "dev"}:
             raise self.error(
-                "it has train but no val: name the other folder val, or give DIR/train and the other by itself"
+                "it has train but no val: name the other folder val, or give DIR/train and the other alone"
             )
         classes = subfolders(root)
         if not classes:

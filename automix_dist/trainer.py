@@ -120,6 +120,8 @@ class Trainer:
         self.update_momentum = MomentumUpdate(model, config.engine.kernels)
         self.statistics = RunningStatistics(model)
         self.position = Position()
+        self._saved = asdict(self.position)
+        """The position that the newest checkpoint holds: a step may be saved, then evaluated, then saved again."""
         self._first_step = 0
         self.progress = process.progress
         self.last_batches: list[Batch] = []
@@ -131,7 +133,7 @@ class Trainer:
 
         Raises TrainingError if too many steps in a row were not finite, or if the last checkpoint cannot be written.
         """
-        self.position, self._first_step = position, position.step
+        self.position, self._saved, self._first_step = position, asdict(position), position.step
         recorded = self.config.profile if self.process.is_main else ProfileConfig()
         self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
         self.log.start(self.schedule.total_steps, self.schedule.steps_per_epoch, position.step)
@@ -144,7 +146,7 @@ class Trainer:
             return 0
         except Stopped as stopped:
             self.progress.enter("saving", patient=True)
-            if not self.checkpoints.settle() or position.saved_step != position.step:
+            if not self.checkpoints.settle() or asdict(position) != self._saved:
                 self._save()
             self._settle()
             self.log.event("stopped", position.step, signal=stopped.args[0])
@@ -226,17 +228,15 @@ class Trainer:
         if first or not epoch:
             return
         last, settings = epoch == self.config.epochs, self.config.checkpoint
-        is_new = position.saved_step != position.step
         if position.evaluated_step != position.step and (last or epoch % self.config.eval_every_epochs == 0):
             self._evaluate(epoch)
-            is_new = True  # even where a stop in the midst of an evaluation has saved the step already
         due = [
             last,
             settings.keep_best and position.best_step == position.step,
             settings.every_epochs and epoch % settings.every_epochs == 0,
             settings.every_steps and position.step % settings.every_steps == 0,
         ]
-        if is_new and any(due):
+        if asdict(position) != self._saved and any(due):
             self._save()
 
     def _evaluate(self, epoch: int) -> None:
@@ -253,7 +253,8 @@ class Trainer:
     def _save(self) -> None:
         self.progress.enter("saving", patient=True)
         self.position.saved_step = self.position.step
-        self.checkpoints.save(self.engine, asdict(self.position), self.about)
+        self._saved = asdict(self.position)
+        self.checkpoints.save(self.engine, self._saved, self.about)
 
     def _settle(self) -> None:
         """Wait for the save that is being written. Raises TrainingError if it fails."""

@@ -47,7 +47,7 @@ names = ("automix-dist", "torch", "deepspeed", "ffcv", "numpy")
 print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in names), sep=" ")') || exit 92
 echo "versions $versions"
 echo "resolved $(address_of "$first")"
-echo "source $(cd "$root" && find automix_dist kernels -name '*.py' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)"
+echo "source $(cd "$root" && find automix_dist kernels -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)"
 if [ "$(hostname)" = "$first" ] || grep -qF " $(address_of "$first")/" <<<"$(ip -o addr show)"; then
     echo "address $(own_address "$second")"
     echo "port $(free_port "$wanted")"
@@ -124,7 +124,7 @@ choose_way() { # fills way, DeepSpeed's options for --over, and script, what it 
         ;;
     openmpi)
         program=mpirun.openmpi package=openmpi-bin
-        subnet=$(getent ahostsv4 "$MASTER_ADDR" | awk '{ print $1; exit }')/24 # fits every node's name for its interface
+        subnet=$({ getent ahostsv4 "$MASTER_ADDR" || true; } | awk 'NR == 1 { print $1 }')/24 # fits every node's name for its interface
         way=(--launcher_args "--bind-to none") # some arguments there must be: DeepSpeed insists on eth0 otherwise
         [ "$subnet" = /24 ] || way=(--launcher_args "--mca btl_tcp_if_include $subnet --mca oob_tcp_if_include $subnet --bind-to none")
         [ "$(id -u)" != 0 ] || export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # containers are root

@@ -23,7 +23,9 @@ plan() { # REASON COMMAND [ARGUMENT ...]: with --dry-run, show it
     quoted "$@"
 }
 
-SECRET='^[A-Z0-9_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z0-9_]*$' # variables that a command line, which all users see, must not show
+is_secret() { # NAME: of a variable that a command line, which all users see, must not show
+    [[ $1 =~ (^|_)(KEY|TOKEN|SECRET|PASSWORD)S?$ && $1 != *_DISABLE_* ]]
+}
 
 plan_settings() { # what rank.sh will set on every node, by the same code
     [ -n "$dry_run" ] || return 0
@@ -36,7 +38,8 @@ pack() { # COMMAND [ARGUMENT ...]: this folder, the variables to carry and the c
     {
         printf '%s\0' "$PWD"
         for name in $(compgen -e); do
-            [[ " ${AUTOMIX_CARRY:-} " == *" $name "* || ($name =~ $CARRIED && ! $name =~ $SECRET) ]] && printf '%s\0' "$name=${!name}"
+            [[ " ${AUTOMIX_CARRY:-} " == *" $name "* || $name =~ $CARRIED ]] || continue
+            is_secret "$name" && [[ " ${AUTOMIX_CARRY:-} " != *" $name "* ]] || printf '%s\0' "$name=${!name}"
         done
         printf '%s\0' "${job_settings[@]}" -- "$@"
     } | base64 -w0
@@ -45,7 +48,7 @@ pack() { # COMMAND [ARGUMENT ...]: this folder, the variables to carry and the c
 name_secrets() { # those that `pack` leaves out
     local name
     for name in $(compgen -e); do
-        if [[ $name =~ $CARRIED && $name =~ $SECRET && " ${AUTOMIX_CARRY:-} " != *" $name "* ]]; then
+        if [[ $name =~ $CARRIED && " ${AUTOMIX_CARRY:-} " != *" $name "* ]] && is_secret "$name"; then
             say "note: $name stays here, as every user of a node could read it there; log in on the nodes, or name it in AUTOMIX_CARRY"
         fi
     done
@@ -71,7 +74,7 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
     grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' \
         <"$scratch/copy" >"$scratch/ended" &
     watcher=$!
-    tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null &
+    { tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null; : <>"$scratch/copy"; } & # even a tee that fails lets grep end
     setpriv --pdeathsig TERM setsid "$@" <"$scratch/stdin" 2>"$scratch/stderr" &
     launcher=$!
     exec 7>"$scratch/stdin" # closed by the kernel if this script is killed: the ranks' lifeline
@@ -96,12 +99,13 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
         wait $! || true
     done
     { wait $launcher || code=$?; } 2>/dev/null # bash would comment on what has been killed
-    if [ "$code" -gt 128 ] && [ $stops = 0 ] && [ -z "$deadline" ]; then
+    exec 7>&- # to ranks with a lifeline a request to stop
+    if [ "$code" -gt 128 ] && [ $stops = 0 ] && [ -z "$deadline" ] && ! grep -q "exit code $code\$" "$scratch/ended"; then
         say "the launcher was ended by a signal (exit code $code): its ranks save first (Ctrl-C: end at once)"
-        signal_job TERM
+        [[ " ${job_settings[*]-} " == *" AUTOMIX_LIFELINE=1 "* ]] || signal_job TERM
     fi
-    exec 7>&-
     wait $watcher || true
+    trap - PIPE
     ended=$(grep -oE '[0-9]+$' "$scratch/ended") || true
     if grep -vx $STOPPED <<<"$ended" | grep -qxE "$fatal"; then
         code=$(grep -vx $STOPPED <<<"$ended" | grep -xE "$fatal" | head -n 1)

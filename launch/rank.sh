@@ -43,9 +43,8 @@ fail() { # MESSAGE CODE
 
 # The names that launchers have for the same four numbers.
 export RANK=${RANK:-${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-${SLURM_PROCID:-0}}}}
-# Slurm's size only with Slurm's rank: a shell of salloc has the size alone.
-export WORLD_SIZE=${WORLD_SIZE:-${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-${SLURM_PROCID:+${SLURM_NTASKS:-}}}}}
-export WORLD_SIZE=${WORLD_SIZE:-1}
+# The step's tasks, not the job's: a batch script and a shell of salloc are one process.
+export WORLD_SIZE=${WORLD_SIZE:-${OMPI_COMM_WORLD_SIZE:-${PMI_SIZE:-${SLURM_STEP_NUM_TASKS:-1}}}}
 export LOCAL_RANK=${LOCAL_RANK:-${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:-${SLURM_LOCALID:-0}}}}
 export LOCAL_WORLD_SIZE=${LOCAL_WORLD_SIZE:-${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-${LOCAL_SIZE:-1}}}}
 

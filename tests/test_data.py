@@ -1,6 +1,7 @@
 """Loaders: order, shares, position, exact evaluation, and that nothing hangs, leaks or is overwritten."""
 
 import gc
+import json
 import mmap
 import os
 import re
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -622,7 +623,7 @@ def large_file(path: Path, count: int) -> Path:
     manifest = beton.prepare("synthetic:1x6@1", small, progress=False)
     index = beton.read_index(path)
     manifest = replace(manifest, count=count, file_size=path.stat().st_size, index_checksum=index.checksum)
-    beton._write_synced(beton.manifest_path(path), beton.json.dumps(beton.dataclasses.asdict(manifest)))
+    beton.manifest_path(path).write_text(json.dumps(asdict(manifest)))
     return path
 
 

@@ -280,7 +280,7 @@ def test_the_least_advanced_rank_is_the_culprit():
 
 def test_silent_ranks_are_listed_by_host():
     beats = [beat(rank) for rank in range(6)]
-    silent = dict.fromkeys(range(6), 20.0) | {2: 60.0, 3: 42.0}
+    silent = dict.fromkeys(range(6), 30.0) | {2: 60.0, 3: 42.0}
     assert silence(beats, silent, 70, "node0") is None
     verdict = silence(beats, silent, 45, "node0")  # the last beat of rank 3 came later
     assert verdict.startswith("each of 2 ranks (2, 3 on node1) has not responded for 42 s (is its host down?)")

@@ -4,9 +4,10 @@
     automix bench step --networks cifar_resnet18 --batch 8    on a CPU: the ratios show, the speed means little
 
 All ways of a network live in one process and take turns, a few steps each, so that a busy moment of the machine hits
-all alike; the median counts. A ratio is taken to the fastest vanilla step of the same table, and stands beside the
-ratio of counted FLOPs, below which it cannot honestly fall. One device, no engine, random images. `published` is the
-published implementation's step restated in plain PyTorch (bench/published.py).
+all alike; the median counts. CUDA graphs, whose memory is set aside for good, come after the others, one by one. A
+ratio is taken to the fastest vanilla step of the same table, and stands beside the ratio of counted FLOPs, below which
+it cannot honestly fall. One device, no engine, random images. `published` is the published implementation's step
+restated in plain PyTorch (bench/published.py).
 """
 
 import argparse

@@ -44,6 +44,7 @@ class Recorder:
         self.clock: Clock | None = None
         self.steps = 0
         self.began = self.ended = 0.0
+        self._joules_before: float | None = None
         self.joules: float | None = None
         """Used in the measured steps."""
         self.saving: list[float] = []

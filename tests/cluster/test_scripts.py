@@ -131,19 +131,21 @@ def test_the_head_knows_itself_by_any_of_its_names():
 
 def test_secrets_stay_off_command_lines():
     script = f". {LAUNCH}/job.sh; job_settings=(); name_secrets; pack true"
-    secrets = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "WANDB_PROJECT": "flowers"}
+    secrets = {"WANDB_API_KEY": "s3cr3t", "HF_TOKEN": "s3cr3t", "WANDB_PROJECT": "flowers", "NCCL_IB_PKEY": "7"}
     packed = bash("-c", f"{script} | base64 -d | tr '\\0' '\\n'", env=os.environ | secrets)
-    assert "WANDB_PROJECT=flowers" in packed and "s3cr3t" not in packed
+    assert "WANDB_PROJECT=flowers" in packed and "NCCL_IB_PKEY=7" in packed and "s3cr3t" not in packed
     assert "note: WANDB_API_KEY stays here" in packed and "note: HF_TOKEN stays here" in packed
     wanted = os.environ | secrets | {"AUTOMIX_CARRY": "HF_TOKEN"}
     assert "HF_TOKEN=s3cr3t" in bash("-c", f"{script} | base64 -d | tr '\\0' '\\n'", env=wanted)
 
 
-def test_a_shell_of_salloc_is_no_rank():
+def test_a_shell_of_salloc_is_one_rank_and_a_task_of_srun_one_of_many():
     code = "import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'])"
-    shell = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    assert bash(LAUNCH / "rank.sh", "python3", "-c", code, env=shell | {"SLURM_NTASKS": "8"}) == "0 1\n"
-    task = shell | {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
+    launchers = ("RANK", "WORLD_SIZE", "SLURM_", "PMI_", "OMPI_")
+    shell = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    shell |= {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+    assert bash(LAUNCH / "rank.sh", "python3", "-c", code, env=shell) == "0 1\n"
+    task = shell | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}
     assert bash(LAUNCH / "rank.sh", "python3", "-c", code, env=task) == "3 8\n"
 
 
