@@ -158,12 +158,12 @@ class RunLog:
         if self.is_main:
             self._console(lambda: tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr))
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Close the bar and the files; may be called twice."""
         if self._bar is not None:
             self._console(self._bar.close)
             self._bar = None
-        self._track(lambda tracker: tracker.finish())
+        self._track(lambda tracker: tracker.finish(failed))
         self._trackers, self._closed = [], True
         if self._metrics is not None:
             self._attempt("metrics.jsonl", self._metrics.close)

@@ -1,6 +1,6 @@
 """Where a run can be followed live besides its own files: TensorBoard, Weights & Biases and MLflow, through Accelerate.
 
-All three have a `label` for the console and the methods log(values, step), picture(name, pixels, step) and finish().
+All three have a `label` for the console and the methods log(values, step), picture(name, pixels, step), finish(failed).
 Whatever one of them raises means that this tracker is lost; run_log.py then goes on without it. None of them lets a
 training step wait for a network: TensorBoard writes files, W&B has a process of its own, MLflow gets a thread here.
 
@@ -40,7 +40,8 @@ class Tracker(Protocol):
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         """Add a picture, uint8 [height, width, 3]."""
 
-    def finish(self) -> None: ...
+    def finish(self, failed: bool) -> None:
+        """The training has ended or stopped; or failed, which its page should show."""
 
 
 def check_installed(config: LogConfig) -> None:
@@ -97,7 +98,7 @@ class TensorBoard:
     def picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         self._tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         self._tracker.finish()
 
 
@@ -139,8 +140,8 @@ class WeightsAndBiases:
         if step >= self._first_step:
             self._tracker.log_images({name: [pixels]}, step=step)
 
-    def finish(self) -> None:
-        self._tracker.finish()
+    def finish(self, failed: bool) -> None:
+        self._tracker.tracker.finish(exit_code=int(failed))
 
 
 class MLflow:
@@ -181,14 +182,14 @@ class MLflow:
 
         self._thread.submit(lambda: mlflow.log_image(pixels, key=name, step=step, synchronous=True))
 
-    def finish(self) -> None:
-        self._thread.submit(self._close)
+    def finish(self, failed: bool) -> None:
+        self._thread.submit(lambda: self._close("FAILED" if failed else "FINISHED"))
         self._thread.wait()
 
-    def _close(self) -> None:
+    def _close(self, status: str) -> None:
         import mlflow
 
-        self._tracker.finish()
+        mlflow.end_run(status=status)
         if self._own_store:
             mlflow.set_tracking_uri(None)  # it is kept in the environment too, for any later run of this process
 

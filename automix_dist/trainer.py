@@ -151,6 +151,9 @@ class Trainer:
             self._settle()
             self.log.event("stopped", position.step, signal=stopped.args[0])
             return stopped.args[0]
+        except BaseException:
+            self.log.close(failed=True)
+            raise
         finally:
             self.profile.close()
             self.stop.close()

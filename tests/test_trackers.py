@@ -146,6 +146,20 @@ def test_mlflow_gets_values_settings_and_pictures(tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.asarray(picture), gallery_picture(**gallery_arrays()))
 
 
+def test_a_training_that_fails_is_shown_as_failed(tmp_path, monkeypatch):
+    for failed in (False, True):
+        folder = tmp_path / str(failed)
+        log = open_log(folder, 0, trackers=BOTH)
+        log.train(2, 0, {"loss": 1.0})
+        log.close(failed)
+        log.close()
+        (run,) = mlflow_runs(mlflow_client(folder, monkeypatch))
+        assert run.info.status == ("FAILED" if failed else "FINISHED")
+        (path,) = wandb_files(folder)
+        ends = [record.exit.exit_code for record in wandb_records(path) if record.HasField("exit")]
+        assert ends == [int(failed)]
+
+
 def test_the_environment_says_where(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "flowers")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "birds")
