@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,12 +116,29 @@ class Engine:
         raise NotImplementedError
 
 
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Within the block the package counts as not installed, unless it is imported already.
+
+    DeepSpeed's autotuner, which is not used, imports MLflow where there is one, and that takes a second.
+    """
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
 class DeepSpeedEngine(Engine):
     """DeepSpeed's ZeRO 0 to 3."""
 
     def __init__(self, module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         super().__init__(module, optimizer, config, process)
-        import deepspeed
+        with _without("mlflow"):
+            import deepspeed
 
         self.stage = config.engine.zero_stage
         self.offload = config.engine.offload_optimizer

@@ -10,6 +10,6 @@ pytest=(.venv/bin/python -m pytest)
 # Clusters, faults and heartbeats have time limits, so they get the machine for themselves.
 alone=(tests/cluster tests/faults tests/test_heartbeat.py)
 failed=0
-"${pytest[@]}" -n logical --maxprocesses 8 --maxschedchunk 1 "${alone[@]/#/--ignore=}" || failed=$?
+"${pytest[@]}" -n logical --maxprocesses 8 --dist worksteal "${alone[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" "${alone[@]}" || failed=$?
 exit "$failed"

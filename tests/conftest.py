@@ -32,9 +32,7 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(fixture, files, ids=lambda path: path.stem)
 
 
-def pytest_collection_modifyitems(config, items):
-    if hasattr(config, "workerinput"):  # one of several processes: the long tests first, so that none is left with one
-        items.sort(key=lambda item: "slow" not in item.keywords)
+def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU on this machine")

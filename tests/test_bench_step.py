@@ -193,7 +193,7 @@ def test_a_failure_is_a_reason_not_a_gap():
 @pytest.mark.slow
 def test_every_way_runs():
     """What cannot, on this network, is a policy that needs another one, and says so."""
-    network = bench.Network("tiny", "resnet10t", -2, 32, 4, classes=10)
+    network = bench.Network("tiny", "test_resnet", -2, 32, 4, classes=10)
     case = bench.Case(network, 4, torch.device("cpu"), torch.float32)
     ways = [way for way in bench.WAYS if not way.twin and way.name != "attentivemix"]
     rows = {row.way: row for row in bench.measure(case, ways, 1, 1)}
