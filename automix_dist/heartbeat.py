@@ -182,11 +182,15 @@ class Heartbeat:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._stop.wait(self._interval):
-            # A job that was suspended as a whole wakes up to old beats: that time must not count as silence.
             now = time.monotonic()
-            seconds, last = min(now - last, self._interval + 2 * STORE_SECONDS), now
+            passed, last = now - last, now
+            # A job that was suspended as a whole wakes up to old beats: that time must not count as silence.
+            seconds = min(passed, 2 * self._interval)
             self._look_at_main_thread(seconds)
-            verdict = self._exchange(seconds) if self._store else self._without_store(seconds)
+            if self._store:
+                verdict = self._exchange(seconds)
+            else:  # asking for it takes its own time
+                verdict = self._without_store(min(passed, self._interval + 2 * STORE_SECONDS))
             if verdict:
                 self._end(verdict)
 

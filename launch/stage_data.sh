@@ -33,7 +33,7 @@ copy() { # FILE NAME CHECKSUM: to this node; FILE may be "-"
         return
     fi
     mkdir -p "$folder" || die "$(hostname): $folder cannot be made"
-    part=$(mktemp "$folder/.$2.XXXXXX") || die "$(hostname): $folder cannot be written"
+    part=$folder/.$2.$(hostname)-$$
     trap 'rm -f "$part"' EXIT
     cat -- "$1" >"$part" || die "$(hostname): $target could not be written; $(df -h --output=avail "$folder" | tail -n 1 | tr -d ' ') free there"
     [ "$(sha256sum <"$part" | cut -c1-64)" = "$3" ] || die "$(hostname): the copy of $1 does not have the manifest's checksum: \`automix verify $1\` tells whether the original does"

@@ -186,6 +186,7 @@ def test_ctrl_c_ends_the_copies(digits, tmp_path):
         env=os.environ | {"PATH": f"{slow.parent}:{os.environ['PATH']}"},
         start_new_session=True,
         stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background job
     )
     deadline = time.monotonic() + 30
     while len(list(disk.glob(".val.beton*"))) < 2 and time.monotonic() < deadline:
