@@ -453,6 +453,7 @@ def _agree(process, settings: dict) -> None:
 def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
     """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
     from automix_dist.checkpoint import committed
+    from automix_dist.run_log import METRICS
 
     steps = committed(run / "checkpoints")
     if steps and not (resume or overwrite):
@@ -465,7 +466,7 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
         holder = _lock(run)
         if holder is not None:
             return f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=..."
-        if overwrite and (steps or (run / "metrics.jsonl").exists()):  # else it is the folder of something else
+        if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
             for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
                 shutil.rmtree(run / name, ignore_errors=True)
     except OSError as error:
