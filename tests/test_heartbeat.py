@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from test_training import ROOT, digits, run, settings, torchrun  # noqa: F401 - fixtures
+from test_training import digits, run, settings  # noqa: F401 - two of them are fixtures
 
 from automix_dist import distributed, heartbeat
 from automix_dist.config import EngineConfig
@@ -243,10 +243,11 @@ def test_a_training_that_lost_a_rank_names_it_and_resumes(settings, tmp_path):  
         "epochs=2",
         "checkpoint.every_steps=5",
     ]
-    command = [*torchrun(2), *map(str, arguments)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "automix_dist", *map(str, arguments)]
     console = tmp_path / "console"
     with console.open("w") as file:
-        job = subprocess.Popen(command, stderr=file, cwd=ROOT)
+        job = subprocess.Popen(command, stderr=file, cwd=ranks.ROOT)
         while job.poll() is None and not any((output / "checkpoints").glob("step_*")):
             time.sleep(0.05)
         pid = re.search(r"process (\d+)", (output / "logs" / "rank_00001.log").read_text())[1]
@@ -254,7 +255,7 @@ def test_a_training_that_lost_a_rank_names_it_and_resumes(settings, tmp_path):  
         assert job.wait(timeout=BOUND) != 0
     verdicts = [line for line in console.read_text().splitlines() if line.startswith("automix: error:")]
     assert re.search(rf"rank 1 on .* \(process {pid}\) has not responded .* is gone", verdicts[0])
-    resumed = run(*arguments, "--resume", command=torchrun(2))
+    resumed = run(*arguments, "--resume", ranks=2)
     assert "resuming from" in resumed.stderr and "done: 30 steps" in resumed.stderr
     assert "done: 30 steps" in (output / "logs" / "rank_00000.log").read_text()
 
@@ -360,7 +361,7 @@ def test_rank_logs_keep_what_is_said_and_survive_a_full_disk(tmp_path):
     )
     for rank, on_console in ((0, {"said", "bar", "compiled", "verdict", "traceback"}), (1, {"verdict"})):
         done = subprocess.run(
-            [sys.executable, "-c", code, tmp_path, str(rank)], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-c", code, tmp_path, str(rank)], capture_output=True, text=True, cwd=ranks.ROOT
         )
         shown, kept = done.stdout + done.stderr, (tmp_path / "logs" / f"rank_0000{rank}.log").read_text()
         words = {"said", "bar", "compiled", "verdict", "traceback"}
@@ -371,5 +372,6 @@ def test_rank_logs_keep_what_is_said_and_survive_a_full_disk(tmp_path):
     logs = tmp_path / "full" / "logs"
     logs.mkdir(parents=True)
     (logs / "rank_00000.log").symlink_to("/dev/full")
-    done = subprocess.run([sys.executable, "-c", code, logs.parent, "0"], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", code, logs.parent, "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ranks.ROOT)
     assert "said" in done.stdout and "verdict" in done.stderr and "cannot write" in done.stderr

@@ -106,10 +106,10 @@ class Hosts:
             self.kill(name)
 
     def popen(self, name: str, *command: str | Path, **options) -> subprocess.Popen:
-        """Start a command on a host, with a clean environment as a fresh login has."""
+        """Start a command on a host, with a clean environment as a fresh login has; ranks know that hosts share cores."""
         enter = ["nsenter", "-t", str(self._pids[name]), "-a", f"--wd={options.pop('cwd', '/')}"]
         enter += ["setpriv", "--pdeathsig", "KILL"]
-        environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "HOME": "/root", "OMP_NUM_THREADS": "1"}
+        environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "HOME": "/root", "AUTOMIX_CORE_SHARERS": "2"}
         return subprocess.Popen(
             [*enter, *map(str, command)],
             env=environment | options.pop("env", {}),

@@ -44,7 +44,7 @@ def launch(hosts, *arguments, code: int = 0, cwd: Path = ROOT, **options) -> str
 def test_pdsh_stops_after_saving_and_openmpi_mpich_and_four_nodes_go_on(hosts, two, settings, tmp_path):
     """ZeRO 2, then 1, then 3; two nodes, then four; hostile arguments and a checkout in a folder with a space."""
     run, trap = tmp_path / "run $(touch trap); `touch trap`", ROOT / "trap"
-    arguments = [settings, *QUICK, "epochs=12", "checkpoint.every_epochs=0", f"output={run}"]
+    arguments = [settings, *QUICK, "epochs=40", "checkpoint.every_epochs=0", f"output={run}"]
     process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, *arguments, "engine.zero_stage=2", cwd=ROOT,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     until(lambda: process.poll() is not None or trained(run, 3), 120, "training has begun")
