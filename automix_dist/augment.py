@@ -12,11 +12,15 @@ Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, s
 the crop alone (jpeg.py) and resize it with compiled loops, both faster than FFCV's own, which call OpenCV.
 """
 
+import contextlib
 import ctypes
+import hashlib
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import llvmlite.binding
 import numba.typed
@@ -25,6 +29,7 @@ import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 # Importing FFCV sets torch's thread count to 1, which would starve everything else in the process, and fills one of
@@ -56,15 +61,46 @@ RESIZE_METHODS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}
 CROP, FLIP, JITTER, ERASE, POLICY = 1, 2, 3, 4, 5  # the operations' own streams of random numbers
 
 
+class _Cache(FunctionCache):
+    """What numba compiled, kept on disk where that can be: a full or broken disk costs time, and no training."""
+
+    def load_overload(self, sig, target_context):
+        with contextlib.suppress(OSError):
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig, data):
+        with contextlib.suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def _cache_folder() -> str:
+    """For these sources and this kind of processor alone: numba itself looks at the file of a function but not at those
+    of the functions that it calls, and two processors that write at once would take each other's code."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
+    for name in ("augment.py", "rand_augment.py"):
+        digest.update((package / name).read_bytes())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = package / "__pycache__" if os.access(package, os.W_OK) else Path(home, "automix_dist")
+    return str(Path(numba.config.CACHE_DIR or place) / f"numba-{digest.hexdigest()[:16]}")
+
+
+_CACHE_FOLDER = _cache_folder()
+
+
 def compiled(*, parallel: bool = False) -> Callable:
     """numba's njit, keeping what it compiled on disk. No fastmath: crops could differ by a pixel between processors."""
 
     def decorate(function: Callable) -> Callable:
-        options = {"nogil": True, "error_model": "numpy", "parallel": parallel}
+        dispatcher = njit(nogil=True, error_model="numpy", parallel=parallel)(function)
+        asked, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_FOLDER
         try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's cache can be written: compile every time
-            return njit(**options)(function)
+            dispatcher._cache = _Cache(function)
+        except RuntimeError:
+            pass  # no folder can be written: compile every time
+        finally:
+            numba.config.CACHE_DIR = asked
+        return dispatcher
 
     return decorate
 

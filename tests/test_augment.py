@@ -1,5 +1,6 @@
 """Augmentations: their distribution, their pixels, and that they depend on (seed, epoch, sample) alone."""
 
+import errno
 import io
 import os
 import subprocess
@@ -439,7 +440,7 @@ def test_compiled_code_is_kept_on_disk(raw_file):
     """A second process takes it from there: seconds per loader, rank and start."""
     loops = (augment._crop_and_resize, augment._pad_and_crop, augment._flip)
     run(raw_file, [CropResizeDecoder(24, (1.0, 1.0))], range(4))
-    assert all(type(loop._cache).__name__ == "FunctionCache" for loop in loops)
+    assert all(loop.stats.cache_path.startswith(augment._CACHE_FOLDER) for loop in loops)
     assert sum(loop.stats.cache_hits.total() + loop.stats.cache_misses.total() for loop in loops) > 0
     assert list(Path(augment._crop_and_resize.stats.cache_path).glob("augment._crop_and_resize*.nbi"))
 
@@ -453,6 +454,23 @@ def test_without_a_place_for_compiled_code_it_still_runs():
         "assert augment.centre_box(4, 6, 0.5) == (1, 2, 2, 2)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_disk_that_cannot_keep_compiled_code_stops_nothing(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("save", "load"):
+        monkeypatch.setattr(f"numba.core.caching.IndexDataCacheFile.{name}", full)
+    assert augment.compiled()(lambda x: x + 1)(2) == 3
+
+
+def test_code_compiled_from_other_sources_or_for_another_processor_is_not_taken(monkeypatch):
+    folders = {augment._cache_folder()}
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: "another")
+    folders.add(augment._cache_folder())
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"edited")
+    assert len(folders | {augment._cache_folder()}) == 3
 
 
 def test_torch_keeps_its_threads():

@@ -106,7 +106,7 @@ class Hosts:
             self.kill(name)
 
     def popen(self, name: str, *command: str | Path, **options) -> subprocess.Popen:
-        """Start a command on a host, with a clean environment as a fresh login has; ranks know that hosts share cores."""
+        """Start a command on a host, with a clean environment as a fresh login has; hosts share the cores."""
         enter = ["nsenter", "-t", str(self._pids[name]), "-a", f"--wd={options.pop('cwd', '/')}"]
         enter += ["setpriv", "--pdeathsig", "KILL"]
         environment = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "HOME": "/root", "AUTOMIX_CORE_SHARERS": "2"}
