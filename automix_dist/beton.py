@@ -35,6 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from automix_dist import datasets  # noqa: F401 - enters the published datasets in the table of sources
+from automix_dist.cores import usable_cores
 from automix_dist.jpeg import decodes, restart_interval
 from automix_dist.sources import Source, SourceError, Split, open_source
 
@@ -68,7 +69,6 @@ ALIGNMENT = 64
 SMART_RATIO = 4
 """Mode "smart" stores a JPEG where it is at least this many times smaller than the pixels."""
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 WriteMode = Literal["raw", "jpg", "proportion", "smart"]
 
@@ -107,16 +107,6 @@ class Manifest:
     versions: dict[str, str]
     """Software that wrote the file."""
     format_version: int = FORMAT_VERSION
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no container, or its quota is "max"
-        return cores
 
 
 class Stored(NamedTuple):

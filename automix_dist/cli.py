@@ -259,18 +259,17 @@ def _what_it_comes_to(config: Config) -> str:
 
 
 def _load_config(options: argparse.Namespace) -> Config:
-    """The resolved config, with the settings of its policy written out."""
-    config = load_config(options.config, options.overrides)
+    load_config(options.config, options.overrides)  # mistakes in the file answer before torch is imported
 
-    from automix_dist import policy
+    from automix_dist.policy import load_run_config
 
-    return dataclasses.replace(config, policy=policy.complete(config.policy))
+    return load_run_config(options.config, options.overrides)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     """One run, from the resolved config to its end; the exit code of `automix train`."""
-    manifest, val, model = _check(config)
     run = Path(config.output)
+    manifest, val, model, lacking = _check(config, run if resume else None)
 
     from automix_dist import distributed, provenance
     from automix_dist.heartbeat import Heartbeat
@@ -289,13 +288,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     if problem:
         raise CommandError(problem)
     with Heartbeat(process, config.engine, RankLog(run, process.rank)):
-        code = _run(config, process, run, model, about, resume)
+        code = _run(config, process, run, model, lacking, about, resume)
     distributed.finish()
     return code
 
 
-def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -> int:
-    """Build the parts of a run and train."""
+def _run(config: Config, process, run: Path, model, lacking: ConfigError | None, about: dict, resume: bool) -> int:
+    """Build the parts of a run and train. `lacking`: why the model has no weights but those of a checkpoint."""
     from automix_dist import distributed
     from automix_dist.activation_checkpointing import checkpoint_blocks
     from automix_dist.backbone import synchronize_batchnorm
@@ -318,6 +317,8 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
+    if saved is None and lacking is not None:
+        raise lacking
     if saved is not None:
         _compare_settings(saved.manifest["config"], to_dict(config), say)
         if saved.manifest.get("index_checksum", about["index_checksum"]) != about["index_checksum"]:
@@ -381,11 +382,12 @@ def _run(config: Config, process, run: Path, model, about: dict, resume: bool) -
     return 0
 
 
-def _check(config: Config):
+def _check(config: Config, resumed: Path | None):
     """All that can be wrong with a config, before any process group, folder or file exists.
 
     Returns:
-        the manifests of data.train and data.val, and the model, whose construction is a check of its own.
+        the manifests of data.train and data.val; the model, whose construction is a check of its own; and, where the
+        weights to begin with are not to be had but the resumed run has checkpoints, the error that this would be.
     """
     from automix_dist import beton
     from automix_dist.trackers import check_installed
@@ -409,6 +411,7 @@ def _check(config: Config):
 
     import torch
 
+    from automix_dist.checkpoint import committed
     from automix_dist.distributed import resolve_device
     from automix_dist.engines import deepspeed_settings
 
@@ -418,7 +421,12 @@ def _check(config: Config):
             raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
     deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
 
-    return train, val, _build_model(config, len(train.classes), device)
+    try:
+        return train, val, _build_model(config, len(train.classes), device), None
+    except ConfigError as error:
+        if resumed is None or not committed(resumed / "checkpoints"):
+            raise
+        return train, val, _build_model(_without_weights(config), len(train.classes), device), error
 
 
 def _build_model(config: Config, num_classes: int, device):
@@ -465,7 +473,10 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
         run.mkdir(parents=True, exist_ok=True)
         holder = _lock(run)
         if holder is not None:
-            return f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=..."
+            return (
+                f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=...; if "
+                f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
+            )
         if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
             for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
                 shutil.rmtree(run / name, ignore_errors=True)
@@ -558,10 +569,14 @@ def _saved_model(saved, config: Config, device):
     """The model of a checkpoint, with its weights, on a device."""
     from automix_dist.checkpoint import load_module_state
 
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
-    model = _build_model(config, len(saved.manifest["classes"]), device).to(device)
+    model = _build_model(_without_weights(config), len(saved.manifest["classes"]), device).to(device)
     model.load_state_dict(load_module_state(saved, ""))
     return model
+
+
+def _without_weights(config: Config) -> Config:
+    """A run's settings where all weights come from a checkpoint."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
 
 
 def _anywhere(config: Config) -> Config:

@@ -32,15 +32,16 @@ from automix_dist import provenance
 from automix_dist.backbone import create_backbone
 from automix_dist.checkpoint import committed
 from automix_dist.classifier import build_model
-from automix_dist.config import Config, ConfigError, load_config, to_dict
-from automix_dist.policy import needed_feature
+from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict
+from automix_dist.policy import load_run_config, needed_feature
 from automix_dist.report import percent_or_nothing, table, ticks, write_page
 from automix_dist.run_log import METRICS, read_metrics
 
 BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
 """What is the same in all runs of a fair comparison."""
 MEANINGLESS = {"output", "log", "checkpoint", "engine", "profile"}
-"""Sections whose change since a run was trained leaves its result what it was."""
+"""Settings and sections whose change since a run was trained leaves its result what it was, but for MEANINGFUL."""
+MEANINGFUL = {"engine.precision", "engine.sync_batchnorm", "engine.accumulation_steps"}
 STOPPED = 75
 """The exit code of a training that a signal stopped after saving."""
 HEAD = ("Policy", "Runs", "Mean", "Standard deviation", "Difference", "p")
@@ -196,16 +197,14 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     run = comparison.run(policy, seed)
     if not (run / METRICS).is_file() or not (run / "config.yaml").is_file():
         return None
-    wanted = to_dict(load_config(comparison.base, comparison.overrides(policy, seed)))
-    trained = to_dict(load_config(run / "config.yaml"))
-    wanted["policy"], trained["policy"] = (
-        {key: value for key, value in each["policy"].items() if key != "settings"} for each in (wanted, trained)
-    )  # the run's file has the policy's defaults written out
-    for key in wanted.keys() - MEANINGLESS:
-        if wanted[key] != trained.get(key):
+    wanted = flatten(to_dict(load_run_config(comparison.base, comparison.overrides(policy, seed))))
+    trained = flatten(to_dict(load_run_config(run / "config.yaml")))
+    for key in sorted(wanted.keys() | trained.keys()):
+        matters = key in MEANINGFUL or key.partition(".")[0] not in MEANINGLESS
+        if matters and wanted.get(key) != trained.get(key):
             raise ConfigError(
-                f"{run} was trained with {key} = {trained.get(key)!r}, the comparison asks for {wanted[key]!r}: choose "
-                f"another output, or remove the run"
+                f"{run} was trained with {key} = {trained.get(key)!r}, the comparison asks for {wanted.get(key)!r}: "
+                f"choose another output, or remove the run"
             )
     records, _ = read_metrics(run)
     total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)

@@ -646,6 +646,8 @@ def _read_override(override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+    if isinstance(value, str) and text.lstrip()[:1] not in ("'", '"'):
+        value = text.strip()  # YAML would take what follows " #" in a path for a comment
     for section in reversed(key.split(".")):
         value = {section: value}
     return value

@@ -8,7 +8,6 @@ delivers its exception.
 
 import contextlib
 import mmap
-import os
 import queue
 import sys
 import threading
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from automix_dist import beton
 from automix_dist.config import ConfigError, DataConfig
+from automix_dist.cores import cores_of_rank
 
 STALL_SECONDS = 300.0
 """A batch that takes longer than this (compilation included) is reported as a stall."""
@@ -432,9 +432,7 @@ def count_workers(config: DataConfig) -> int:
     most = numba.config.NUMBA_NUM_THREADS
     if config.workers > most:
         raise ConfigError(f"data.workers = {config.workers}: this process may use {most} core(s); expected 0 to {most}")
-    names = ("AUTOMIX_CORE_SHARERS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the first is 1 where cores have been bound
-    sharers = int(next((os.environ[name] for name in names if os.environ.get(name)), 1))
-    return config.workers or max(1, min(most, beton.usable_cores() // sharers))
+    return config.workers or min(most, cores_of_rank())
 
 
 class _Worker:

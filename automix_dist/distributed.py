@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from automix_dist.config import ConfigError, EngineConfig
+from automix_dist.cores import cores_of_rank, local_world_size
 from automix_dist.progress import Progress
 
 
@@ -89,14 +90,13 @@ def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[engine.precision]
 
 
-def _threads(local_world_size: int) -> int:
+def _threads() -> int:
     """For this rank's operations on the CPU: what OMP_NUM_THREADS says, else its share of the cores it may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     launched = "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if asked.isdecimal() and int(asked) > launched:  # 1 is what torchrun and accelerate set by themselves
         return int(asked)
-    sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS", local_world_size))  # 1 where launch/rank.sh has bound cores
-    return max(1, len(os.sched_getaffinity(0)) // sharers)
+    return cores_of_rank()
 
 
 def start(engine: EngineConfig) -> Process:
@@ -105,12 +105,11 @@ def start(engine: EngineConfig) -> Process:
     """
     device = resolve_device(engine)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         _name_gloo_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    threads = _threads(local_world_size)
+    threads = _threads()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = not engine.deterministic
@@ -132,7 +131,7 @@ def start(engine: EngineConfig) -> Process:
         rank=state.process_index,
         local_rank=max(state.local_process_index, 0),
         world_size=state.num_processes,
-        local_world_size=local_world_size,
+        local_world_size=local_world_size(),
         device=state.device,
         control=dist.new_group(backend="gloo", timeout=timeout),
         timeout=timeout,

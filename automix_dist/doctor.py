@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from automix_dist.config import Config
+from automix_dist.cores import usable_cores
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -288,7 +289,7 @@ def _host_name() -> Check:
 
 def _cores() -> Check:
     """Loader threads share the cores that this process may use, which can be fewer than the machine has."""
-    usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    usable, total = usable_cores(), os.cpu_count() or 1
     if usable < total:
         mend = "in a Slurm job ask for more with --cpus-per-task; else see taskset and the container's cpuset"
         return Check("CPU cores", "ok" if usable > 1 else "warn", f"{usable} of {total} usable here", mend)

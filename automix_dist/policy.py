@@ -6,7 +6,9 @@ Each file there has a frozen dataclass `Settings`, and one of two classes (docs/
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, PolicyConfig, build_section
+from automix_dist.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Config,
+    ConfigError,
+    PolicyConfig,
+    build_section,
+    load_config,
+)
 from automix_dist.draws import on_device
 
 
@@ -150,6 +160,12 @@ def load(config: PolicyConfig) -> tuple[ModuleType, Any]:
 def needed_feature(config: Config) -> int | None:
     """Which of the backbone's feature maps a run's policy learns from; None if it is hand-made."""
     return config.automix.feature if hasattr(load(config.policy)[0], "Model") else None
+
+
+def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """`load_config`, with every setting of the policy written out. Raises ConfigError as that and `load` do."""
+    config = load_config(path, overrides)
+    return replace(config, policy=complete(config.policy))
 
 
 def complete(config: PolicyConfig) -> PolicyConfig:

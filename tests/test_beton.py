@@ -742,13 +742,3 @@ def test_manifest_tells_how_the_file_was_made(mixed_file, photos):
     assert manifest.checksum == subprocess.check_output(["sha256sum", mixed_file], text=True).split()[0]
     assert {"python", "pillow", "numpy", "automix-dist"} <= set(manifest.versions)
     assert json.loads(beton.manifest_path(mixed_file).read_text())["count"] == 12
-
-
-def test_cores_follow_affinity_and_quota(tmp_path, monkeypatch):
-    cores = len(os.sched_getaffinity(0))
-    for text, expected in (("max 100000", cores), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", cores)):
-        (tmp_path / "cpu.max").write_text(text)
-        monkeypatch.setattr(beton, "CPU_QUOTA", tmp_path / "cpu.max")
-        assert beton.usable_cores() == expected
-    monkeypatch.setattr(beton, "CPU_QUOTA", tmp_path / "none")
-    assert beton.usable_cores() == cores

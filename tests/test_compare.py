@@ -11,8 +11,9 @@ import yaml
 from scipy import stats
 from test_training import digits, run  # noqa: F401 - one of them is a fixture
 
-from automix_dist.compare import CompareError, _check_models, compare, load_comparison, summarize
-from automix_dist.config import POLICIES, ConfigError, load_config
+from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize
+from automix_dist.config import POLICIES, ConfigError, load_config, to_yaml
+from automix_dist.policy import load_run_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,6 +101,24 @@ def test_a_stopped_run_stops_the_comparison_and_a_failed_one_is_named(tmp_path):
     assert said[-1] == "stopped; the same command continues"
     with pytest.raises(CompareError, match="none_seed0: training ended with exit code 1"):
         compare(write(tmp_path), ["false"], said.append)
+
+
+def test_a_run_of_other_settings_is_not_taken(tmp_path):
+    def result_with(*settings):
+        comparison = load_comparison(write(tmp_path, policies={"mixup": ["policy.name=mixup", *settings]}))
+        run = comparison.run("mixup", 0)
+        if not run.exists():
+            run.mkdir(parents=True)
+            config = load_run_config(comparison.base, comparison.overrides("mixup", 0))
+            (run / "config.yaml").write_text(to_yaml(config))
+            (run / "metrics.jsonl").write_text("")
+        return result(comparison, "mixup", 0)
+
+    assert result_with() is None and result_with("engine.zero_stage=1", "policy.settings.alpha=1") is None
+    with pytest.raises(ConfigError, match=r"trained with policy.settings.alpha = 1.0, the comparison asks for 0.2"):
+        result_with("policy.settings.alpha=0.2")
+    with pytest.raises(ConfigError, match=r"trained with engine.precision = 'auto', the comparison asks for 'float"):
+        result_with("engine.precision=float32")
 
 
 @pytest.mark.slow

@@ -20,6 +20,9 @@ def test_overrides_replace_the_file(tmp_path):
     assert (config.epochs, config.optimizer.lr, config.optimizer.weight_decay) == (5, 0.03, 1e-4)
     assert config.automix.upsampling == ("nearest", "bilinear")
     assert config.optimizer.mix_lr is None
+    # Text is what the user wrote, also where YAML would see a comment.
+    assert load_config(path, ["output=runs/exp #2"]).output == "runs/exp #2"
+    assert load_config(path, ["output='runs/exp #2'"]).output == "runs/exp #2"
 
 
 @pytest.mark.parametrize(

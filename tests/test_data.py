@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from automix_dist import beton, data
 from automix_dist.beton import BetonError
 from automix_dist.config import ConfigError, DataConfig, load_config
+from automix_dist.cores import usable_cores
 from automix_dist.data import (
     Batch,
     EvalLoader,
@@ -559,16 +560,26 @@ def test_workers_follow_affinity_and_local_ranks(path, monkeypatch):
     import numba
 
     most = numba.config.NUMBA_NUM_THREADS
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in ("AUTOMIX_CORE_SHARERS", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert data.count_workers(DataConfig()) == min(most, beton.usable_cores())
+    assert data.count_workers(DataConfig()) == min(most, usable_cores())
     assert data.count_workers(DataConfig(workers=1)) == 1
     monkeypatch.setenv("LOCAL_SIZE", "1000")
     assert data.count_workers(DataConfig()) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert data.count_workers(DataConfig()) == min(most, beton.usable_cores())
+    assert data.count_workers(DataConfig()) == min(most, usable_cores())
     with pytest.raises(ConfigError, match=rf"data\.workers = {most + 1}.*{most} core"):
         train_loader(path, replace(RESIZED, workers=most + 1))
+
+
+def test_cores_follow_affinity_and_quota(tmp_path, monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    for text, expected in (("max 100000", cores), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", cores)):
+        (tmp_path / "cpu.max").write_text(text)
+        monkeypatch.setattr("automix_dist.cores.CPU_QUOTA", tmp_path / "cpu.max")
+        assert usable_cores() == expected
+    monkeypatch.setattr("automix_dist.cores.CPU_QUOTA", tmp_path / "none")
+    assert usable_cores() == cores
 
 
 def test_one_core_of_many(path):

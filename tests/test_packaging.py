@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
     0: [
-        "config", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress", "sources",
+        "config", "cores", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress", "sources",
         "datasets", "jpeg", "robustness",
     ],
     1: [

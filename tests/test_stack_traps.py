@@ -164,7 +164,8 @@ def test_threads_are_what_the_user_says_but_not_what_launchers_say(asked, ranks,
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     if ranks:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    assert distributed._threads(ranks or 1) == threads
+    assert distributed._threads() == threads

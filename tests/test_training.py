@@ -158,6 +158,22 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(settings, tmp_path)
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_weights_that_it_began_with(settings, tmp_path):
+    weights, started = tmp_path / "weights.safetensors", tmp_path / "first"
+    short = ["epochs=1", "optimizer.warmup_epochs=0", "checkpoint.every_steps=10"]
+    run("train", settings, *short, f"output={started}")
+    run("export", started, weights)
+    short.append(f"model.weights={weights}")
+    run("train", settings, *short)
+    whole = shards(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000015")
+    weights.unlink()
+    assert "resuming from" in run("train", settings, *short, "--resume").stderr
+    assert shards(tmp_path / "run") == whole
+    assert str(weights) in run("train", settings, *short, f"output={tmp_path / 'new'}", "--resume", code=2).stderr
+
+
 def test_a_run_is_not_overwritten_by_accident(settings, tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "step_00000007").mkdir(parents=True)
     result = run("train", settings, code=1)

@@ -39,6 +39,7 @@ import numpy as np
 import psutil
 
 from automix_dist import beton
+from automix_dist.cores import usable_cores
 
 BATCH, SIDE, QUALITY = 64, 224, 90
 STORAGES = ("jpg@500", "jpg@400", "raw@256")
@@ -571,7 +572,7 @@ def describe_machine(workers: int) -> dict:
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return {
         "cpu": model[1] if model else platform.machine(),
-        "cores": beton.usable_cores(),
+        "cores": usable_cores(),
         "workers": workers,
         "memory_gib": psutil.virtual_memory().total / 2**30,
         "load_average": list(os.getloadavg()),
@@ -738,7 +739,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             parser.error(f"--sizes {storage}: expected jpg@SIZE or raw@SIZE, as {' '.join(STORAGES)}")
     if options.repeat < 1:
         parser.error(f"--repeat {options.repeat}: expected 1 or more")
-    cores = beton.usable_cores()
+    cores = usable_cores()
     if not 0 <= options.workers <= cores:
         parser.error(f"--workers {options.workers}: expected 0 to {cores}, the cores that this process may use")
     if options.memory_limit is not None and options.memory_limit < 1:
@@ -755,7 +756,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> int:
     """Measures, prints the table, and with --out writes it; returns 1 if one of our own rows has no figures, else 0."""
     options = parse(argv)
-    workers = options.workers or beton.usable_cores()
+    workers = options.workers or usable_cores()
     result = {
         "machine": describe_machine(workers),
         "options": {"images": options.images, "sizes": options.sizes, "repeat": options.repeat, "batch": BATCH},
