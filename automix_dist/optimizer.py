@@ -1,9 +1,10 @@
 """The optimizer of all trained parameters, in a few groups: query encoder and Mix Block, with and without decay."""
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from automix_dist.automix import AutoMix
 from automix_dist.config import OptimizerConfig
@@ -21,9 +22,11 @@ def build_optimizer(model: AutoMix, config: OptimizerConfig) -> torch.optim.Opti
         settings["mix_block"]["momentum"] = config.mix_momentum
     groups = []
     for part, extra in settings.items():
-        parameters = [p for p in getattr(model, part).parameters() if p.requires_grad] if hasattr(model, part) else []
-        decayed = [p for p in parameters if config.decay_norm_and_bias or p.ndim > 1]
-        plain = [p for p in parameters if not (config.decay_norm_and_bias or p.ndim > 1)]
+        module = getattr(model, part, nn.Identity())  # hand-made policies have no Mix Block
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        spared = set() if config.decay_norm_and_bias else _without_decay(module)
+        decayed = [p for p in parameters if p not in spared]
+        plain = [p for p in parameters if p in spared]
         groups += [{"params": decayed, "weight_decay": config.weight_decay, **extra}] if decayed else []
         groups += [{"params": plain, "weight_decay": 0.0, **extra}] if plain else []
     if config.name == "adamw":
@@ -31,6 +34,17 @@ def build_optimizer(model: AutoMix, config: OptimizerConfig) -> torch.optim.Opti
     if config.name == "lamb":
         return Lamb(groups, lr=config.lr, betas=config.betas)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
+
+
+def _without_decay(module: nn.Module) -> set[nn.Parameter]:
+    """Vectors and scalars, and what a network itself names in timm's `no_weight_decay()`: class tokens, position
+    embeddings, tables of position biases."""
+    spared = {p for p in module.parameters() if p.ndim <= 1}
+    for network in module.modules():
+        if hasattr(network, "no_weight_decay"):
+            patterns = network.no_weight_decay()
+            spared |= {p for name, p in network.named_parameters() if any(fnmatch(name, each) for each in patterns)}
+    return spared
 
 
 class Lamb(torch.optim.Optimizer):

@@ -187,6 +187,18 @@ def train_through(config, folder: Path, steps: int) -> tuple[dict, dict]:
     return whole_parameters(engine, folder / "out", process, config), buffers
 
 
+def test_resume_does_not_depend_on_the_groups_of_the_optimizer(tmp_path):
+    """Two groups and four, both without decay, are the same training; saved in one form, continued in the other."""
+    optimizer = {"name": "adamw", "lr": 0.01, "mix_momentum": None, "weight_decay": 0.0}
+    two, four = (
+        tiny_config(engine=ENGINES["zero2"], optimizer={**optimizer, "decay_norm_and_bias": each})
+        for each in (True, False)
+    )
+    run_ranks(1, save_after, two, tmp_path, 2)
+    ((got, _),) = run_ranks(1, resume_until, four, tmp_path, 4)
+    assert_same(got, train_plain(two, ranks=1, steps=4), tolerance=1e-4)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bit_for_bit(engine, tmp_path):
     config = tiny_config(engine=ENGINES[engine])
