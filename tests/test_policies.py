@@ -687,6 +687,20 @@ def test_adautomix_classifier_sees_plain_mixes_at_the_margin_or_as_published():
     assert {len(model.draw(images, seed=0, step=step).mix_block.lam) for step in range(20)} == {2, 3}
 
 
+def test_adautomix_mixes_different_images_with_no_repeat():
+    config = tiny_config(policy={"name": "adautomix", "settings": {"samples": 4}}, automix={"no_repeat": True})
+    model, images = build_model(config, TinyBackbone(), CLASSES, torch.float32), torch.zeros(5, SIZE, SIZE, 3)
+    seen = set()
+    for step in range(40):
+        for this in model.draw(images, seed=0, step=step)[:2]:
+            assert all(len(set(mix)) == 4 for mix in this.members.T.tolist())
+            assert all(sorted(each) == list(range(5)) for each in this.members.tolist())
+            seen |= {tuple(mix) for mix in this.members.T.tolist()}
+    assert len(seen) > 100  # of 120
+    small = model.draw(images[:3], seed=0, step=0).mix_block.members  # three images cannot make mixes of four
+    assert all(sorted(each) == [0, 1, 2] for each in small.tolist())
+
+
 LEARNED_SETTINGS = {
     "samix": ({"lam_curve": 0.25, "value_dropout": 0.1}, {"lam_concat": False, "mask_loss": "l1_variance"}),
     "adautomix": ({}, {}),
@@ -722,6 +736,11 @@ def test_learned_policies_refuse_settings_that_mean_nothing_to_them():
         build_model(tiny_config(policy={"name": "samix"}), TinyBackbone(), CLASSES, torch.float32)
     with pytest.raises(ConfigError, match=r"policy.settings.samples = 1"):
         policy.load(PolicyConfig("adautomix", {"samples": 1}))
+    for key, value in (("feature_source", "query"), ("generator_share", 0.5), ("generator_every", 2)):
+        with pytest.raises(ConfigError, match=rf"automix\.{key} = .* no meaning for policy adautomix: set it to"):
+            build_model(
+                tiny_config(policy={"name": "adautomix"}, automix={key: value}), TinyBackbone(), CLASSES, torch.float32
+            )
 
 
 @pytest.mark.parametrize("clipped", [False, True])

@@ -1,8 +1,12 @@
 """AdAutoMix (arXiv 2312.11954): masks for two or three images, learned against the classifier in every other step.
 
-In those steps the Mix Block maximises the mixed loss of the momentum encoder, held back by the cosine between its
+In those steps the Mix Block maximises the mixed loss of the momentum encoder and minimises the cosine between its
 answers to the mix and to the images in it. There is no mask loss. Of the section `automix` it reads alpha, feature,
 reduction, lam_concat, norm, upsampling, lam_margin, switch_off, no_repeat and momentum*.
+
+The published code asks the momentum encoder anew for each image in a mix; here these answers are those of the pass that
+makes the features, in another order. Its BatchNorm statistics thus see two batches per step instead of four or five,
+which its evaluation notices; training differs only where the encoder draws random numbers.
 """
 
 import math
@@ -91,8 +95,10 @@ class Model(AutoMix):
     def make_mix_block(self, channels: int) -> nn.Module:
         if self.joint_query:
             raise ConfigError("engine.joint_query has no meaning for policy adautomix: set it to false")
-        if self.config.feature_source != "momentum" or self.config.generator_share < 1:
-            raise ConfigError("automix.feature_source and automix.generator_share have no meaning for policy adautomix")
+        for key, only in (("feature_source", "momentum"), ("generator_share", 1), ("generator_every", 1)):
+            value = getattr(self.config, key)
+            if value != only:
+                raise ConfigError(f"automix.{key} = {value!r} has no meaning for policy adautomix: set it to {only}")
         self.settings = self.settings or Settings()
         return AdaptiveMask(channels, self.config)
 
@@ -106,6 +112,9 @@ class Model(AutoMix):
             members = [pairing(generator, size, config.no_repeat) for _ in range(samples)]
             if samples == 2:
                 members[0] = np.arange(size)
+            elif config.no_repeat:
+                for i in range(1, samples):  # powers of one cycle: no image twice in a mix of a batch of S or more
+                    members[i] = members[0][members[i - 1]]
             mode = config.upsampling[generator.integers(len(config.upsampling))]
             shares = np.repeat(shares[:, None], size, axis=1)
             return MultiDraw(on_device(shares, images.device), on_device(np.stack(members), images.device), mode)
