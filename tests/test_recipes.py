@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from torchvision.models import ResNet18_Weights, ResNeXt50_32X4D_Weights
 
 from automix_dist import policy
 from automix_dist.backbone import create_backbone
@@ -75,6 +77,13 @@ def test_a_recipe_opens_with_what_one_wants_to_know(path):
             assert f"\n# {label}:" in head
         gpus = re.search(r"nproc-per-node=(\d+)", head)
         load_config(path).micro_batch_size(int(gpus[1]) if gpus else 1)
+
+
+def test_fine_tuning_starts_from_torchvisions_first_weights():
+    models = [load_config(path).model for path in RECIPES]
+    fine_tuned = {model.backbone for model in models if model.pretrained}
+    theirs = {ResNet18_Weights.IMAGENET1K_V1.url, ResNeXt50_32X4D_Weights.IMAGENET1K_V1.url}
+    assert {timm.get_pretrained_cfg(name).url for name in fine_tuned} == theirs
 
 
 def test_recipes_do_not_share_a_run_s_folder():
