@@ -308,7 +308,8 @@ class OptimizerConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     decay_norm_and_bias: bool = True
-    """Whether weight decay applies to norms, biases and other vectors too (CNN recipes: yes, ViT recipes: no)."""
+    """Whether weight decay applies to norms, biases and other vectors, and to what timm's no_weight_decay() names, too
+    (CNN recipes: yes, ViT recipes: no)."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up; the Mix Block has none (section 2.9)."""
     warmup_start: float = 1e-5
