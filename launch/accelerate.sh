@@ -26,6 +26,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ $# -gt 0 ] || die "no config: expected launch/accelerate.sh [OPTIONS] CONFIG [section.key=value ...]; see --help"
+check_options "$@"
 [[ $nodes:${per_node:-1}:${node_rank:-0} =~ ^[1-9][0-9]*:[1-9][0-9]*:[0-9]+$ ]] || die "--nodes $nodes, --ranks-per-node ${per_node:-1} or --node-rank ${node_rank:-0} is not a number"
 [ "$nodes" = 1 ] || [ -n "$head_option" ] || die "--nodes $nodes needs --head HOST, the same on all nodes"
 
@@ -33,7 +34,7 @@ signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: th
 
 new_job
 per_node=${per_node:-$(ranks_per_node)}
-command=("$root/.venv/bin/python" -m accelerate.commands.launch --num_machines="$nodes" --num_processes=$((nodes * per_node)) --mixed_precision=no --dynamo_backend=no)
+command=("$venv/bin/python" -m accelerate.commands.launch --num_machines="$nodes" --num_processes=$((nodes * per_node)) --mixed_precision=no --dynamo_backend=no)
 if [ "$nodes" = 1 ]; then
     command+=(--main_process_port="$(free_port)")
 else

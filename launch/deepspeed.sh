@@ -24,6 +24,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ $# -gt 0 ] || [ -n "$doctor" ] || die "no config: expected launch/deepspeed.sh [OPTIONS] CONFIG [section.key=value ...]; see --help"
+check_options "$@"
 
 signal_job() { # NAME: SIGKILL to all hosts; a request to stop to one, whose ranks tell the others
     local host script
@@ -39,9 +40,9 @@ signal_job() { # NAME: SIGKILL to all hosts; a request to stop to one, whose ran
 
 look_at_hosts() { # one visit to each host, before anything starts there; names all hosts that cannot take part
     local host second=${hosts[1]:-} problems=0 script reference=""
-    script=$(printf 'cd %q || exit 90\nroot=%q first=%q second=%q wanted=%q\n' "$PWD" "$root" "${hosts[0]}" "$second" "${MASTER_PORT:-}"; cat <<'PROBE'
+    script=$(printf 'cd %q || exit 90\nroot=%q venv=%q first=%q second=%q wanted=%q\n' "$PWD" "$root" "$venv" "${hosts[0]}" "$second" "${MASTER_PORT:-}"; cat <<'PROBE'
 . "$root/launch/env.sh" 2>/dev/null || exit 91
-versions=$("$root/.venv/bin/python" -c 'import sys
+versions=$("$venv/bin/python" -c 'import sys
 from importlib.metadata import version
 names = ("automix-dist", "torch", "deepspeed", "ffcv", "numpy")
 print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in names), sep=" ")') || exit 92
@@ -72,7 +73,7 @@ explain_host() { # HOST: complain about what its visit has brought to light
     0) ;;
     90) say "$1: $PWD does not exist there: start from a folder that all nodes have" && return 1 ;;
     91) say "$1: $root/launch/env.sh is not there: every node needs this checkout at the same path" && return 1 ;;
-    92) say "$1: $root/.venv does not work there: run launch/install.sh on it ($(tail -n 1 "$answer.err"))" && return 1 ;;
+    92) say "$1: $venv does not work there: run launch/install.sh on it ($(tail -n 1 "$answer.err"))" && return 1 ;;
     124) say "$1: no answer within 60 s: is it up, and is its file system?" && return 1 ;;
     *) say "$1: ssh fails: $(tail -n 1 "$answer.err")$(mend_ssh "$answer.err" "$1")" && return 1 ;;
     esac
@@ -181,7 +182,7 @@ packed=$(pack "${train[@]}")
 [ ${#packed} -lt 100000 ] || die "the variables to carry are too many for a command line (${#packed} bytes): unset some of $CARRIED"
 # What DeepSpeed would put into a shell's line unquoted travels in the packed word instead.
 for name in $(compgen -e | grep -E '^(MLFLOW|PYTHON|MV2|UCX|NCCL)'); do unset "$name"; done
-command=("$root/.venv/bin/python" -c "$runner" --hostfile="$scratch/hostfile" --launcher="$over" "${way[@]}"
+command=("$venv/bin/python" -c "$runner" --hostfile="$scratch/hostfile" --launcher="$over" "${way[@]}"
     --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" --force_multi --no_ssh_check --no_local_rank --log_level=error
     "${script[@]}" --packed "$packed")
 if [ -n "$dry_run" ]; then

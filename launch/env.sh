@@ -27,6 +27,15 @@ fabric_settings() { # needs MASTER_ADDR, LOCAL_RANK, LOCAL_WORLD_SIZE
     ulimit -n "$(ulimit -Hn)" # sockets and shards of many ranks; the usual soft limit is 1024
 }
 
+warn_of_few_cores() { # on a node with GPUs, which wait for their loaders then; said once a node
+    local cores
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # those that this process may use
+    [ "$LOCAL_RANK" = 0 ] && [ "$cores" -lt $((4 * LOCAL_WORLD_SIZE)) ] || return 0
+    [ -n "${SLURM_GPUS_ON_NODE:-}" ] || grep -q ^GPU <<<"$(nvidia-smi -L 2>/dev/null)" || return 0
+    printf 'automix: warning: %s: %s core(s) for %s rank(s), fewer than 4 each: GPUs will wait for data; in a Slurm job ask for %s\n' \
+        "$(hostname)" "$cores" "$LOCAL_WORLD_SIZE" "more with --exclusive or --cpus-per-gpu" >&2
+}
+
 bind_cores() { # to this rank's share of the cores that its node may use
     [ "$AUTOMIX_BIND" = auto ] && [ "$LOCAL_WORLD_SIZE" -gt 1 ] || return 0
     local allowed cores first last

@@ -21,22 +21,32 @@ command -v "$python" >/dev/null || die "$python not found: install Python 3.11 o
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
     || die "$("$python" --version) is too old: expected Python 3.11 or newer; set PYTHON to one"
 missing=()
-command -v c++ >/dev/null || missing+=(g++)
+command -v "${CXX:-c++}" >/dev/null || missing+=(g++)
 command -v pkg-config >/dev/null || missing+=(pkg-config)
 pkg-config --exists opencv4 2>/dev/null || missing+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
 pkg-config --exists libjpeg 2>/dev/null || missing+=(libjpeg-dev)
-"$python" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
-"$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || missing+=(python3-dev)
+# The distribution has these for each of its Pythons: python3.11-venv, python3.11-dev.
+found=$("$python" -c 'import os, sys; print(os.path.realpath(sys.executable), "python%d.%d" % sys.version_info[:2])')
+own=()
+"$python" -c 'import ensurepip' 2>/dev/null || own+=("${found##* }-venv")
+"$python" -c 'import os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h"))' 2>/dev/null || own+=("${found##* }-dev")
+[ ${#own[@]} = 0 ] || [[ $found == /usr/bin/* ]] \
+    || die "${found% *} has no ensurepip or no Python.h, and no package (${own[*]}) of this system brings them to it: set PYTHON to another one"
+missing+=("${own[@]}")
 if [ -n "$extras" ]; then # the report page is tested in a browser
     command -v chromium >/dev/null || missing+=(chromium)
     command -v chromedriver >/dev/null || missing+=(chromium-driver)
 fi
 if [ ${#missing[@]} -gt 0 ]; then
     line="apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
-    command -v apt-get >/dev/null || die "missing: ${missing[*]} (Debian's names); install them with this system's package manager"
+    otherwise="or without root: in a conda environment, or from a bundle made on another machine (docs/installation.md)"
+    command -v apt-get >/dev/null || die "missing: ${missing[*]} (Debian's names); install them with this system's package manager; RHEL's names:
+    gcc-c++ pkgconf-pkg-config opencv-devel turbojpeg-devel libjpeg-turbo-devel ${found##* }-devel
+$otherwise"
     [ "$(id -u)" = 0 ] || die "missing system packages; run this, then start again:
-    sudo sh -c '$line'"
+    sudo sh -c '$line'
+$otherwise"
     say "Installing system packages: ${missing[*]}"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

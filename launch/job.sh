@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-automix=$root/.venv/bin/automix
+venv=$(realpath -ms -- "${AUTOMIX_VENV:-$root/.venv}")
+automix=$venv/bin/automix
 # shellcheck source=launch/env.sh
 . "$root/launch/env.sh"
 
@@ -13,6 +14,23 @@ say() { printf 'automix: %s\n' "$*" >&2 2>/dev/null || true; } # a console that 
 die() { printf 'automix: error: %s\n' "$*" >&2; exit 2; }
 usage() { sed -n '2,/^\([^#]\|$\)/{/^#SBATCH/d;/^#/s/^# \{0,1\}//p}' "$0"; }
 needs() { [ -n "${3:-}" ] || die "$2 needs $1"; } # WHAT OPTION [VALUE ...]
+
+check_options() { # ARGUMENT ...: what is left once a script has taken its own options is for `automix train` or `doctor`
+    local each name
+    for each in "$@"; do
+        name=${each%%=*}
+        case ${name//_/-} in
+        --resume | --overwrite | --print-config | --debug | --seconds) continue ;;
+        --nproc-per-node | --num-gpus | --num-processes) name=--ranks-per-node ;; # torchrun, deepspeed, accelerate
+        --nnodes | --num-nodes | --num-machines) name=--nodes ;;
+        -*) ;;
+        *) continue ;;
+        esac
+        name=$(usage | awk -F '  +' -v name="$name" 'index($2 " ", name " ") == 1 { print "; expected before CONFIG: " $2 }')
+        die "unknown option $each$name; see --help"
+    done
+}
+
 quoted() { printf '%q ' "$@"; echo; }
 
 dry_run=""
@@ -55,6 +73,7 @@ name_secrets() { # those that `pack` leaves out
 }
 
 new_job() { # a name for this job, a folder for its scratch files
+    [ -x "$automix" ] || die "$automix is not there: run launch/install.sh, or set AUTOMIX_VENV to the folder of another environment that has bin/automix"
     AUTOMIX_JOB=$(date +%s)-$$-$RANDOM
     export AUTOMIX_JOB
     job_settings=()

@@ -55,8 +55,9 @@ case ${1:-} in
 --packed) unpack "$2" ;;
 *) command=("$@") ;;
 esac
-command -v -- "${command[0]}" >/dev/null || fail "${command[0]} is missing: run launch/install.sh on this node, in the same folder" 2
+command -v -- "${command[0]}" >/dev/null || fail "${command[0]} is missing: run launch/install.sh on this node, in the same folder, or mend AUTOMIX_VENV" 2
 fabric_settings
+warn_of_few_cores
 bind_cores
 
 # The rank's own session: a launcher that signals a whole process group would reach it twice.

@@ -17,6 +17,7 @@ while [ $# -gt 0 ]; do
     --here) only_here=1 && shift ;; # what runs on each node; "-" for FILE is standard input
     --dry-run) dry_run=1 && shift ;;
     --help) usage && exit ;;
+    -?*) die "unknown option $1; see --help" ;;
     *) break ;;
     esac
 done

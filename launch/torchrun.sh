@@ -2,11 +2,11 @@
 # Trains with torchrun, elastically. Start the same line on every node, in any order, at any time.
 #   launch/torchrun.sh [OPTIONS] CONFIG [section.key=value ...]
 #
-#   --nodes MIN:MAX          begin with MIN nodes or more, at most MAX (default: 1, this machine alone)
-#   --rendezvous HOST[:PORT] the node where they meet; it has to stay up (PORT: derived from the command, so all agree)
-#   --ranks-per-node N       default: one per GPU, or 1
-#   --restarts N             give up after so many failures (default: 10)
-#   --dry-run                print every command and variable, with its reason, and start nothing
+#   --nodes MIN:MAX           begin with MIN nodes or more, at most MAX (default: 1, this machine alone)
+#   --rendezvous HOST[:PORT]  the node where they meet; it has to stay up (PORT: derived from the command, so all agree)
+#   --ranks-per-node N        default: one per GPU, or 1
+#   --restarts N              give up after so many failures (default: 10)
+#   --dry-run                 print every command and variable, with its reason, and start nothing
 #   --help
 #
 # A node that is lost is left out: training resumes from the newest checkpoint with the nodes there are. A node that
@@ -27,6 +27,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ $# -gt 0 ] || die "no config: expected launch/torchrun.sh [OPTIONS] CONFIG [section.key=value ...]; see --help"
+check_options "$@"
 least=${nodes%%:*} most=${nodes##*:}
 [[ "$least:$most" =~ ^[1-9][0-9]*:[1-9][0-9]*$ && $least -le $most ]] || die "--nodes $nodes: expected N, or MIN:MAX with MIN <= MAX"
 [[ ${per_node:-1} =~ ^[1-9][0-9]*$ ]] || die "--ranks-per-node $per_node: expected a number, 1 or more"
@@ -63,7 +64,7 @@ else
     settings=(env AUTOMIX_ELASTIC=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 fi
 new_run_arguments "$@"
-command=("${settings[@]}" "$root/.venv/bin/python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$per_node" --max-restarts="$restarts"
+command=("${settings[@]}" "$venv/bin/python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$per_node" --max-restarts="$restarts"
     --no-python "$root/launch/rank.sh" "${train[@]}")
 if [ -n "$dry_run" ]; then
     plan_settings "${rendezvous%%:*}"
