@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from automix_dist.config import Config
-from automix_dist.cores import usable_cores
+from automix_dist.cores import cores_of_rank, usable_cores
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -32,6 +32,7 @@ GIB = 2**30
 SHM_NEEDED = 1 * GIB  # NCCL and gloo between the ranks of a host, and the loader of a large set
 DISK_NEEDED = 10 * GIB  # checkpoints of a large model
 FILES_NEEDED = 4096
+CORES_NEEDED = 4  # per rank with a GPU, as launch/env.sh has it
 MIN_PYTHON = (3, 11)
 
 Status = Literal["ok", "warn", "fail"]
@@ -288,10 +289,13 @@ def _host_name() -> Check:
 
 
 def _cores() -> Check:
-    """Loader threads share the cores that this process may use, which can be fewer than the machine has."""
+    """Loader threads share the cores that their rank may use, which can be fewer than the machine has."""
     usable, total = usable_cores(), os.cpu_count() or 1
+    mend = "in a Slurm job ask for more with --exclusive or --cpus-per-gpu; else see taskset and the container's cpuset"
+    if cores_of_rank() < CORES_NEEDED and "GPU" in (_output("nvidia-smi", "-L") or ""):
+        found = f"{cores_of_rank()} for each rank ({usable} of {total} usable here), fewer than {CORES_NEEDED}"
+        return Check("CPU cores", "warn", f"{found}: GPUs will wait for data", mend)
     if usable < total:
-        mend = "in a Slurm job ask for more with --cpus-per-task; else see taskset and the container's cpuset"
         return Check("CPU cores", "ok" if usable > 1 else "warn", f"{usable} of {total} usable here", mend)
     return Check("CPU cores", "ok", str(total))
 

@@ -199,6 +199,16 @@ def test_fewer_cores_than_the_machine_has():
     assert check.status == "warn" and check.found == f"1 of {os.cpu_count()} usable here"
 
 
+def test_few_cores_for_the_ranks_of_a_host_with_gpus(bare_path, monkeypatch):
+    usable = os.sched_getaffinity(0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(len(usable)))
+    assert found("CPU cores").status == "ok" or len(usable) == 1
+    program(bare_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'")
+    check = found("CPU cores")
+    assert check.status == "warn" and check.found.startswith("1 for each rank ")
+    assert "--cpus-per-gpu" in check.mend
+
+
 def test_small_shared_memory_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "SHM_NEEDED", 2**60)
     monkeypatch.setattr(doctor, "DISK_NEEDED", 2**60)
