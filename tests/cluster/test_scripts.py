@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from automix_dist.cli import EXIT_STOPPED, EXIT_USAGE
+
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
 CONFIG = "configs/digits/automix_resnet10.yaml"
@@ -44,6 +46,31 @@ def test_help_tells_the_whole_header(script):
     assert "no config" in bash(LAUNCH / script, code=2) or script == "stage_data.sh"
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("accelerate.sh", ["--num_processes", "8", "--dry-run", CONFIG], "--ranks-per-node N"),
+        ("torchrun.sh", ["--nproc-per-node=8", CONFIG], "--ranks-per-node N"),
+        ("torchrun.sh", ["--nnodes", "2", CONFIG], "--nodes MIN:MAX"),
+        ("torchrun.sh", [CONFIG, "--nodes=2"], "--nodes MIN:MAX"),
+        ("deepspeed.sh", [CONFIG, "--dry-run"], "--dry-run"),
+        ("deepspeed.sh", ["--num_gpus", "8", CONFIG], None),  # the hostfile's to say
+        ("slurm.sbatch", [CONFIG, "--dry-run"], None),
+        ("stage_data.sh", ["--dest", "a.beton", "/tmp"], None),
+    ],
+)
+def test_an_unknown_option_starts_nothing(script, arguments, expected):
+    text = bash(LAUNCH / script, *arguments, code=2)
+    option = next(each for each in arguments if each.startswith("-"))
+    hint = f"; expected before CONFIG: {expected}" if expected else ""
+    assert text == f"automix: error: unknown option {option}{hint}; see --help\n"
+
+
+def test_the_trainings_own_options_are_passed_on():
+    text = bash(LAUNCH / "accelerate.sh", "--dry-run", "--debug", CONFIG, "--overwrite")
+    assert f"automix train --debug {CONFIG} --overwrite" in text
+
+
 @pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh", "slurm.sbatch"])
 def test_a_dry_run_shows_the_command_the_settings_and_why(script):
     text = bash(LAUNCH / script, "--dry-run", CONFIG, "epochs=3", "output=a b")
@@ -59,6 +86,90 @@ def test_settings_of_the_user_win():
     assert "NCCL_DEBUG=INFO" in text and "PYTHONUNBUFFERED=1" in text
     shown = bash(LAUNCH / "rank.sh", "bash", "-c", "echo $NCCL_DEBUG $GLOO_SOCKET_IFNAME", env=environment)
     assert shown == "INFO mine\n"
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """A folder that comes first on PATH, filled by `programs(name=script)`."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def add(**scripts: str) -> None:
+        for name, script in scripts.items():
+            (folder / name.replace("_", "-")).write_text(f"#!/bin/bash\n{script}\n")
+            (folder / name.replace("_", "-")).chmod(0o755)
+
+    return add
+
+
+def test_another_environment_can_be_named(tmp_path, monkeypatch):
+    (tmp_path / "conda" / "bin").mkdir(parents=True)
+    monkeypatch.setenv("AUTOMIX_VENV", "conda")
+    monkeypatch.chdir(tmp_path)
+    command = ["bash", LAUNCH / "accelerate.sh", "--dry-run", ROOT / CONFIG]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/conda/bin/automix is not there: run launch/install.sh, or set AUTOMIX_VENV" in done.stderr
+    (tmp_path / "conda" / "bin" / "automix").symlink_to("/bin/true")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert f"{tmp_path}/conda/bin/python -m accelerate" in done.stdout and "conda/bin/automix train" in done.stdout
+
+
+def test_few_cores_for_gpus_are_told_once_a_node(programs, monkeypatch):
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")  # `nproc` would believe it
+    ranks = str(len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert bash(LAUNCH / "rank.sh", "true") == ""
+    programs(nvidia_smi="echo GPU 0: NVIDIA H200")
+    text = bash(LAUNCH / "rank.sh", "true")
+    assert text.count("\n") == 1 and f"{ranks} core(s) for {ranks} rank(s), fewer than 4 each" in text
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert bash(LAUNCH / "rank.sh", "true") == ""
+
+
+def test_a_task_of_a_job_array_goes_back_into_the_queue_alone(programs, tmp_path, monkeypatch):
+    programs(
+        srun=f"echo 'automix: rank 0 on n1 ended with exit code {EXIT_STOPPED}' >&2",
+        squeue="[[ $* == *'-j 5_2 '* ]] && echo RUNNING",
+        scontrol=f"echo $* >>{tmp_path}/calls",
+    )
+    for name, value in {"JOB_ID": "7", "ARRAY_JOB_ID": "5", "ARRAY_TASK_ID": "2", "JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    text = bash(LAUNCH / "slurm.sbatch", CONFIG, code=EXIT_STOPPED)
+    assert "saved; back into the queue" in text
+    assert (tmp_path / "calls").read_text() == "requeue 5_2\n"
+
+
+def test_the_ranks_save_though_the_reader_of_the_output_is_gone(tmp_path):
+    """`launch/x.sh ... | tee log`: Ctrl-C ends tee too, which must cost neither the stop nor its exit code."""
+    rank = f"trap 'echo saved >{tmp_path}/saved; echo told >&2; exit {EXIT_STOPPED}' TERM; echo ready >&2; "
+    rank += f"echo $$ >{tmp_path}/pid; while :; do sleep 0.1; done"
+    script = f'. {LAUNCH}/job.sh; new_job; signal_job() {{ kill "-$1" "$(cat {tmp_path}/pid)"; }}; supervise . bash -c "$1"'
+    job = subprocess.Popen(["bash", "-c", script, "bash", rank], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert job.stdout.readline() == b"ready\n"
+    job.stdout.close()
+    job.send_signal(signal.SIGINT)
+    assert job.wait(timeout=30) == EXIT_STOPPED
+    assert (tmp_path / "saved").exists()
+
+
+def own_address() -> str:
+    """This machine's, other than loopback."""
+    show = ["ip", "-o", "-4", "addr", "show", "scope", "global"]
+    address = subprocess.run(show, capture_output=True, text=True).stdout.partition(" inet ")[2].partition("/")[0]
+    return address or pytest.skip("this machine has no address but loopback")
+
+
+def test_a_hostfile_may_begin_with_an_address(programs, tmp_path):
+    """This machine plays both hosts; the first is known by its address alone."""
+    address = own_address()
+    programs(ssh="exec bash -s", pdsh="true")
+    (tmp_path / "hosts").write_text(f"{address} slots=2\nother slots=2\n")
+    text = bash(LAUNCH / "deepspeed.sh", "--hostfile", tmp_path / "hosts", "--dry-run", CONFIG)
+    assert re.search(rf"2 hosts meet at {re.escape(address)}:\d+ \({re.escape(address)}\)", text)
+    assert f"--master_addr={address}" in text
 
 
 def test_arguments_and_variables_survive_the_packing(tmp_path):
@@ -117,10 +228,7 @@ def test_a_rendezvous_that_no_other_node_can_reach_is_refused():
 
 def test_the_head_knows_itself_by_any_of_its_names():
     """By its address too, every time; a name without an address is told."""
-    show = ["ip", "-o", "-4", "addr", "show", "scope", "global"]
-    address = subprocess.run(show, capture_output=True, text=True).stdout.partition(" inet ")[2].partition("/")[0]
-    if not address:
-        pytest.skip("this machine has no address but loopback")
+    address = own_address()
     for _ in range(10):
         text = bash(LAUNCH / "accelerate.sh", "--dry-run", "--nodes", "2", "--head", address, CONFIG)
         assert "--machine_rank=0" in text
@@ -243,12 +351,23 @@ def test_the_kubernetes_manifest_fits_the_published_schema():
         check(document, schemas[document["kind"]], document["kind"])
     runtime, job = documents
     assert job["spec"]["runtimeRef"] | {"name": runtime["metadata"]["name"]} == job["spec"]["runtimeRef"]
-    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    jobset = runtime["spec"]["template"]["spec"]
+    node = jobset["replicatedJobs"][0]["template"]["spec"]
+    pod = node["template"]["spec"]
+    (wrong,), (end,) = node["podFailurePolicy"]["rules"], jobset["failurePolicy"]["rules"]
+    assert (wrong["action"], wrong["onExitCodes"]["values"]) == ("FailJob", [EXIT_USAGE])
+    assert (end["action"], end["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])  # batch/v1's word for it
+    assert pod["restartPolicy"] == "Never"  # batch/v1 refuses podFailurePolicy with JobSet's default, OnFailure
     mounts = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
     assert mounts == {volume["name"] for volume in pod["volumes"]} >= {"shm"}
     for field in ("containers", "podTemplateOverrides"):  # what older versions took
         with pytest.raises(AssertionError, match="no such field"):
             check(job | {"spec": job["spec"] | {field: []}}, schemas["TrainJob"], "TrainJob")
+
+
+def test_an_image_leaves_out_what_git_ignores():
+    ignored = set((ROOT / ".dockerignore").read_text().splitlines())
+    assert {".git", *(f"**/{line.rstrip('/')}" for line in (ROOT / ".gitignore").read_text().split())} <= ignored
 
 
 def test_the_pods_command_starts_what_the_trainer_asks_for():
