@@ -203,7 +203,8 @@ def _triton_compiler() -> list[Check]:
         return []
     command = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    lacking = [*([] if command and shutil.which(command) else ["gcc"]), *([] if header.is_file() else ["python3-dev"])]
+    headers = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"  # python3-dev may be another Python's
+    lacking = [*([] if command and shutil.which(command) else ["gcc"]), *([] if header.is_file() else [headers])]
     if lacking:
         mend = f"{_apt(' '.join(lacking))}; or train with engine.kernels=reference"
         return [Check("C compiler for Triton", "fail", f"{' and '.join(lacking)} not found", mend)]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout with everything AutoMix-Dist needs. Runs again in a moment when nothing has changed.
 #   bash launch/install.sh [--dev]      --dev adds what the tests need
+# PYTHON names another Python than python3. Without root, with another torch: docs/installation.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +12,7 @@ extras=""
 case "${1:-}" in
     "") ;;
     --dev) extras="[dev,docs]" ;;
-    -h | --help) sed -n '2,3s/^# //p' launch/install.sh; exit ;;
+    -h | --help) sed -n '2,4s/^# //p' launch/install.sh; exit ;;
     *) die "unknown option $1; expected --dev or nothing" ;;
 esac
 

@@ -50,6 +50,32 @@ def test_without_compiler_and_root_the_line_to_run_is_printed(open_folder):
     result = install(open_folder, tools=TOOLS, user=65534, python=python)
     assert result.returncode == 1
     assert "sudo sh -c" in result.stderr and "g++" in result.stderr and "libturbojpeg0-dev" in result.stderr
+    assert "or without root: in a conda environment" in result.stderr and "docs/installation.md" in result.stderr
+
+
+def bare_python(folder: Path, executable: str) -> str:
+    """A Python 3.12 that says it is this file, and lacks what Debian packs apart."""
+    pretended = "sys.modules['ensurepip'] = None; sys.version_info = (3, 12, 4, 'final', 0)"
+    pretended += f"; sys.executable = {executable!r}; sysconfig.get_path = lambda name: '/nowhere'"
+    path = folder / "bare-python"
+    pretended += "; exec(sys.argv[2])"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import sys, sysconfig; {pretended}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_packages_of_the_chosen_python_are_asked_for(open_folder):
+    """python3-venv would be another Python's: Ubuntu 22.04 has 3.11 beside its own 3.10."""
+    python = bare_python(open_folder, "/usr/bin/python3.12")
+    result = install(open_folder, tools=[tool for tool in TOOLS if tool != "apt-get"], python=python)
+    assert result.returncode == 1 and "python3.12-venv python3.12-dev (Debian's names)" in result.stderr
+    assert "opencv-devel" in result.stderr and "python3.12-devel" in result.stderr  # RHEL's
+
+
+def test_no_package_mends_a_python_that_is_not_the_distributions(open_folder):
+    python = bare_python(open_folder, "/opt/python/bin/python3.12")
+    result = install(open_folder, tools=TOOLS, python=python)
+    assert result.returncode == 1 and "/opt/python/bin/python3.12 has no ensurepip or no Python.h" in result.stderr
 
 
 def test_without_apt_the_packages_are_named(open_folder):
