@@ -145,14 +145,14 @@ def test_a_task_of_a_job_array_goes_back_into_the_queue_alone(programs, tmp_path
 
 def test_the_ranks_save_though_the_reader_of_the_output_is_gone(tmp_path):
     """`launch/x.sh ... | tee log`: Ctrl-C ends tee too, which must cost neither the stop nor its exit code."""
-    rank = f"trap 'echo saved >{tmp_path}/saved; echo told >&2; exit {EXIT_STOPPED}' TERM; echo ready >&2; "
-    rank += f"echo $$ >{tmp_path}/pid; while :; do sleep 0.1; done"
+    rank = f"trap 'echo saved >{tmp_path}/saved; echo told >&2; exit {EXIT_STOPPED}' TERM; echo $$ >{tmp_path}/pid; "
+    rank += "sleep 0.5; echo ready >&2; while :; do sleep 0.1; done"
     script = f'. {LAUNCH}/job.sh; new_job; signal_job() {{ kill "-$1" "$(cat {tmp_path}/pid)"; }}; supervise . "$@"'
     command = ["bash", "-c", script, "bash", "bash", "-c", rank]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert job.stdout.readline() == b"ready\n"
     job.stdout.close()
-    job.send_signal(signal.SIGINT)
+    job.terminate()
     assert job.wait(timeout=30) == EXIT_STOPPED
     assert (tmp_path / "saved").exists()
 
