@@ -31,6 +31,8 @@ check_options "$@"
 least=${nodes%%:*} most=${nodes##*:}
 [[ "$least:$most" =~ ^[1-9][0-9]*:[1-9][0-9]*$ && $least -le $most ]] || die "--nodes $nodes: expected N, or MIN:MAX with MIN <= MAX"
 [[ ${per_node:-1} =~ ^[1-9][0-9]*$ ]] || die "--ranks-per-node $per_node: expected a number, 1 or more"
+[[ " $* " != *" --overwrite "* ]] || [ "$restarts:$least:${PET_MASTER_ADDR:-}" = "0:$most:" ] \
+    || die "--overwrite would discard the run again whenever its ranks are restarted: remove its folder first, set output=..., or give --restarts 0 and a fixed number of nodes"
 [ "$most" = 1 ] || [ -n "$rendezvous${PET_MASTER_ADDR:-}" ] || die "--nodes $nodes needs --rendezvous HOST, the same on all nodes"
 
 signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: the ranks of this node; they tell the others

@@ -80,6 +80,16 @@ def test_a_dry_run_shows_the_command_the_settings_and_why(script):
     assert len(settings) == len(reasons) >= 6
 
 
+def test_a_restart_does_not_discard_the_run_again():
+    submitted = [LAUNCH / "slurm.sbatch", "--dry-run", CONFIG, "--overwrite"]
+    first, again = (bash(*submitted, env=os.environ | {"SLURM_RESTART_COUNT": count}) for count in "01")
+    assert f"automix train {CONFIG} --overwrite" in first
+    assert f"automix train --resume {CONFIG}" in again and "--overwrite" not in again
+    torchrun = LAUNCH / "torchrun.sh"
+    assert "would discard the run again" in bash(torchrun, "--dry-run", CONFIG, "--overwrite", code=2)
+    assert "--overwrite" in bash(torchrun, "--restarts", "0", "--dry-run", CONFIG, "--overwrite")
+
+
 def test_settings_of_the_user_win():
     environment = os.environ | {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "mine"}
     text = bash(LAUNCH / "rank.sh", "--explain", env=environment)
