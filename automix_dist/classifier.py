@@ -12,7 +12,7 @@ from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out
 from automix_dist.backbone import pad_stems
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
-from automix_dist.loss import mixed_loss
+from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.policy import Draw, Policy, load
 
 
@@ -110,7 +110,8 @@ class Classifier(nn.Module):
             Losses; or Logits (AveragedLogits with a moving average); or Mixes, None if the policy mixes no images.
         """
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            clean = lay_out(kernels.normalize(images, self.mean, self.std))
+            dtype = torch.float32 if self.policy.mixes else self.autocast  # mixing is done in float32
+            clean = lay_out(kernels.normalize(images, self.mean, self.std, dtype))
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
@@ -119,7 +120,10 @@ class Classifier(nn.Module):
                 mix = self.policy.mix(clean, draw)
                 return mix and Mixes(mix.mask.expand(-1, *clean.shape[2:]), mix.images, mix.lam, draw.partner)
             logits, lam = self.policy(self.query, clean, draw)
-        total = mixed_loss(logits, labels, labels[draw.partner], lam, self.loss)
+        if self.policy.mixes:
+            total = mixed_loss(logits, labels, labels[draw.partner], lam, self.loss)
+        else:  # summed over the batch in mixed_loss's way, so that both have the same bits
+            total = class_loss(logits, labels, self.loss, "none").mean()
         with torch.no_grad():
             accuracy = (logits.argmax(dim=1) == labels).float().mean()
             return Losses(total, 1 - lam.mean(), accuracy)

@@ -71,6 +71,9 @@ class Policy(nn.Module):
         mean, std: of the images that it gets, on the [0, 1] scale.
     """
 
+    mixes = True
+    """Whether images and labels are mixed at all."""
+
     def __init__(self, settings: Any, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD):
         super().__init__()
         self.settings = settings

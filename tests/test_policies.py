@@ -446,10 +446,28 @@ def test_no_policy_is_plain_training():
     images, labels = micro_batch(0, 0, 8)
     losses = model(images, labels, model.draw(images, seed=0, step=0))
     pixels = (images.permute(0, 3, 1, 2) / 255 - model.mean[:, None, None]) / model.std[:, None, None]
-    expected = F.cross_entropy(model.query(pixels, "one"), labels)
-    torch.testing.assert_close(losses.total, expected)
+    logits = model.query(pixels, "one")
+    torch.testing.assert_close(losses.total, F.cross_entropy(logits, labels))
     assert losses.mask_area == 0
     assert model(images, None, model.gallery_draw(images)) is None
+
+
+@pytest.mark.parametrize("loss", [{}, {"label_smoothing": 0.1}, {"name": "binary_cross_entropy"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_policy_trains_as_a_mix_of_nothing(loss, dtype):
+    """To the bit; one loss instead of two, and images that the first layer need not cast."""
+    config = tiny_config(policy={"name": "none"}, loss=loss)
+    torch.manual_seed(0)
+    model = build_model(config, TinyBackbone(), CLASSES, dtype)
+    images, labels = micro_batch(0, 0, 8)
+    gradients, seen = [], []
+    model.query.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    for mixes in (False, True):
+        model.policy.mixes = mixes
+        total = model(images, labels, model.draw(images, seed=0, step=0)).total
+        gradients.append([total, *torch.autograd.grad(total, list(model.query.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert seen == [dtype, torch.float32]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

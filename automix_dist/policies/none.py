@@ -15,6 +15,8 @@ class Settings:
 
 
 class Policy(policy.Policy):
+    mixes = False
+
     def draw_lam(self, generator: np.random.Generator) -> float:
         return 1.0
 
