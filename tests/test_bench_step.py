@@ -2,20 +2,33 @@
 No timing is judged."""
 
 import dataclasses
+import itertools
 import json
 import time
 import xml.etree.ElementTree
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from test_captured_step import Tape
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist.automix import AutoMix
-from automix_dist.backbone import create_backbone
+from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench import step as bench
 from automix_dist.bench.published import PublishedStep
+from automix_dist.captured_step import CapturedStep
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD
 from automix_dist.draws import draw_step
 from automix_dist.momentum import MomentumUpdate
+
+NETWORKS = {network.name: network for network in bench.NETWORKS}
+TINY = bench.Network("tiny", "test_resnet", -2, 32, 4, classes=10)
+
+
+def tiny_case(batch: int = 4) -> bench.Case:
+    return bench.Case(TINY, batch, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.slow
@@ -68,9 +81,101 @@ def test_end_to_end(tmp_path, capsys):
     assert bench.run(arguments) == 1 and "vanilla: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"channels_last": True}, {"channels_last": True, "padded": True}, {"channels_last": True, "graph": True}],
+)
+def test_vanilla_is_plain_training(how, monkeypatch):
+    """Whatever the layout, padded or recorded: against a loop in the open."""
+    monkeypatch.setattr(bench, "CapturedStep", partial(CapturedStep, recorder=lambda: Tape))
+    case = tiny_case()
+    torch.manual_seed(0)
+    trained = bench.vanilla(case, **how)
+    torch.manual_seed(0)
+    model = create_timm_model(TINY.config().model, 32, 10).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=TINY.config().optimizer.lr, momentum=0.9)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    for step in range(3):
+        trained.step(step)
+        pixels = ((case.images[step] / 255 - mean) / std).permute(0, 3, 1, 2)
+        torch.nn.functional.cross_entropy(model(pixels), case.labels[step]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for got, expected in zip(trained.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_steps_that_alternate_are_measured_over_a_period():
+    """Judging costs 2 F of (8 + f) F, in every second step 1 F on average; docs/throughput.md."""
+    names = ["vanilla", "AutoMix, cut", "inexact: every second step judged", "inexact: Mix Block at rest"]
+    rows = {row.way: row for row in bench.measure(tiny_case(), [w for w in bench.WAYS if w.name in names], 1, 1)}
+    vanilla, cut, alternating, resting = (rows[name].gflop_per_image for name in names)
+    assert (cut - alternating) / vanilla == pytest.approx(1 / 3, abs=0.01)
+    assert (cut - resting) / vanilla == pytest.approx(2 / 3, abs=0.01)
+    assert rows[names[2]].host_reads == 0 and rows[names[2]].peak_mib == pytest.approx(rows[names[1]].peak_mib, rel=0.1)
+
+
+def test_a_period_takes_its_steps_in_turn():
+    done = []
+
+    def loss(number: int) -> torch.Tensor:
+        done.append(number)
+        return torch.zeros(1).requires_grad_()
+
+    trained = bench.Trained(torch.nn.Identity(), loss, torch.optim.SGD([torch.zeros(1)]), period=3)
+    trained.cycle(0)
+    trained.cycle(1)
+    assert done == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_decides_comes_first():
+    groups = bench.groups(list(bench.WAYS))
+    assert sorted(way.name for group in groups for way in group) == sorted(way.name for way in bench.WAYS)
+    assert all(len(group) == 1 for group in groups if group[0].graph)
+    first = [way.name for way in groups[0]]
+    assert {"vanilla, channels-last", "AutoMix", "AutoMix, cut", "published, float32"} <= set(first)
+    unasked = [way for way in bench.WAYS if way.unasked == "always"]
+    assert bench.groups(unasked) == [unasked], "on a CPU all take turns"
+    place = {way.name: index for index, group in enumerate(groups) for way in group}
+    for way in bench.WAYS:
+        assert not way.twin or place[way.twin] < place[way.name], "its FLOPs have been counted"
+
+
+def test_a_run_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch):
+    measure = bench.measure
+
+    def ended(case, *arguments):
+        if case.name == "resnet18@16":
+            raise KeyboardInterrupt
+        return measure(case, *arguments)
+
+    monkeypatch.setattr(bench, "measure", ended)
+    arguments = ["--networks", "cifar_resnet18", "resnet18", "--size", "16", "--batch", "2", "--ways", "vanilla"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.run([*arguments, "--rounds", "1", "--steps", "1", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [(row["network"], row["note"], bool(row["ms"])) for row in rows] == [
+        ("cifar_resnet18@16", "", True), ("resnet18@16", "not reached", False)
+    ]  # fmt: skip
+    assert "| resnet18@16 | vanilla | 2 | not reached |" in (tmp_path / "step.md").read_text()
+
+
+def test_minutes(tmp_path, monkeypatch):
+    arguments = ["--networks", "cifar_resnet18", "--size", "16", "--batch", "2", "--minutes", "1e-9"]
+    assert bench.run([*arguments, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert {row["note"] for row in result["rows"]} == {"not reached"} and result["parts"] == {}
+
+    ways = [way for way in bench.WAYS if way.name in ("vanilla", "vanilla, channels-last")]
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.time, "monotonic", itertools.count().__next__)  # two ways are begun, then one more round
+        rows = bench.measure(tiny_case(), ways, 5, 1, None, 2.5)
+    assert [row.note for row in rows] == ["2 of 5 rounds"] * 2 and all(row.ms > 0 for row in rows)
+
+
 def test_vanilla_flops_are_known():
     """ResNet-18 at 224: 1.814 G multiplications forward, three times that in a step but for the inputs of the stem."""
-    case = bench.Case(bench.NETWORKS[0], 2, torch.device("cpu"), torch.float32)
+    case = bench.Case(NETWORKS["resnet18"], 2, torch.device("cpu"), torch.float32)
     trained = bench.vanilla(case)
     counted = bench.counted_flops(lambda: trained.step(0)) / 2
     stem = 2 * 7 * 7 * 3 * 64 * 112**2
@@ -96,7 +201,7 @@ def test_the_fused_attention_counts_as_its_definition():
 
 def test_the_published_step_is_the_same_method():
     """Its losses equal ours, which tests/test_reference.py holds against recordings of the published code."""
-    network = bench.NETWORKS[-1]
+    network = NETWORKS["cifar_resnet18"]
     config = network.config(feature_pass="full")
     torch.manual_seed(0)
     ours = AutoMix(create_backbone(config.model, -2, 32), 10, config.automix).train()
@@ -167,7 +272,7 @@ def test_waiting_is_noticed(wait):
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu():
-    case = bench.Case(bench.NETWORKS[-1], 8, torch.device("cuda"), torch.bfloat16)
+    case = bench.Case(NETWORKS["cifar_resnet18"], 8, torch.device("cuda"), torch.bfloat16)
     trained = bench.policy(case)
     trained.step(0)
     assert bench.host_reads(lambda: trained.step(1), case.device) == 0
@@ -177,14 +282,14 @@ def test_a_failure_is_a_reason_not_a_gap():
     def broken(case):
         raise RuntimeError("no such luck\nat all")
 
-    case = bench.Case(bench.NETWORKS[-1], 2, torch.device("cpu"), torch.float32)
+    case = bench.Case(NETWORKS["cifar_resnet18"], 2, torch.device("cpu"), torch.float32)
     rows = bench.measure(case, [bench.Way("broken", broken), bench.Way("vanilla", bench.vanilla)], 1, 1)
     assert rows[0].note == "failed: RuntimeError: no such luck" and rows[0].ms is None
     assert rows[1].ms > 0 and rows[1].note == ""
     assert [row.ms for row in bench.measure(case, [bench.Way("broken", broken)], 1, 1)] == [None]
     machine = {"device": "abacus", "versions": {}, "load_average": 0.0, "date": "2026-01-01"}
     result = {"machine": machine, "gpu": False, "dtype": "float32", "rounds": 1, "steps": 1, "parts": {}}
-    result["rows"] = [dataclasses.asdict(row) for row in rows]
+    result |= {"rows": [dataclasses.asdict(row) for row in rows], "targets": []}
     assert "no such luck" in bench.markdown(result) and bench.bars_svg(result).count("<path") == 1
     result["rows"] = result["rows"][:1]
     assert bench.bars_svg(result).count("<path") == 0, "without a vanilla step there are no ratios"
@@ -193,10 +298,8 @@ def test_a_failure_is_a_reason_not_a_gap():
 @pytest.mark.slow
 def test_every_way_runs():
     """What cannot, on this network, is a policy that needs another one, and says so."""
-    network = bench.Network("tiny", "test_resnet", -2, 32, 4, classes=10)
-    case = bench.Case(network, 4, torch.device("cpu"), torch.float32)
     ways = [way for way in bench.WAYS if not way.twin and way.name != "attentivemix"]
-    rows = {row.way: row for row in bench.measure(case, ways, 1, 1)}
+    rows = {row.way: row for row in bench.measure(tiny_case(), ways, 1, 1)}
     notes = {name: row.note for name, row in rows.items() if row.note}
     assert set(notes) <= {"AutoMix, cut, joint query", "transmix"}, notes
     assert all(note.startswith("not for this network: ") for note in notes.values()), notes
@@ -227,6 +330,60 @@ def test_comparing_tells_a_change_from_noise():
     assert "no figures any more" in text and slower
 
 
+def targets_of(device: str, network: str, **milliseconds: float) -> dict:
+    """Of steps of 256 images; FLOPs are 10 and for AutoMix 30."""
+    rows = [
+        {"network": network, "way": way.replace("_", ", "), "ms": ms, "images_per_second": 256e3 / ms,
+         "gflop_per_image": 30.0 if way.startswith("AutoMix") else 10.0}
+        for way, ms in milliseconds.items()
+    ]  # fmt: skip
+    found = bench.targets({"rows": rows, "machine": {"device": device}})
+    return {(each["network"], each["what"]): (each["value"], each["met"]) for each in found}
+
+
+def test_targets():
+    steps = {
+        "vanilla": 60.0,
+        "vanilla_compiled": 40.0,
+        "AutoMix": 130.0,
+        "AutoMix_cut": 124.0,
+        "published_float32": 400.0,
+    }
+    network, speed = "resnet50@224", "AutoMix over published, float32, images/s"
+    found = targets_of("NVIDIA H200", network, **steps)
+    assert found[network, "vanilla, images/s"] == (pytest.approx(6400), True)
+    assert found[network, "AutoMix, images/s"] == (pytest.approx(256 / 0.124), True)
+    assert found[network, bench.TIME_RATIO] == (pytest.approx(3.1), True)
+    assert found[network, speed] == (pytest.approx(400 / 124), True)
+    assert found["cifar_resnet18@32", speed] == (None, None), "not measured"
+    assert found[network, f"{bench.TIME_RATIO}, over that of FLOPs"] == (None, None), "another machine"
+    suspect = targets_of("NVIDIA H200", network, vanilla=50.0, AutoMix=130.0)
+    assert suspect[network, bench.TIME_RATIO] == (pytest.approx(2.6), False), "vanilla is slow"
+    assert suspect[network, speed] == (None, None)
+    assert set(targets_of("NVIDIA H100", network, **steps).values()) == {(None, None)}
+    on_cpu = targets_of("CPU, 2 threads", "n", vanilla=10.0, AutoMix=32.0)
+    assert on_cpu.pop(("n", f"{bench.TIME_RATIO}, over that of FLOPs")) == (pytest.approx(3.2 / 3), False)
+    assert set(on_cpu.values()) == {(None, None)}
+
+
+def test_verdicts_in_the_table():
+    target = {"machine": "X", "network": "n", "what": "w", "value": 7000.0, "met": True, "least": 5000, "stretch": 7950}
+    assert bench._target_line(target) == "| X | n | w | at least 5,000 | 7,950 | 7,000 | met, stretch missed |"
+    assert bench._target_line(target | {"value": 8000.0}).endswith("8,000 | met, stretch too |")
+    assert bench._target_line(target | {"value": 4.0, "met": False}).endswith("4.00 | **missed** |")
+    assert bench._target_line(target | {"value": None, "met": None}).endswith("|  | not measured |")
+    ratio = {"machine": "X", "network": "n", "what": "w", "value": 3.0, "met": True, "least": 2.9, "most": 3.15,
+             "stretch": 3.05}  # fmt: skip
+    assert bench._target_line(ratio).endswith("| 2.9 to 3.15 | 3.05 | 3.00 | met, stretch too |")
+
+
+def test_the_published_table_is_made_from_its_json():
+    folder = Path(__file__).parent.parent / "docs/benchmarks"
+    result = json.loads((folder / "step.json").read_text())
+    assert bench.markdown(result) == (folder / "step.md").read_text()
+    assert bench.targets(result) == result["targets"]
+
+
 def test_clock():
     clock = bench.Clock(torch.device("cpu"))
     for name in ("start", "nap", "rest", "nap"):
@@ -238,7 +395,15 @@ def test_clock():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--batch", "1"], ["--rounds", "0"], ["--size", "0"], ["--networks", "alexnet"], ["--ways", "magic"]]
+    "arguments",
+    [
+        ["--batch", "1"],
+        ["--rounds", "0"],
+        ["--size", "0"],
+        ["--networks", "alexnet"],
+        ["--ways", "magic"],
+        ["--minutes", "0"],
+    ],
 )
 def test_refuses(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

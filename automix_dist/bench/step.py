@@ -3,11 +3,12 @@
     automix bench step --networks resnet50 --out DIR          on a GPU: the table that counts
     automix bench step --networks cifar_resnet18 --batch 8    on a CPU: the ratios show, the speed means little
 
-All ways of a network live in one process and take turns, a few steps each, so that a busy moment of the machine hits
-all alike; the median counts. CUDA graphs, whose memory is set aside for good, come after the others, one by one. A
-ratio is taken to the fastest vanilla step of the same table, and stands beside the ratio of counted FLOPs, below which
-it cannot honestly fall. One device, no engine, random images. `published` is the published implementation's step
-restated in plain PyTorch (bench/published.py).
+Ways of a network live in one process and take turns, a few steps each, so that a busy moment of the machine hits all
+alike; the median counts. On a GPU there are several such groups: first what decides, then what takes a compiler, then
+CUDA graphs, whose memory is set aside for good, one by one, then the rest. Files are written after each group. A ratio
+is taken to the fastest vanilla step of the same table, and stands beside the ratio of counted FLOPs, below which it
+cannot honestly fall. One device, no engine, random images. `published` is the published implementation's step restated
+in plain PyTorch (bench/published.py).
 """
 
 import argparse
@@ -22,13 +23,13 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import count, pairwise
+from itertools import count, groupby, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from xml.sax.saxutils import escape
 
 import torch
@@ -39,7 +40,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from automix_dist import provenance
-from automix_dist.backbone import create_backbone, create_timm_model
+from automix_dist.automix import lay_out
+from automix_dist.backbone import create_backbone, create_timm_model, pad_stems
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import CapturedStep
@@ -49,11 +51,13 @@ from automix_dist.draws import draw_step
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
 from automix_dist.policy import needed_feature
+from automix_dist.schedules import Schedule
 
 POOL = 4
 """Different batches that the steps take in turn."""
 
 CPU_BATCH = 4
+NOT_REACHED = "not reached"
 MIN_MOVE = 0.03
 """With --compare, changes smaller than this are not reported, however narrow the spreads are."""
 
@@ -62,6 +66,8 @@ PEAK_FLOPS = {
     "L4": 121e12, "B200": 2250e12, "4090": 165e12, "3090": 71e12,
 }  # fmt: skip
 """Dense bfloat16 FLOP/s that the makers state, by a part of the device's name; the first match counts."""
+
+TIME_RATIO = "AutoMix over vanilla, time"
 
 # Operators whose result a host has to wait for.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive"}
@@ -78,6 +84,10 @@ class Network:
     classes: int = 1000
     small_stem: bool = False
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.size}"
+
     def config(self, *, policy: str = "automix", engine: dict | None = None, **automix: Any) -> Config:
         sections = {
             "model": {"backbone": self.backbone, "small_stem": self.small_stem},
@@ -89,13 +99,13 @@ class Network:
         return from_dict(sections)
 
 
-NETWORKS = (
-    Network("resnet18", "resnet18", -2, 224, 256),
+NETWORKS = (  # those that targets name come first
     Network("resnet50", "resnet50", -2, 224, 256),
+    Network("cifar_resnet18", "resnet18", -2, 32, 512, classes=100, small_stem=True),
+    Network("resnet18", "resnet18", -2, 224, 256),
     Network("convnext_tiny", "convnext_tiny", -2, 224, 128),
     Network("deit_small", "deit_small_patch16_224", 5, 224, 128),
     Network("swin_tiny", "swin_tiny_patch4_window7_224", -2, 224, 128),
-    Network("cifar_resnet18", "resnet18", -2, 32, 512, classes=100, small_stem=True),
 )
 
 
@@ -104,7 +114,7 @@ class Case:
 
     def __init__(self, network: Network, batch: int, device: torch.device, dtype: torch.dtype):
         self.network, self.batch, self.device, self.dtype = network, batch, device, dtype
-        self.name = f"{network.name}@{network.size}"
+        self.name = network.label
         generator = torch.Generator().manual_seed(0)
         shape = (POOL, batch, network.size, network.size, 3)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
@@ -127,6 +137,13 @@ class Trained:
     """The loss to differentiate, of the step with this number."""
     optimizer: torch.optim.Optimizer
     after: Callable[[], None] = lambda: None
+    period: int = 1
+    """After so many steps they repeat; what is measured is their mean."""
+
+    def cycle(self, number: int) -> None:
+        """The steps of one period."""
+        for step in range(number * self.period, (number + 1) * self.period):
+            self.step(step)
 
     def step(self, number: int) -> None:
         self.loss(number).backward()
@@ -145,23 +162,48 @@ class Way:
     twin: str = ""
     unasked: Literal["always", "gpu", "never"] = "always"
     """Where it takes part without being named."""
+    turn: int = 1
+    """Ways of the same turn are measured together; what decides has the first ones."""
     graph: bool = False
-    """A CUDA graph, whose memory is set aside once: the peak of a step would say nothing."""
+    """A CUDA graph, whose memory is set aside once: the peak of a step would say nothing. Measured alone."""
 
 
-def vanilla(case: Case, *, channels_last: bool = False, compiled: bool = False) -> Trained:
-    model = create_timm_model(case.network.config().model, case.network.size, case.network.classes)
+class Vanilla(nn.Module):
+    """A timm model with normalisation and loss, called as the models of a run are, so that CapturedStep takes it."""
+
+    class Losses(NamedTuple):
+        total: Tensor
+
+    def __init__(self, network: nn.Module, case: Case):
+        super().__init__()
+        self.network, self.case = network, case
+
+    def forward(self, images: Tensor, labels: Tensor, draws: Any = None, mask_loss_weight: Any = None) -> Losses:
+        with self.case.autocast():
+            pixels = lay_out(kernels.normalize(images, self.case.mean, self.case.std, self.case.dtype))
+            return self.Losses(F.cross_entropy(self.network(pixels).float(), labels))
+
+
+def vanilla(
+    case: Case, *, channels_last: bool = False, compiler: str = "", padded: bool = False, graph: bool = False
+) -> Trained:
+    """Plain training; `channels_last` is the layout of the weights, `compiler` a mode of torch.compile."""
+    network = create_timm_model(case.network.config().model, case.network.size, case.network.classes)
+    if padded:
+        pad_stems(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(case.device, memory_format=layout).train()
-    images_layout = torch.channels_last if case.device.type == "cuda" else torch.contiguous_format
-    forward = torch.compile(model) if compiled else model
+    model = Vanilla(network.to(case.device, memory_format=layout), case).train()
+    if compiler:
+        network.compile(mode=compiler, dynamic=False)
+    if graph:
+        CapturedStep(model)
 
     def loss(step: int) -> Tensor:
-        with case.autocast():
-            pixels = case.normalized(step, case.dtype).contiguous(memory_format=images_layout)
-            return F.cross_entropy(forward(pixels).float(), case.labels[step % POOL])
+        return model(case.images[step % POOL], case.labels[step % POOL], ()).total
 
-    return Trained(model, loss, _sgd(model, case))
+    return Trained(
+        model, loss, torch.optim.SGD(model.parameters(), case.network.config().optimizer.lr, 0.9, fused=True)
+    )
 
 
 def policy(case: Case, name: str = "automix", engine: dict | None = None, **settings: Any) -> Trained:
@@ -173,14 +215,15 @@ def policy(case: Case, name: str = "automix", engine: dict | None = None, **sett
         model.compile_regions()
     if config.engine.cuda_graph:
         CapturedStep(model)
-    update = MomentumUpdate(model)
+    update, schedule = MomentumUpdate(model), Schedule(config, steps_per_epoch=1000)
 
     def loss(step: int) -> Tensor:
-        images, labels = case.images[step % POOL], case.labels[step % POOL]
-        draws = model.draw(images, seed=0, step=step)
-        return model(images, labels, draws, config.automix.mask_loss_weight).total
+        images, labels, values = case.images[step % POOL], case.labels[step % POOL], schedule.at(step)
+        draws = model.draw(images, seed=0, step=step, judged=bool(values.generator))
+        return model(images, labels, draws, values.mask_loss_weight).total
 
-    return Trained(model, loss, build_optimizer(model, config.optimizer), lambda: update(config.automix.momentum))
+    optimizer, period = build_optimizer(model, config.optimizer), config.automix.generator_every
+    return Trained(model, loss, optimizer, lambda: update(config.automix.momentum), period)
 
 
 def published(case: Case, *, autocast: bool = False) -> Trained:
@@ -200,57 +243,61 @@ def published(case: Case, *, autocast: bool = False) -> Trained:
     return Trained(model, loss, optimizer, lambda: model.update_momentum(config.automix.momentum))
 
 
-def _sgd(model: nn.Module, case: Case) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=case.network.config().optimizer.lr, momentum=0.9, fused=True)
+def variant(twin: str, suffix: str, turn: int, build: Callable[[Case], Trained], graph: bool = False) -> Way:
+    """The twin's operations, made to run in another manner."""
+    return Way(f"{twin}, {suffix}", build, twin, "gpu", turn, graph)
 
 
 TOGETHER, COMPILED, PADDED = {"immediate_backward": False}, {"compile": True}, {"padded_stem": True}
-GRAPHS = {"CUDA graph": {"cuda_graph": True}, "compiled, CUDA graph": {"cuda_graph": True, **COMPILED}}
-CUT = {"feature_pass": "cut"}
+RECORDED = {"cuda_graph": True}
+channels_last, cut = partial(vanilla, channels_last=True), partial(policy, feature_pass="cut")
+# Turn 1 decides, eager; 2 decides, compiled; 3 decides, recorded; 4 compiles longest; then the rest likewise.
 WAYS = (
     Way("vanilla", vanilla),
-    Way("vanilla, channels-last", partial(vanilla, channels_last=True), unasked="gpu"),
-    Way("vanilla, compiled", partial(vanilla, compiled=True), twin="vanilla", unasked="gpu"),
-    *(
-        Way(f"vanilla, {name}", partial(policy, name="none", engine=engine), twin="vanilla", unasked="gpu", graph=True)
-        for name, engine in GRAPHS.items()
+    Way("vanilla, channels-last", channels_last, unasked="gpu"),
+    variant("vanilla", "channels-last, compiled", 2, partial(channels_last, compiler="default")),
+    variant("vanilla", "channels-last, CUDA graph", 3, partial(channels_last, graph=True), graph=True),
+    variant(
+        "vanilla",
+        "channels-last, compiled, CUDA graph",
+        3,
+        partial(channels_last, compiler="default", graph=True),
+        True,
     ),
-    Way("vanilla, padded stem", partial(policy, name="none", engine=PADDED), twin="vanilla", unasked="gpu"),
+    # Inductor's own CUDA graphs; as timm's training script with --channels-last and --torchcompile-mode.
+    variant("vanilla", "channels-last, max-autotune", 4, partial(channels_last, compiler="max-autotune"), graph=True),
+    variant("vanilla", "channels-last, padded stem", 5, partial(channels_last, padded=True)),
+    variant("vanilla", "compiled", 6, partial(vanilla, compiler="default")),
     Way("AutoMix", policy),
     Way("AutoMix, one backward", partial(policy, engine=TOGETHER)),
-    Way("AutoMix, cut", partial(policy, **CUT)),
-    Way("AutoMix, cut, one backward", partial(policy, engine=TOGETHER, **CUT)),
-    Way("AutoMix, cut, joint query", partial(policy, engine={"joint_query": True}, **CUT), unasked="gpu"),
-    Way("AutoMix, cut, padded stem", partial(policy, engine=PADDED, **CUT), twin="AutoMix, cut", unasked="gpu"),
-    Way("AutoMix, cut, compiled", partial(policy, engine=COMPILED, **CUT), twin="AutoMix, cut", unasked="gpu"),
-    Way(
-        "AutoMix, cut, one backward, compiled",
-        partial(policy, engine=COMPILED | TOGETHER, **CUT),
-        twin="AutoMix, cut",
-        unasked="gpu",
-    ),
-    *(
-        Way(f"AutoMix, cut, {name}", partial(policy, engine=engine, **CUT), "AutoMix, cut", unasked="gpu", graph=True)
-        for name, engine in GRAPHS.items()
-    ),
+    Way("AutoMix, cut", cut),
+    Way("AutoMix, cut, one backward", partial(cut, engine=TOGETHER)),
+    variant("AutoMix, cut", "compiled", 2, partial(cut, engine=COMPILED)),
+    variant("AutoMix, cut", "compiled, CUDA graph", 3, partial(cut, engine=COMPILED | RECORDED), graph=True),
+    variant("AutoMix, cut", "CUDA graph", 3, partial(cut, engine=RECORDED), graph=True),
+    Way("AutoMix, cut, joint query", partial(cut, engine={"joint_query": True}), unasked="gpu", turn=5),
+    variant("AutoMix, cut", "padded stem", 5, partial(cut, engine=PADDED)),
+    variant("AutoMix, cut", "one backward, compiled", 6, partial(cut, engine=COMPILED | TOGETHER)),
     # Not the published method (docs/throughput.md).
-    Way("inexact: query's features", partial(policy, feature_source="query"), unasked="never"),
-    Way("inexact: half judged", partial(policy, generator_share=0.5, **CUT), unasked="never"),
+    Way("inexact: query's features", partial(policy, feature_source="query"), unasked="never", turn=5),
+    Way("inexact: half judged", partial(cut, generator_share=0.5), unasked="never", turn=5),
+    Way("inexact: every second step judged", partial(cut, generator_every=2), unasked="never", turn=5),
+    Way("inexact: Mix Block at rest", partial(cut, mix_block_until=1e-9), unasked="never", turn=5),  # from step 1 on
     Way("published, float32", published),
     Way("published, autocast", partial(published, autocast=True), unasked="gpu"),
-    Way("samix", partial(policy, name="samix", lam_concat=False, upsampling=["bilinear"]), unasked="gpu"),
+    Way("samix", partial(policy, name="samix", lam_concat=False, upsampling=["bilinear"]), unasked="gpu", turn=5),
     *(
         # AttentiveMix needs a teacher's weights from a file or the network.
-        Way(name, partial(policy, name=name), unasked="never" if name == "attentivemix" else "gpu")
+        Way(name, partial(policy, name=name), unasked="never" if name == "attentivemix" else "gpu", turn=5)
         for name in POLICIES
-        if name not in ("automix", "samix", "none")
+        if name not in ("automix", "samix")
     ),
 )
 
 
 @dataclass
 class Row:
-    """One way's figures. Times in milliseconds; `note` says why there are none."""
+    """One way's figures. Times in milliseconds; `note` says why there are none, or how few rounds they come from."""
 
     network: str
     way: str
@@ -267,7 +314,7 @@ class Row:
     held for the backward pass, but for the weights."""
     host_reads: int | None = None
     """How often the host waited for the device's results in one step."""
-    note: str = ""
+    note: str = NOT_REACHED
 
 
 class HostReads(TorchDispatchMode):
@@ -338,11 +385,11 @@ def host_reads(step: Callable[[], None], device: torch.device) -> int:
 def peak_bytes(trained: Trained, device: torch.device) -> int:
     """Of one step; see Row.peak_mib."""
     if device.type != "cuda":
-        return peak_saved_bytes(lambda: trained.step(3), trained.module)
+        return peak_saved_bytes(lambda: trained.cycle(3), trained.module)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    trained.step(3)
+    trained.cycle(3)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -377,72 +424,85 @@ class Clock:
         return sums
 
 
-def measure_all(case: Case, ways: list[Way], rounds: int, steps: int) -> list[Row]:
-    """A row for each way. Those that set a step's memory aside for good are measured one by one, after the others."""
-    groups = [[way for way in ways if not way.graph], *([way] for way in ways if way.graph)]
-    rows: list[Row] = []
-    for group in filter(None, groups):
-        rows += measure(case, group, rounds, steps, before=rows)
-        gc.collect()  # a model and its recorded step hold each other
-        if case.device.type == "cuda":
-            torch.cuda.empty_cache()
-    order = [way.name for way in ways]
-    return sorted(rows, key=lambda row: order.index(row.way))
+def groups(ways: list[Way]) -> list[list[Way]]:
+    """The ways that are measured together, in the order in which they are; CUDA graphs one by one."""
+    found = []
+    for _, members in groupby(sorted(ways, key=lambda way: way.turn), key=lambda way: way.turn):
+        members = list(members)
+        found += [[way for way in members if not way.graph], *([way] for way in members if way.graph)]
+    return [group for group in found if group]
 
 
-def measure(case: Case, ways: list[Way], rounds: int, steps: int, before: Sequence[Row] = ()) -> list[Row]:
-    """A row for each way, from interleaved turns; what fails says why and leaves the others alone.
+def measure(
+    case: Case,
+    ways: list[Way],
+    rounds: int,
+    steps: int,
+    rows: dict[str, Row] | None = None,
+    deadline: float = math.inf,
+) -> list[Row]:
+    """The rows of these ways, from interleaved turns; what fails says why and leaves the others alone.
 
-    `before` are rows of other ways of the same case, which may be twins of these.
+    Args:
+        rows: by way, to fill; those of other ways may be twins of these.
+        deadline: of time.monotonic(); after it no way is begun, and what has been begun gets no second round.
     """
-    rows = {way.name: Row(case.name, way.name, case.batch) for way in ways}
-    twins = {row.way: row for row in before} | rows
+    rows = {way.name: Row(case.name, way.name, case.batch) for way in ways} if rows is None else rows
     ready: dict[str, Trained] = {}
     times: dict[str, list[float]] = {way.name: [] for way in ways}
     for way in ways:
+        if time.monotonic() > deadline:
+            break
         _tell(f"{case.name}: preparing {way.name}")
         with _noting(rows[way.name]):
-            ready[way.name] = _prepare(way, case, twins)
+            ready[way.name] = _prepare(way, case, rows)
     numbers = count()
     for turn in range(rounds):
+        if not ready or (turn and time.monotonic() > deadline):
+            break
         _tell(f"{case.name}: round {turn + 1} of {rounds}")
         names = list(ready)
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
             with _noting(rows[name]):
-                clock = Clock(case.device)
-                ready[name].step(next(numbers))  # finds the caches as the other ways left them
+                trained, clock = ready[name], Clock(case.device)
+                trained.cycle(next(numbers))  # finds the caches as the other ways left them
                 clock.mark("start")
                 for _ in range(steps):
-                    ready[name].step(next(numbers))
+                    trained.cycle(next(numbers))
                     clock.mark("step")
-                times[name] += [ms for _, ms in clock.spans()]
+                times[name] += [ms / trained.period for _, ms in clock.spans()]
             if rows[name].note:
                 del ready[name]
     for name in ready:
         _summarize(rows[name], times[name], case.device)
-    return list(rows.values())
+        if len(times[name]) < rounds * steps:
+            rows[name].note = f"{len(times[name]) // steps} of {rounds} rounds"
+    return [rows[way.name] for way in ways]
 
 
 def _prepare(way: Way, case: Case, rows: dict[str, Row]) -> Trained:
     torch.manual_seed(0)
     trained = way.build(case)
-    row = rows[way.name]
-    trained.step(0)
+    row, on_gpu = rows[way.name], case.device.type == "cuda"
+    trained.cycle(0)
     if way.twin:
+        trained.cycle(1)  # Inductor records its own CUDA graphs in the second step
         twin = rows.get(way.twin)
         row.gflop_per_image = twin and twin.gflop_per_image
     else:
-        row.gflop_per_image = counted_flops(lambda: trained.step(1)) / case.batch / 1e9
-        row.host_reads = host_reads(lambda: trained.step(2), case.device)
-    if not way.graph and (case.device.type == "cuda" or not way.twin):
-        row.peak_mib = peak_bytes(trained, case.device) / 2**20
+        row.gflop_per_image = counted_flops(lambda: trained.cycle(1)) / trained.period / case.batch / 1e9
+    if on_gpu or not way.twin:
+        row.host_reads = math.ceil(host_reads(lambda: trained.cycle(2), case.device) / trained.period)
+        if not way.graph:
+            row.peak_mib = peak_bytes(trained, case.device) / 2**20
     return trained
 
 
 @contextlib.contextmanager
 def _noting(row: Row) -> Iterator[None]:
     """A failure inside becomes the row's note."""
+    row.note = ""
     try:
         yield
     except ConfigError as error:
@@ -548,6 +608,47 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def fastest(rows: list[dict], network: str, way: str) -> dict | None:
+    """The fastest measured row of a network among the ways whose names begin so."""
+    found = [row for row in rows if row["network"] == network and row["way"].startswith(way) and row["ms"]]
+    return min(found, key=lambda row: row["ms"], default=None)
+
+
+def targets(result: dict) -> list[dict]:
+    """What was aimed at, and what came of it, each time of the fastest way of its kind; `value` and `met` are None on
+    another machine, and where a way has no figures."""
+    rows, device = result["rows"], result["machine"]["device"]
+    found = []
+
+    def aim(machine: str, network: str, what: str, value: float | None, **bounds: float) -> None:
+        value = value if machine in device else None
+        met = None if value is None else bounds.get("least", 0) <= value <= bounds.get("most", math.inf)
+        found.append({"machine": machine, "network": network, "what": what, **bounds, "value": value, "met": met})
+
+    def speed(network: str, way: str) -> float | None:
+        own = fastest(rows, network, way)
+        return own and own["images_per_second"]
+
+    def times(network: str, way: str, other: str) -> float | None:
+        """The one's speed as a multiple of the other's."""
+        own, slower = speed(network, way), speed(network, other)
+        return own and slower and own / slower
+
+    r50, cifar, reference = "resnet50@224", "cifar_resnet18@32", "published, float32"
+    aim("H200", r50, "vanilla, images/s", speed(r50, "vanilla"), least=5000, stretch=7950)
+    aim("H200", r50, "AutoMix, images/s", speed(r50, "AutoMix"), least=1650, stretch=2600)
+    # A ratio below 2.9 is no success: fewer FLOPs than that are not in it, so the vanilla step must be slow.
+    aim("H200", r50, TIME_RATIO, times(r50, "vanilla", "AutoMix"), least=2.9, most=3.15, stretch=3.05)
+    aim("H200", r50, f"AutoMix over {reference}, images/s", times(r50, "AutoMix", reference), least=3)
+    aim("H200", cifar, f"AutoMix over {reference}, images/s", times(cifar, "AutoMix", reference), least=4)
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = fastest(rows, network, "AutoMix")
+        time_ratio, flop_ratio = vanilla_ratios(rows, own) if own else (None, None)
+        value = time_ratio / flop_ratio if flop_ratio else None
+        aim("CPU", network, f"{TIME_RATIO}, over that of FLOPs", value, least=0.95, most=1.05)
+    return found
+
+
 # What a person reads; all of it from the dictionary that step.json holds.
 
 
@@ -559,7 +660,8 @@ def markdown(result: dict) -> str:
         f"{machine['device']}; {versions}; {result['dtype']}; {machine['date']}, load average at the start "
         f"{machine['load_average']:.2f}. "
         f"Medians (20 to 80 %) of {result['rounds']} interleaved rounds of {result['steps']} steps; one device, no "
-        "engine. The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
+        "engine. `published` is the published step restated in plain PyTorch (automix_dist/bench/published.py), not "
+        "its authors' code. The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
         + ("the allocator's, beyond what it held before the step" if result["gpu"] else
            "what autograd holds for the backward pass, but for the weights")
         + ". Host reads: how often a step waits for results of the device.", "",
@@ -572,12 +674,20 @@ def markdown(result: dict) -> str:
             lines.append(f"{head} {row['note'].replace('|', '/')} | | | | | | |")
             continue
         ratios = vanilla_ratios(result["rows"], row)
-        cells = [f"{row['images_per_second']:,.1f}", f"{row['ms']:.2f} ({row['ms_20']:.2f} to {row['ms_80']:.2f})"]
+        few = row["note"] and f"; {row['note']}"
+        cells = [f"{row['images_per_second']:,.1f}"]
+        cells.append(f"{row['ms']:.2f} ({row['ms_20']:.2f} to {row['ms_80']:.2f}{few})")
         cells += ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
         cells.append("not known" if row["mfu"] is None else f"{row['mfu']:.1%}")
         cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
         cells.append("" if row["host_reads"] is None else str(row["host_reads"]))
         lines.append(f"{head} {' | '.join(cells)} |")
+    lines += [
+        "", "## Targets", "", "Of the fastest way of each kind; where the machine is another or a way has no figures, "
+        "not measured. A ratio below its range points to a slow vanilla step.", "",
+        "| on | network | what | target | stretch | is | |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [_target_line(target) for target in result["targets"]]
     for network, parts in result["parts"].items():
         total = sum(parts.values())
         lines += ["", f"## Parts of an AutoMix step, {network}", ""]
@@ -586,14 +696,25 @@ def markdown(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _target_line(target: dict) -> str:
+    low, high, stretch, value = (target.get(key) for key in ("least", "most", "stretch", "value"))
+    aimed = f"at least {low:,g}" if high is None else f"{low:g} to {high:g}"
+    verdict = "not measured" if value is None else "met" if target["met"] else "**missed**"
+    if target["met"] and stretch:
+        verdict += ", stretch too" if (value >= stretch if high is None else value <= stretch) else ", stretch missed"
+    shown = "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    best = f"{stretch:,}" if stretch else ""
+    cells = [target["machine"], target["network"], target["what"], aimed, best, shown, verdict]
+    return f"| {' | '.join(cells)} |"
+
+
 def vanilla_ratios(rows: list[dict], row: dict) -> tuple[float | None, float | None]:
     """A row's time and FLOPs as multiples of those of the network's fastest vanilla step."""
-    own = [r for r in rows if r["network"] == row["network"] and r["way"].startswith("vanilla") and r["ms"]]
-    if not own:
+    vanilla = fastest(rows, row["network"], "vanilla")
+    if vanilla is None:
         return None, None
-    fastest = min(own, key=lambda each: each["ms"])
-    flops = row["gflop_per_image"] and fastest["gflop_per_image"]
-    return row["ms"] / fastest["ms"], row["gflop_per_image"] / fastest["gflop_per_image"] if flops else None
+    flops = row["gflop_per_image"] and vanilla["gflop_per_image"]
+    return row["ms"] / vanilla["ms"], row["gflop_per_image"] / vanilla["gflop_per_image"] if flops else None
 
 
 def bars_svg(result: dict) -> str:
@@ -669,6 +790,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each way (default: 7)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn (default: 3)")
     parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="after which nothing more is begun; a compilation is not cut off",
+    )
+    parser.add_argument(
         "--compare", type=Path, metavar="STEP_JSON", help="say what moved since; exit code 1 if anything is slower"
     )
     parser.add_argument("--out", type=Path, help="folder for step.json, step.md and step.svg")
@@ -677,6 +804,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value, least = getattr(options, name), 2 if name == "batch" else 1
         if value is not None and value < least:
             parser.error(f"--{name} {value}: expected {least} or more")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes}: expected a positive number")
     options.before = None
     if options.compare:
         try:
@@ -698,40 +827,58 @@ def run(argv: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
+    deadline = time.monotonic() + 60 * options.minutes
     if options.ways:
         ways = [way for way in WAYS if way.name in options.ways]
     else:
         ways = [way for way in WAYS if way.unasked == "always" or (on_gpu and way.unasked == "gpu")]
+    networks = [
+        replace(n, size=options.size or n.size, batch=options.batch or (n.batch if on_gpu else CPU_BATCH))
+        for n in NETWORKS
+        if n.name in options.networks
+    ]
+    rows = {n.label: {way.name: Row(n.label, way.name, n.batch) for way in ways} for n in networks}
     result: dict[str, Any] = {
         "machine": describe_machine(), "gpu": on_gpu, "dtype": str(dtype).removeprefix("torch."),
-        "rounds": options.rounds, "steps": options.steps, "rows": [], "parts": {},
+        "rounds": options.rounds, "steps": options.steps, "parts": {},
     }  # fmt: skip
     if on_gpu:
         torch.backends.cudnn.benchmark = True
-    for network in NETWORKS:
-        if network.name not in options.networks:
-            continue
-        network = replace(network, size=options.size or network.size)
-        torch.compiler.reset()
-        case = Case(network, options.batch or (network.batch if on_gpu else CPU_BATCH), device, dtype)
-        rows = measure_all(case, ways, options.rounds, options.steps)
-        result["rows"] += [asdict(row) for row in rows]
-        if any(way.name.startswith("AutoMix") for way in ways):
+    _finish(result, rows, options.out)  # a folder that cannot be written is found now
+    for network in networks:
+        case = Case(network, network.batch, device, dtype)
+        for group in groups(ways):
+            torch.compiler.reset()
+            measure(case, group, options.rounds, options.steps, rows[network.label], deadline)
+            gc.collect()  # a model and its recorded step hold each other
+            if on_gpu:
+                torch.cuda.empty_cache()
+            _finish(result, rows, options.out)
+        if any(way.name.startswith("AutoMix") for way in ways) and time.monotonic() < deadline:
             result["parts"][case.name] = measure_parts(case, options.rounds)
         gc.collect()
-    best = [r for r in result["rows"] if r["network"] == "resnet50@224" and r["way"].startswith("AutoMix") and r["ms"]]
-    if best:  # what `automix bench loader --step-json` reads
-        result["images_per_second"] = max(row["images_per_second"] for row in best)
-        result["device"] = result["machine"]["device"]
-    text, failed = markdown(result), any(r["note"].startswith("failed") for r in result["rows"])
+    text = _finish(result, rows, options.out)
     print(text)
+    failed = any(row["note"].startswith("failed") for row in result["rows"])
     if options.before:
         moved, slower = compare(result, options.before)
         print(f"Since {options.compare}:\n{moved}")
         failed |= slower
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-        (options.out / "step.md").write_text(text)
-        (options.out / "step.svg").write_text(bars_svg(result))
     return int(failed)
+
+
+def _finish(result: dict[str, Any], rows: dict[str, dict[str, Row]], out: Path | None) -> str:
+    """Completes the result with what the rows say so far; its markdown. Writes the files, if there is a folder."""
+    result["rows"] = [asdict(row) for own in rows.values() for row in own.values()]
+    result["targets"] = targets(result)
+    best = fastest(result["rows"], "resnet50@224", "AutoMix")
+    if best:  # what `automix bench loader --step-json` reads
+        result["images_per_second"] = best["images_per_second"]
+        result["device"] = result["machine"]["device"]
+    text = markdown(result)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "step.md").write_text(text)
+        (out / "step.svg").write_text(bars_svg(result))
+    return text
