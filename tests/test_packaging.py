@@ -137,7 +137,6 @@ def test_imports_are_declared():
     names |= {"cv2": None, "llvmlite": None}  # FFCV asks for the one, numba for the other
     names |= {"webdataset": None, "nvidia": None}  # the loader's benchmark names them if they are missing
     names |= {"huggingface_hub": "huggingface-hub", "mlflow": "mlflow-skinny"}
-    names |= {"pynvml": None}  # the throughput benchmark tells the energy where it is installed
     for name, tree in modules().items():
         for root in {target.split(".")[0] for target in imported(tree)} - sys.stdlib_module_names:
             package = names.get(root, root)

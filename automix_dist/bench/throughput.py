@@ -5,13 +5,14 @@
 
 Runs `automix train` on generated images of ImageNet's shapes, or with --real on the config's own files: reading,
 augmentation, transfer, step, log, a checkpoint half-way and one at the end, an evaluation. Then the loader alone. Says
-what share of the time the device waited for data, and from that how long the config's full recipe would take here.
+what share of the time the device waited for data, and from that how long the config's full recipe would take here. Of
+a data.resolution_schedule the job trains at the largest size only.
 """
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -44,9 +45,9 @@ class Recorder:
         self.clock: Clock | None = None
         self.steps = 0
         self.began = self.ended = 0.0
-        self._joules_before: float | None = None
-        self.joules: float | None = None
-        """Used in the measured steps."""
+        self._joules_before: float | str = ""
+        self.joules: float | str = "the measured steps have not ended"
+        """Used in the measured steps; or why that is not known."""
         self.saving: list[float] = []
         self.evaluating: list[tuple[float, int]] = []
         """Seconds and images of each evaluation."""
@@ -98,9 +99,9 @@ class Recorder:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ended = time.perf_counter()
-        used = _joules()
-        if used is not None and self._joules_before is not None:
-            self.joules = used - self._joules_before
+        before, after = self._joules_before, _joules()
+        reasons = [each for each in (before, after) if isinstance(each, str)]
+        self.joules = reasons[0] if reasons else after - before
 
     def _save(self, save: Callable) -> Callable:
         def recorded(*args, **kwargs):
@@ -129,6 +130,7 @@ def figures(recorder: Recorder, config: Config, world_size: int) -> dict[str, An
     steps = recorder.steps - recorder.warmup
     waiting, total = spans.get("waiting", 0.0), sum(spans.values())
     seconds = recorder.ended - recorder.began
+    unknown = recorder.joules if isinstance(recorder.joules, str) else ""
     return {
         "steps": steps,
         "images_per_second": steps * config.batch_size / seconds,
@@ -138,25 +140,33 @@ def figures(recorder: Recorder, config: Config, world_size: int) -> dict[str, An
         "saving_share": sum(recorder.saving[:-1]) / seconds,  # the last one comes after the last step
         "saving_seconds": statistics.mean(recorder.saving) if recorder.saving else 0.0,
         "evaluated_per_second": sum(n for _, n in recorder.evaluating) / sum(s for s, _ in recorder.evaluating),
-        "joules_per_image": None if recorder.joules is None else
-        recorder.joules * world_size / (steps * config.batch_size),
+        "joules_per_image": None if unknown else recorder.joules * world_size / (steps * config.batch_size),
+        "joules_unknown": unknown,
         "world_size": world_size,
     }  # fmt: skip
 
 
-def _joules() -> float | None:
-    """Energy that this process's GPU has used since its driver was loaded; None where nobody tells."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
+def _joules() -> float | str:
+    """Energy that this process's GPU has used since its driver was loaded, as NVML tells it; or why that is not known.
 
+    NVML is asked through ctypes: its library comes with the driver, its Python packages with nothing.
+    """
+    if not torch.cuda.is_available():
+        return "no GPU"
     try:
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-    except pynvml.NVMLError:
-        return None
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError as error:
+        return str(error)
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    for name, *arguments in (
+        ("nvmlInit_v2",),
+        ("nvmlDeviceGetHandleByUUID", uuid.encode(), ctypes.byref(handle)),
+        ("nvmlDeviceGetTotalEnergyConsumption", handle, ctypes.byref(millijoules)),
+    ):
+        if code := getattr(nvml, name)(*arguments):
+            return f"{name} failed with NVML's error {code}"
+    return millijoules.value / 1e3
 
 
 def extrapolate(measured: dict[str, Any], recipe: Config, images: tuple[int, int]) -> dict[str, float]:
@@ -194,25 +204,34 @@ def loader_alone(config: Config, rank: int, world_size: int, device: torch.devic
 
 
 def job(recipe: Config, folder: Path, files: tuple[str, str], steps: int, warmup: int) -> Config:
-    """The recipe's config, changed to `warmup` + `steps` steps on these files: its last epoch may have more."""
+    """The recipe's config, changed to `warmup` + `steps` steps on these files: its last epoch may have more.
+
+    Of several training sizes the largest one is kept.
+    """
     count = beton.check(Path(files[0])).count
     if recipe.batch_size > count:
         raise ConfigError(
             f"batch_size = {recipe.batch_size} exceeds the {count} images of {files[0]}: set a smaller one"
         )
     epochs = math.ceil((warmup + steps) / (count // recipe.batch_size))
+    schedule = ((0, max(training_sizes(recipe))),) if recipe.data.resolution_schedule else ()
     return dataclasses.replace(
         recipe,
         output=str(folder / "run"),
         epochs=epochs,
         eval_every_epochs=epochs,
-        data=dataclasses.replace(recipe.data, train=files[0], val=files[1], resolution_schedule=()),
+        data=dataclasses.replace(recipe.data, train=files[0], val=files[1], resolution_schedule=schedule),
         optimizer=dataclasses.replace(recipe.optimizer, warmup_epochs=0.0),
         checkpoint=dataclasses.replace(
             recipe.checkpoint, every_epochs=0, every_steps=warmup + max(steps // 2, 1), keep_best=False
         ),
         log=dataclasses.replace(recipe.log, gallery_pairs=0),
     )
+
+
+def training_sizes(recipe: Config) -> list[int]:
+    """Sides of the recipe's training images, each once, in the order of the epochs."""
+    return list(dict.fromkeys(recipe.data.train_size(epoch) for epoch in range(recipe.epochs)))
 
 
 def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple[str, str]:
@@ -239,16 +258,20 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     rate, alone = measured["images_per_second"], result["loader_alone"]
     held = "the loader holds the job up" if measured["waiting_share"] > WAITING else "the step is what takes the time"
-    energy = measured["joules_per_image"]
+    sizes, energy = result["training_sizes"], measured["joules_per_image"]
+    trained = f"{max(sizes)} px"
+    if len(sizes) > 1:
+        trained += f", the largest of the recipe's {', '.join(map(str, sizes))}: its hours are an upper bound"
     rows = [
         ("images/s, all included", f"{rate:,.1f} on {measured['world_size']} device(s)"),
+        ("training images", trained),
         ("one step", f"{measured['step_ms']:.1f} ms of work (median)"),
         ("device waiting for data", f"{measured['waiting_share']:.1%}: {held}"),
         ("first batches of epochs", f"{measured['filling_share']:.1%} of the time; left out of the recipe's hours"),
         ("checkpoints", f"{measured['saving_share']:.1%} of the time, {measured['saving_seconds']:.2f} s each"),
         ("loader alone", f"{alone:,.0f} images/s, {alone / rate:.1f} times what the job took"),
         ("evaluation", f"{measured['evaluated_per_second']:,.1f} images/s"),
-        ("energy", "not known" if energy is None else f"{energy:.2f} J/image"),
+        ("energy", f"not known: {measured['joules_unknown']}" if energy is None else f"{energy:.2f} J/image"),
         (
             "the full recipe",
             f"{hours['hours']:,.1f} hours here ({hours['training']:,.1f} training, {hours['evaluating']:,.1f} "
@@ -313,7 +336,8 @@ def run(argv: list[str]) -> int:
     result = {
         "config": options.config, "overrides": options.overrides, "machine": machine, "data": storage,
         "batch_size": recipe.batch_size, "epochs": recipe.epochs, "images": images, "measured": measured,
-        "loader_alone": alone, "recipe": extrapolate(measured, recipe, images),
+        "training_sizes": training_sizes(recipe), "loader_alone": alone,
+        "recipe": extrapolate(measured, recipe, images),
     }  # fmt: skip
     if rank == 0:
         print(markdown(result))
