@@ -62,8 +62,9 @@ MIN_MOVE = 0.03
 """With --compare, changes smaller than this are not reported, however narrow the spreads are."""
 
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
-    "L4": 121e12, "B200": 2250e12, "4090": 165e12, "3090": 71e12,
+    "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "B200": 2250e12, "4090": 165e12,
+    "3090": 71e12,
 }  # fmt: skip
 """Dense bfloat16 FLOP/s that the makers state, by a part of the device's name; the first match counts."""
 
@@ -216,6 +217,7 @@ def policy(case: Case, name: str = "automix", engine: dict | None = None, **sett
     if config.engine.cuda_graph:
         CapturedStep(model)
     update, schedule = MomentumUpdate(model), Schedule(config, steps_per_epoch=1000)
+    skipped = torch.zeros((), device=case.device)  # as every engine hands it over
 
     def loss(step: int) -> Tensor:
         images, labels, values = case.images[step % POOL], case.labels[step % POOL], schedule.at(step)
@@ -223,7 +225,7 @@ def policy(case: Case, name: str = "automix", engine: dict | None = None, **sett
         return model(images, labels, draws, values.mask_loss_weight).total
 
     optimizer, period = build_optimizer(model, config.optimizer), config.automix.generator_every
-    return Trained(model, loss, optimizer, lambda: update(config.automix.momentum), period)
+    return Trained(model, loss, optimizer, lambda: update(config.automix.momentum, skipped), period)
 
 
 def published(case: Case, *, autocast: bool = False) -> Trained:
@@ -661,7 +663,7 @@ def markdown(result: dict) -> str:
         f"{machine['load_average']:.2f}. "
         f"Medians (20 to 80 %) of {result['rounds']} interleaved rounds of {result['steps']} steps; one device, no "
         "engine. `published` is the published step restated in plain PyTorch (automix_dist/bench/published.py), not "
-        "its authors' code. The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
+        "its authors' code" + (", with TF32 convolutions unless all is float32" if result["gpu"] else "") + ". The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
         + ("the allocator's, beyond what it held before the step" if result["gpu"] else
            "what autograd holds for the backward pass, but for the weights")
         + ". Host reads: how often a step waits for results of the device.", "",
@@ -844,6 +846,7 @@ def run(argv: list[str]) -> int:
     }  # fmt: skip
     if on_gpu:
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as in training
     _finish(result, rows, options.out)  # a folder that cannot be written is found now
     for network in networks:
         case = Case(network, network.batch, device, dtype)
