@@ -663,7 +663,8 @@ def markdown(result: dict) -> str:
         f"{machine['load_average']:.2f}. "
         f"Medians (20 to 80 %) of {result['rounds']} interleaved rounds of {result['steps']} steps; one device, no "
         "engine. `published` is the published step restated in plain PyTorch (automix_dist/bench/published.py), not "
-        "its authors' code" + (", with TF32 convolutions unless all is float32" if result["gpu"] else "") + ". The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
+        "its authors' code" + (", with TF32 convolutions unless all is float32" if result["gpu"] else "") + ". "
+        "The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
         + ("the allocator's, beyond what it held before the step" if result["gpu"] else
            "what autograd holds for the backward pass, but for the weights")
         + ". Host reads: how often a step waits for results of the device.", "",
