@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict, to_yaml
+from automix_dist.config import Config, ConfigError, flatten, keys_named, load_config, to_dict, to_yaml
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -91,14 +91,31 @@ def _explain(error: Exception) -> str | None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, rest = _parser().parse_known_args(arguments)
+    takes_settings = hasattr(options, "overrides")
     # argparse gives up on a list of positionals that an option interrupts: `train CONFIG --resume epochs=3`.
-    if rest and not (hasattr(options, "overrides") and not any(each.startswith("-") for each in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and not (takes_settings and not any(each.startswith("-") for each in rest)):
+        hint = _settings_meant(rest, arguments) if takes_settings else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _settings_meant(unknown: list[str], arguments: list[str]) -> str:
+    """What to write instead of options that are none, as the end of a message."""
+    settings, file = [], ""
+    for option in (each for each in unknown if each.startswith("--")):
+        name, _, value = option[2:].partition("=")
+        after = arguments[arguments.index(option) + 1 :]
+        if not value and after and not after[0].startswith("-"):
+            value = after[0]
+        if name == "config":
+            file = f"; the YAML file stands without a flag: {value or 'FILE'}"
+        elif keys := keys_named(name.replace("-", "_")):
+            settings.append(" or ".join(f"{key}={value or 'VALUE'}" for key in keys))
+    return f"{file}; settings are written key=value{': ' if settings else ''}{', '.join(settings)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 

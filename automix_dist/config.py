@@ -661,6 +661,14 @@ def _all_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def keys_named(name: str) -> list[str]:
+    """The settings, in any section, of this name or one very much like it: "lr" gives optimizer.lr."""
+    known = _all_keys(Config)
+    leaf_of = {key: key.rsplit(".", 1)[-1] for key in known}
+    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf_of.values(), n=1, cutoff=0.8)
+    return [name] if name in known else [key for key, leaf in leaf_of.items() if leaf in near]
+
+
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)

@@ -258,6 +258,25 @@ def test_help_and_mistakes_answer_at_once():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command", "said"),
+    [
+        ("train c.yaml --epochs 3", "train", "--epochs 3; settings are written key=value: epochs=3"),
+        ("train --lr 0.1 c.yaml --batch-size=64", "train", "key=value: optimizer.lr=0.1, batch_size=64"),
+        ("train c.yaml --momentum 0.8", "train", "automix.momentum=0.8 or optimizer.momentum=0.8"),
+        ("train --config c.yaml", "train", "--config; the YAML file stands without a flag: c.yaml"),
+        ("doctor c.yaml --zero-stage 3", "doctor", "key=value: engine.zero_stage=3"),
+        ("train c.yaml --gpus 2", "train", "--gpus 2; settings are written key=value\n"),
+        ("eval run --epochs 3", "eval", "unrecognized arguments: --epochs 3\n"),
+    ],
+)
+def test_settings_written_as_options(arguments, command, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and errors.startswith(f"usage: automix {command} ") and said in errors
+
+
 @pytest.mark.slow
 def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
     run("train", settings, "epochs=1", "optimizer.warmup_epochs=0")
