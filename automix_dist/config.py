@@ -362,7 +362,8 @@ class EngineConfig:
     accumulation_steps: int = 1
     """Micro batches per optimizer step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU, float32 on a CPU."""
+    """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU that computes with it (compute
+    capability 8.0 or higher), float32 elsewhere."""
     immediate_backward: bool = True
     """Differentiate each of the three losses as soon as it is known: one set of activations lives at a time instead of
     three. The gradients are the same, up to the order in which they are summed."""

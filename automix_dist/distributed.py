@@ -85,8 +85,10 @@ def resolve_device(engine: EngineConfig) -> str:
 
 
 def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
+    """What engine.precision means on a device: "auto" leaves bfloat16 to GPUs that do not have to emulate it."""
     if engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[engine.precision]
 
 

@@ -1,6 +1,7 @@
 """Settings of the engines: DeepSpeed's JSON and what contradicts it, the linter, activation checkpointing, SyncBN."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, synchronize_batchnorm
 from automix_dist.config import ConfigError, ModelConfig
+from automix_dist.distributed import autocast_dtype
 from automix_dist.engines import deepspeed_settings, describe
 from automix_dist.optimizer import build_optimizer, set_learning_rates
 from automix_dist.schedules import Schedule
@@ -83,6 +85,17 @@ def test_the_linter_says_what_the_settings_come_to():
     text = "\n".join(describe(config, 4, CPU))
     assert "8 images x 4 rank(s) x 2 micro batch(es) = 64" in text and "at 5" in text and "ZeRO 2" in text
     assert "clipping: none" in "\n".join(describe(tiny_config(engine={"name": "ddp"}), 1, CPU))
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_automatic_precision_is_what_the_gpu_computes_with(major, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.version, "hip", None)
+    auto = tiny_config(engine={"device": "auto"}).engine
+    assert autocast_dtype(auto, torch.device("cuda")) is expected
+    assert autocast_dtype(auto, CPU) is torch.float32
 
 
 def effective_deepspeed(config):
