@@ -71,6 +71,15 @@ class Backbone(nn.Module):
         """[B, 3, H, W] -> the last feature map: [B, C, h, w] of most CNNs."""
         return self.model.forward_features(images)
 
+    def describe_feature(self) -> str:
+        """Which of the model's feature maps the Mix Block reads, and its shape, for people to check."""
+        maps = self.model.feature_info
+        shape = " x ".join(map(str, (self.feature_channels, *self.feature_size)))
+        text = f"{maps[self.feature]['module']} (automix.feature {self.feature} of 0 to {len(maps) - 1}), {shape}"
+        if self.feature == len(maps) - 2 and len({each["reduction"] for each in maps}) == 1:
+            text += f"; its maps are all of one size: the recipes take the middle, automix.feature={len(maps) // 2 - 1}"
+        return text
+
     def pool(self, last_map: Tensor) -> Tensor:
         """The last feature map -> the embedding [B, width]."""
         return self.model.forward_head(last_map, pre_logits=True)

@@ -318,7 +318,7 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
     from automix_dist.captured_step import CapturedStep
     from automix_dist.checkpoint import Checkpoints
     from automix_dist.data import EvalLoader, TrainLoader
-    from automix_dist.engines import build_engine
+    from automix_dist.engines import build_engine, summary
     from automix_dist.optimizer import build_optimizer
     from automix_dist.run_log import RunLog
     from automix_dist.trainer import Position, Trainer
@@ -332,6 +332,10 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
 
     # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
+    backbone = model.query.backbone
+    say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
+    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
+    say(f"{config.model.backbone}{feature}")
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is None and lacking is not None:

@@ -224,7 +224,8 @@ class AutoMixConfig:
     """Lambda is drawn from Beta(alpha, alpha)."""
     feature: int = -2
     """Which of the backbone's feature maps feeds the Mix Block, counted as timm does (stages of a CNN, blocks of a
-    ViT); negative counts from the last. -2 is stage 3 of 4, the paper's l = 3."""
+    ViT); negative counts from the last. -2 is stage 3 of 4, the paper's l = 3; of a ViT take the middle block, 5 of
+    0 to 11."""
     reduction: int = 2
     """Inner width of the Mix Block's attention: feature channels // reduction."""
     lam_concat: bool = True
@@ -390,7 +391,7 @@ class EngineConfig:
     """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU that can run it (compute
     capability 8.0 or higher)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to train; auto = the GPU if there is one."""
+    """Where to train; auto = the GPU if there is one; one that torch cannot use is an error."""
     bucket_size: int = 8_000_000
     """Elements per gradient bucket; small enough that reduction overlaps with the backward pass."""
     timeout_minutes: float = 10.0

@@ -190,11 +190,10 @@ def _torch_on_gpu() -> Check:
         return Check("torch on the GPU", "ok", f"CUDA {torch.version.cuda or torch.version.hip}")
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
-    built = torch.version.cuda or torch.version.hip
-    if built is None:
-        return Check("torch on the GPU", "warn", "torch is a CPU build", "install torch from the package index")
-    mend = f"update the driver to one for CUDA {built}, or install a torch built for this driver"
-    return Check("torch on the GPU", "warn", f"torch was built for CUDA {built} and finds no usable GPU", mend)
+    from automix_dist.distributed import why_no_gpu
+
+    reason, remedy = why_no_gpu()
+    return Check("torch on the GPU", "fail", reason, f"{remedy}, or train with engine.device=cpu")
 
 
 def _triton_compiler() -> list[Check]:

@@ -39,6 +39,16 @@ def test_features_are_read_off_the_model(name, settings, size, feature, channels
         assert backbone(images).shape == (2, backbone.width)
 
 
+def test_the_second_to_last_block_of_a_vit_is_remarked_upon():
+    described = [
+        create_backbone(from_dict({"model": {"backbone": name}}).model, feature, 64).describe_feature()
+        for name, feature in (("resnet18", -2), ("deit_tiny_patch16_224", 5), ("deit_tiny_patch16_224", -2))
+    ]
+    assert described[0] == "layer3 (automix.feature 3 of 0 to 4), 256 x 4 x 4"
+    assert described[1] == "blocks.5 (automix.feature 5 of 0 to 11), 192 x 4 x 4"
+    assert described[2].startswith("blocks.10 (") and described[2].endswith("take the middle, automix.feature=5")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -155,7 +155,7 @@ def test_a_gpu_that_torch_cannot_use(bare_path):
     program(bare_path, "nvidia-smi", "echo 'NVIDIA H200, 143771 MiB, 580.1'; echo 'NVIDIA H200, 143771 MiB, 580.1'")
     assert found("GPU").found == "2 x NVIDIA H200, 143771 MiB, 580.1"
     check = found("torch on the GPU")
-    assert check.status == "warn" and check.mend
+    assert check.status == "fail" and "engine.device=cpu" in check.mend
 
 
 def test_gpus_with_memory_errors_or_held_down_clocks(bare_path):

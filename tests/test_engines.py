@@ -10,10 +10,10 @@ from ranks import run_ranks
 from test_engine import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
+from automix_dist import distributed
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, synchronize_batchnorm
 from automix_dist.config import ConfigError, ModelConfig
-from automix_dist.distributed import autocast_dtype
 from automix_dist.engines import deepspeed_settings, describe
 from automix_dist.optimizer import build_optimizer, set_learning_rates
 from automix_dist.schedules import Schedule
@@ -94,8 +94,23 @@ def test_automatic_precision_is_what_the_gpu_computes_with(major, expected, monk
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.version, "hip", None)
     auto = tiny_config(engine={"device": "auto"}).engine
-    assert autocast_dtype(auto, torch.device("cuda")) is expected
-    assert autocast_dtype(auto, CPU) is torch.float32
+    assert distributed.autocast_dtype(auto, torch.device("cuda")) is expected
+    assert distributed.autocast_dtype(auto, CPU) is torch.float32
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "NVIDIA_DEVICES", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    auto = tiny_config(engine={"device": "auto"}).engine
+    (tmp_path / "nvidiactl").touch()
+    assert distributed.resolve_device(auto) == "cpu"
+    (tmp_path / "nvidia3").touch()  # of a container that was given one of several
+    with pytest.raises(ConfigError, match=r"torch (is a CPU build|was built for CUDA).*engine\.device=cpu"):
+        distributed.resolve_device(auto)
+    assert distributed.resolve_device(tiny_config(engine={"device": "cpu"}).engine) == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.resolve_device(auto) == "cpu"
 
 
 def effective_deepspeed(config):

@@ -279,7 +279,12 @@ def test_settings_written_as_options(arguments, command, said, capsys):
 
 @pytest.mark.slow
 def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
-    run("train", settings, "epochs=1", "optimizer.warmup_epochs=0")
+    told = run("train", settings, "epochs=1", "optimizer.warmup_epochs=0", "engine.accumulation_steps=2").stderr
+    expected = (
+        "training on 1 rank(s) on the CPU, 48 images x 2 micro batch(es) each, DeepSpeed ZeRO 0, float32, kernels"
+    )
+    assert told.splitlines()[0] == f"{expected} reference"
+    assert told.splitlines()[1] == "resnet18: the Mix Block reads layer1 (automix.feature 1 of 0 to 4), 8 x 8 x 8"
     kept = (tmp_path / "run" / "config.yaml").read_text()
     refused = run("train", settings, "--resume", "batch_size=16", code=2)
     assert "batch_size: 32 -> 16" in refused.stderr
@@ -311,7 +316,7 @@ def test_steps_that_are_not_finite_end_the_run_with_a_reason_and_a_dump(settings
 def test_a_signal_while_the_parts_are_built_is_not_lost(settings, tmp_path):
     command = [*AUTOMIX, "train", str(settings), "--resume"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    said = [process.stderr.readline()]  # the loader's note on storage: no engine yet
+    said = [process.stderr.readline()]  # what will run, and where: no engine yet
     process.send_signal(signal.SIGUSR1)
     said.append(process.communicate(timeout=120)[1])
     assert process.returncode == EXIT_STOPPED, said
