@@ -136,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("out", type=Path, help="the .beton file to write; its manifest is put beside it")
     prepare.add_argument("--split", choices=["train", "val"], default="train", help="for sources that have splits")
+    prepare.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="take the class list of a .beton file, or of a text file with one name a line (default: the source's own)",
+    )
     prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
     prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
     prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
@@ -234,6 +240,7 @@ def _prepare(options: argparse.Namespace) -> int:
         options.source,
         options.out,
         split=options.split,
+        classes=beton.read_classes(options.classes) if options.classes else None,
         write_mode=options.write_mode,
         max_resolution=options.max_resolution,
         quality=options.quality,
@@ -411,6 +418,7 @@ def _check(config: Config, resumed: Path | None):
         weights to begin with are not to be had but the resumed run has checkpoints, the error that this would be.
     """
     from automix_dist import beton
+    from automix_dist.sources import some
     from automix_dist.trackers import check_installed
 
     check_installed(config.log)
@@ -424,10 +432,18 @@ def _check(config: Config, resumed: Path | None):
             f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
             f"{config.data.train!r}: expected {train.count} or less"
         )
-    if train.classes != val.classes:
+    if train.index_checksum == val.index_checksum:
         raise ConfigError(
-            f"data.train has {len(train.classes)} classes and data.val {len(val.classes)}, or in another "
-            f"order: expected the same class list in both"
+            f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
+            f"validation images, with automix prepare --split val or from their own folder"
+        )
+    if train.classes != val.classes:
+        missing = [name for name in train.classes if name not in val.classes]
+        foreign = [name for name in val.classes if name not in train.classes]
+        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(foreign)} besides"] * bool(foreign)
+        raise ConfigError(
+            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
+            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
         )
 
     import torch

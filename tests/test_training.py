@@ -15,6 +15,7 @@ import torch
 import yaml
 from ranks import ROOT, Command
 
+from automix_dist import beton
 from automix_dist.checkpoint import newest
 from automix_dist.cli import EXIT_STOPPED, main
 
@@ -222,6 +223,11 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
     torn.with_name("torn.beton.json").write_bytes((digits / "train.beton.json").read_bytes())
     assert "torn.beton" in failing(capsys, "train", settings, f"data.train={torn}")
     assert "torn.beton" in failing(capsys, "verify", torn)
+    assert "holds the images of data.train" in failing(capsys, "train", settings, f"data.val={digits / 'train.beton'}")
+    classes = [*"9876543210", "ten"]
+    beton.prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
+    message = failing(capsys, "train", settings, f"data.val={tmp_path / 'other.beton'}")
+    assert "has 'ten' besides" in message and f"--classes {digits / 'train.beton'}" in message
 
 
 def test_an_output_folder_that_cannot_be_written(settings, tmp_path):
