@@ -1,6 +1,7 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.config import ConfigError, ModelConfig
+from automix_dist.config import ConfigError, DataConfig, ModelConfig
 
 STEMS = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
 """First convolution and pooling in timm's ResNets, and in those with pre-activation."""
+
+STATE_KEYS = ("state_dict", "model")
+"""Under which training programs keep the weights in a checkpoint: OpenMMLab's and timm's, torchvision's and DeiT's."""
 
 
 class Backbone(nn.Module):
@@ -107,7 +111,7 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
             raise
         raise ConfigError(
             f"model.pretrained: no weights for {config.backbone!r} in timm's cache, and they could not be downloaded "
-            f"({type(error).__name__}); put a timm state dict in a .safetensors file and set model.weights to it"
+            f"({type(error).__name__}); set model.weights to a file with a timm state dict"
         ) from error
     if config.small_stem and "convnext" not in config.backbone:
         _shrink_stem(model, config.backbone)
@@ -210,10 +214,16 @@ def _shrink_stem(model: nn.Module, name: str) -> None:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    state = _read_weights(path)
+    # timm's own conversion, of published names and of position embeddings for another image size.
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = load_file(path)
+        state = convert(state, model) if convert else state
     except Exception as error:
-        raise ConfigError(f"model.weights = {str(path)!r} cannot be read as safetensors: {error}") from error
+        raise ConfigError(
+            f"model.weights = {str(path)!r} does not fit the model: timm's conversion fails ({type(error).__name__}: "
+            f"{error})"
+        ) from error
     classifier = model.pretrained_cfg.get("classifier", "")
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
@@ -225,6 +235,39 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save wrote: a state dict, or one inside a checkpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        kind = "as safetensors" if path.suffix == ".safetensors" else "as tensors of torch.save"
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read {kind}: {error}") from error
+    while isinstance(state, dict) and (inner := next((key for key in STATE_KEYS if key in state), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = f"the keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(
+            f"model.weights = {str(path)!r}: expected a state dict, alone or in a checkpoint; got {found}"
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def foreign_normalisation(model: nn.Module, data: DataConfig) -> str | None:
+    """What to set where timm's pretrained weights of a model expect another normalisation; None if they do not."""
+    theirs = {key: tuple(model.pretrained_cfg[key]) for key in ("mean", "std")}
+    if theirs == {"mean": data.mean, "std": data.std}:
+        return None
+    settings = " ".join(f"'data.{key}={list(values)}'" for key, values in theirs.items())
+    return (
+        f"model.pretrained: these weights expect images of another normalisation than data.mean = {list(data.mean)}, "
+        f"data.std = {list(data.std)}: set {settings}"
+    )
 
 
 class PaddedConv2d(nn.Conv2d):

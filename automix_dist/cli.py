@@ -321,7 +321,7 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
     """Build the parts of a run and train. `lacking`: why the model has no weights but those of a checkpoint."""
     from automix_dist import distributed
     from automix_dist.activation_checkpointing import checkpoint_blocks
-    from automix_dist.backbone import synchronize_batchnorm
+    from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
     from automix_dist.captured_step import CapturedStep
     from automix_dist.checkpoint import Checkpoints
     from automix_dist.data import EvalLoader, TrainLoader
@@ -343,6 +343,8 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
     say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
     feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
     say(f"{config.model.backbone}{feature}")
+    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
+        say(f"warning: {note}")
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is None and lacking is not None:

@@ -165,7 +165,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, from its cache or downloaded; or let `weights` name a file."""
     weights: str = ""
-    """Start from this .safetensors file, a timm state dict of the backbone; its classifier is not used."""
+    """Start from this file, a timm state dict of the backbone as .safetensors, or written by torch.save (.pth; also
+    inside a checkpoint); its classifier is not used."""
     small_stem: bool = False
     """Stem for small images: stride 1 and no max-pooling (ResNets), patch size 1 (ConvNeXts)."""
     drop_path: float = 0.0

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
-from automix_dist.backbone import create_backbone
+from automix_dist.backbone import create_backbone, foreign_normalisation
 from automix_dist.checkpoint import Saved, verify
 from automix_dist.config import ConfigError, from_dict, to_dict
 from automix_dist.draws import draw_step
@@ -97,6 +97,47 @@ def test_starting_weights_from_a_file(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(ConfigError, match=r"1 unknown or misshapen.*missing"):
         create_backbone(config.model, -2, 64)
+
+
+def test_starting_weights_of_other_programs(tmp_path):
+    """A checkpoint of torch.save, from data parallel training at another image size, as timm itself loads it."""
+    torch.manual_seed(1)
+    source = timm.create_model("deit_tiny_patch16_224", img_size=96, depth=2, num_classes=7)
+    wrapped = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}
+    torch.save(wrapped, tmp_path / "checkpoint.pth")
+    settings = {"timm_kwargs": {"depth": 2}, "weights": str(tmp_path / "checkpoint.pth")}
+    config = from_dict({"model": {"backbone": "deit_tiny_patch16_224", **settings}})
+    loaded = create_backbone(config.model, 0, 64).model
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    expected = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2, num_classes=0)
+    convert = timm.models.vision_transformer.checkpoint_filter_fn
+    timm.models.load_checkpoint(expected, str(tmp_path / "plain.pth"), strict=False, filter_fn=convert)
+    assert loaded.pos_embed.shape != source.pos_embed.shape
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"lr": 0.1}}, r"expected a state dict.*\['optimizer'\]"),
+        ([1, 2], r"expected a state dict.*list"),
+        (None, r"cannot be read as tensors of torch\.save"),
+        ({"model": {"conv1.weight": torch.zeros(3)}}, r"1 unknown or misshapen.*missing"),
+    ],
+)
+def test_starting_weights_that_cannot_be_used(content, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_text("nonsense") if content is None else torch.save(content, path)
+    with pytest.raises(ConfigError, match=message):
+        create_backbone(from_dict({"model": {"backbone": "resnet18", "weights": str(path)}}).model, -2, 64)
+
+
+def test_a_normalisation_that_pretrained_weights_do_not_expect():
+    named = {"resnet18": None, "vit_tiny_patch16_224": "set 'data.mean=[0.5, 0.5, 0.5]' 'data.std=[0.5, 0.5, 0.5]'"}
+    for name, advice in named.items():
+        note = foreign_normalisation(timm.create_model(name), from_dict({}).data)
+        assert note is None if advice is None else note.endswith(advice)
 
 
 def saved_model(config, model, folder) -> Saved:
