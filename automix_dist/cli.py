@@ -721,6 +721,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"{options.out}: expected a file that ends in .safetensors, which is what it will hold")
     saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
     from automix_dist.export import export_encoder

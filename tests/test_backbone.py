@@ -7,10 +7,12 @@ from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone, foreign_normalisation
+from automix_dist.beton import open_source, prepare
 from automix_dist.checkpoint import Saved, verify
-from automix_dist.config import ConfigError, from_dict, to_dict
+from automix_dist.config import ConfigError, DataConfig, from_dict, to_dict
+from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
-from automix_dist.export import export_encoder
+from automix_dist.export import export_encoder, transform_code
 
 # name, settings, image size, feature -> channels, size of the feature map (AUTOMIX's table of layers and scales)
 FEATURES = [
@@ -192,7 +194,30 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
     scope: dict = {}
     exec(code, scope)  # what the command prints for the user
     with torch.no_grad():
-        torch.testing.assert_close(scope["model"].eval()(images), logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scope["model"](images), logits, atol=1e-5, rtol=1e-5)
+    assert scope["classes"] == ["a", "b", "c"]
     if not settings.get("small_stem") and not settings.get("timm_kwargs"):
         image_size = {"img_size": 64} if "deit" in name else {}
         timm.create_model(name, num_classes=3, **image_size).load_state_dict(load_file(out))
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "ratio"),
+    [("bicubic", 56, 0.949), ("bilinear", 40, 0.875), ("bilinear", 42, 0.875), ("area", 40, 0.875), ("area", 64, 1.0)],
+)
+def test_the_transform_of_an_export_is_that_of_evaluation(resize, size, ratio, tmp_path):
+    prepare("synthetic:6@3", tmp_path / "x.beton", write_mode="raw", progress=False)
+    data = DataConfig(image_size=size, eval_crop_ratio=ratio, resize=resize, mean=(0.5, 0.4, 0.3))
+    loader = EvalLoader(tmp_path / "x.beton", data, batch_size=6, rank=0, world_size=1, device=torch.device("cpu"))
+    ((pixels, *_),) = loader
+    loader.close()
+    scope = {"timm": timm}
+    exec("\n".join(transform_code(data)), scope)
+    source = open_source("synthetic:6@3", "train")
+    theirs = torch.stack([scope["transform"](source.load(i)) for i in range(6)])
+    mean, std = (torch.tensor(each)[:, None, None] for each in (data.mean, data.std))
+    levels = (theirs - (pixels.permute(0, 3, 1, 2) / 255 - mean) / std).abs() * std * 255
+    if resize == "area":
+        assert levels.mean() < 6  # on noise; between smooth areas there is no difference
+    else:
+        assert levels.max() < 0.01

@@ -253,6 +253,7 @@ def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "--batch-size 0: expected 1 or more" in failing(capsys, "eval", tmp_path / "nowhere", "--batch-size", "0")
     (tmp_path / "empty").mkdir()
     assert "no whole checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
+    assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
 
 
