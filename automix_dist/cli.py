@@ -585,20 +585,27 @@ def _compare_settings(before: dict, now: dict, say) -> None:
         say(f"resuming with another setting: {change}")
 
 
+def _require_run(run: Path) -> None:
+    if not run.is_dir():
+        raise CommandError(f"{run}: no such run folder")
+
+
 def _find_checkpoint(run: Path, step: int | None, best: bool):
     from automix_dist.checkpoint import CheckpointError, committed, newest, verify
 
-    if not run.is_dir():
-        raise CommandError(f"{run}: no such run folder")
+    if best and step is not None:
+        raise ConfigError("--best and --step exclude each other")
+    _require_run(run)
     root = run / "checkpoints"
-    if best:
-        last = newest(run)
-        step = last.manifest["state"]["best_step"] if last else None
     if step is None:
         saved = newest(run)
         if saved is None:
             raise CheckpointError(f"{run} has no whole checkpoint")
-        return saved
+        if not best:
+            return saved
+        step = saved.manifest["state"].get("best_step")
+        if step is None:
+            raise CheckpointError(f"{run} has no best checkpoint: no evaluation up to step {saved.step}; omit --best")
     if step not in committed(root):
         raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {sorted(committed(root))}")
     return verify(root / f"step_{step:08d}")
@@ -735,6 +742,7 @@ def _export(options: argparse.Namespace) -> int:
 def _checkpoint(options: argparse.Namespace) -> int:
     from automix_dist.checkpoint import CheckpointError, committed, export_tensors, load_module_state, reshard, verify
 
+    _require_run(options.run_folder)
     root = options.run_folder / "checkpoints"
     steps = sorted(committed(root))
     if not steps:

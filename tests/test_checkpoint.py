@@ -24,8 +24,9 @@ from test_engine import (
 )
 from tiny import tiny_config
 
-from automix_dist import checkpoint
+from automix_dist import checkpoint, cli
 from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, reshard, verify
+from automix_dist.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,22 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(two_steps, tmp_p
     said = []
     assert newest(run, said.append).step == 2
     assert len(said) == 1 and f"step_00000004/{name}" in said[0]
+
+
+def test_what_is_passed_over_is_told_beside_the_output(two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path / "run")
+    damage_truncate(tmp_path / "run" / "checkpoints" / "step_00000004" / "manifest.json")
+    assert newest(tmp_path / "run").step == 2
+    told = capsys.readouterr()
+    assert told.out == "" and "step_00000004" in told.err
+
+
+def test_the_best_checkpoint_is_asked_for(two_steps, tmp_path):
+    with pytest.raises(CheckpointError, match="no evaluation up to step 4"):
+        cli._find_checkpoint(two_steps, None, best=True)
+    with pytest.raises(ConfigError, match="--best and --step exclude each other"):
+        cli._find_checkpoint(two_steps, 2, best=True)
+    assert cli._find_checkpoint(two_steps, 2, best=False).step == 2
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,9 @@ def test_print_config_is_a_config(settings, tmp_path):
 def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere")
     assert "--batch-size 0: expected 1 or more" in failing(capsys, "eval", tmp_path / "nowhere", "--batch-size", "0")
+    assert "no such run" in failing(capsys, "checkpoint", "list", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    assert "has no checkpoint" in failing(capsys, "checkpoint", "list", tmp_path / "empty")
     assert "no whole checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
     assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
