@@ -425,8 +425,14 @@ def _check(config: Config, resumed: Path | None):
 
     check_installed(config.log)
     for key in ("train", "val"):
-        if not getattr(config.data, key):
+        path = getattr(config.data, key)
+        if not path:
             raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+        if not Path(path).is_file():
+            raise beton.BetonError(
+                f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
+                f"data.{key}), or set data.{key} to another file"
+            )
     config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
     train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
     if config.batch_size > train.count:

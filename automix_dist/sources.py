@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import sys
 import tarfile
 import textwrap
 import threading
@@ -275,7 +276,8 @@ class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
         try:
             import pyarrow.parquet  # optional, and slow to import
         except ImportError as error:
-            raise SourceError("Parquet files need pyarrow, which is not installed: pip install pyarrow") from error
+            install = f"{sys.executable} -m pip install pyarrow"
+            raise SourceError(f"Parquet files need pyarrow, which is not installed: {install}") from error
         self._parquet = pyarrow.parquet
         self.files, every_split = find_shards(self, ".parquet", split)
         opened = {file: self._open(file) for file in every_split}

@@ -78,7 +78,7 @@ def test_missing_packages_are_named(without):
     for name in doctor.PACKAGES:
         check = found(name)
         assert (check.status, check.found) == ("fail", "not installed")
-        assert "pip install" in check.mend
+        assert check.mend.startswith(f"{sys.executable} -m pip install ")
 
 
 def test_without_packaging_versions_are_not_compared(monkeypatch):

@@ -217,7 +217,8 @@ def test_mistakes_in_the_config_are_one_line(settings, capsys):
 
 
 def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
-    assert "does not exist" in failing(capsys, "train", settings, f"data.train={tmp_path / 'no.beton'}")
+    missing = tmp_path / "no.beton"
+    assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
     torn = tmp_path / "torn.beton"
     torn.write_bytes((digits / "train.beton").read_bytes()[:100_000])
     torn.with_name("torn.beton.json").write_bytes((digits / "train.beton.json").read_bytes())
