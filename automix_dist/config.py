@@ -251,7 +251,8 @@ class AutoMixConfig:
     mask_adjust_lam: Literal["classifier", "mix_block"] = "classifier"
     """Whose lambda the rescaling aims at; the published code uses the Mix Block's (a mistake, kept for comparison)."""
     switch_off: float = 0.0
-    """Train the Mix Block's mixed branch only in this share of the steps; 0 = in every step (section 2.3)."""
+    """Train the Mix Block's mixed branch only in this share of the steps: 0.8 = on in 80 % of them, off in 20 %; 0 = on
+    in every step (section 2.3)."""
     no_repeat: bool = False
     """Never pair an image with itself (fine-grained recipes)."""
     momentum: float = 0.999
@@ -502,7 +503,8 @@ class Config:
     epochs: int = 100
     """Passes over the training set."""
     batch_size: int = 256
-    """Images per optimizer step, over all ranks and micro batches; an epoch's incomplete last batch is left out."""
+    """Images per optimizer step, over all ranks and micro batches; an epoch's incomplete last batch is left out.
+    Another one wants other learning rates (section 2.9)."""
     eval_every_epochs: int = 1
     """Evaluate after every so many epochs, and always after the last."""
     eval_batch_size: int = 0
