@@ -1,5 +1,6 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -242,12 +243,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a checkpoint of timm's train.py
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ConfigError(f"model.weights = {str(path)!r} cannot be read: {error.strerror or error}") from error
     except Exception as error:
         kind = "as safetensors" if path.suffix == ".safetensors" else "as tensors of torch.save"
-        raise ConfigError(f"model.weights = {str(path)!r} cannot be read {kind}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read {kind}: {reason}") from error
     while isinstance(state, dict) and (inner := next((key for key in STATE_KEYS if key in state), None)):
         state = state[inner]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

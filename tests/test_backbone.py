@@ -1,5 +1,7 @@
 """timm models as backbones: what is read off them, what is refused, and exports that plain timm loads."""
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
@@ -105,7 +107,11 @@ def test_starting_weights_of_other_programs(tmp_path):
     """A checkpoint of torch.save, from data parallel training at another image size, as timm itself loads it."""
     torch.manual_seed(1)
     source = timm.create_model("deit_tiny_patch16_224", img_size=96, depth=2, num_classes=7)
-    wrapped = {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}
+    wrapped = {
+        "epoch": 3,
+        "args": Namespace(lr=0.1),
+        "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()},
+    }
     torch.save(wrapped, tmp_path / "checkpoint.pth")
     settings = {"timm_kwargs": {"depth": 2}, "weights": str(tmp_path / "checkpoint.pth")}
     config = from_dict({"model": {"backbone": "deit_tiny_patch16_224", **settings}})
