@@ -111,10 +111,8 @@ class Classifier(nn.Module):
         """
         dtype = self.autocast or surrounding_autocast(images.device.type)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            # Mixing is done in float32.
-            clean = lay_out(
-                kernels.normalize(images, self.mean, self.std, torch.float32 if self.policy.mixes else dtype)
-            )
+            read_as = torch.float32 if self.policy.mixes else dtype  # mixing is done in float32
+            clean = lay_out(kernels.normalize(images, self.mean, self.std, read_as))
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)

@@ -260,7 +260,7 @@ def test_immediate_backward_gives_the_same_gradients(dtype):
         assert (gradients[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
 
 
-@pytest.mark.parametrize("policy", ["automix", "mixup"])
+@pytest.mark.parametrize("policy", ["automix", "mixup", "none"])
 def test_the_autocast_around_a_call_holds_unless_another_is_set(policy):
     config = tiny_config(policy={"name": policy}, automix={"mask_adjust": 1.0})
     images, labels = micro_batch(0, 0, 16)
