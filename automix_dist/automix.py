@@ -72,6 +72,11 @@ class Mixes(NamedTuple):
         return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
 
 
+def surrounding_autocast(device: str) -> torch.dtype:
+    """The dtype of the torch.autocast around a call, for a type of device; float32 if there is none."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
 class Encoder(nn.Module):
     """A backbone with linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1)."""
 
@@ -110,7 +115,7 @@ class AutoMix(nn.Module):
         settings: of a descendant, its own ones.
         loss: form of the classification losses.
         mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
-        autocast: dtype of the forward passes; float32 = no autocast. Weights stay float32.
+        autocast: dtype of the forward passes; float32 = no autocast, None = the caller's. Weights stay float32.
         implementation: of the kernels: "auto", "triton" or "reference".
         immediate_backward: differentiate each loss as soon as it is known, so that only one set of activations lives at
             a time instead of three; `total.backward()` then delivers the sum.
@@ -130,7 +135,7 @@ class AutoMix(nn.Module):
         loss: LossConfig | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        autocast: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
         implementation: str = "auto",
         immediate_backward: bool = False,
         joint_query: bool = False,
@@ -199,8 +204,9 @@ class AutoMix(nn.Module):
         Returns:
             Losses; or Logits; or the Mixes of `draws.mix_block`.
         """
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            clean = lay_out(kernels.normalize(images, self.mean, self.std, self.autocast))
+        dtype = self.autocast or surrounding_autocast(images.device.type)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            clean = lay_out(kernels.normalize(images, self.mean, self.std, dtype))
             if draws is None:
                 return Logits(*self.query.both_heads(clean), *self.momentum.both_heads(clean))
             if labels is None:
@@ -285,7 +291,7 @@ class AutoMix(nn.Module):
             self.std,
             draw.upsampling,
             lam_margin,
-            self.autocast,
+            surrounding_autocast(images.device.type),
             implementation=self.implementation,
         )
         return lay_out(mixed), mask_mean, mask_square_mean
@@ -300,7 +306,8 @@ class AutoMix(nn.Module):
         if self.config.lam_margin > 0:
             outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
             own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
-        return lay_out(torch.lerp(images[draw.partner], images, own.unsqueeze(1)).to(self.autocast))
+        mixed = torch.lerp(images[draw.partner], images, own.unsqueeze(1))
+        return lay_out(mixed.to(surrounding_autocast(images.device.type)))
 
     def _mixed_loss(self, logits: Tensor, labels: Tensor, draw: MixDraw) -> Tensor:
         """With the drawn lambda, not the mask's area; of the first images where there are fewer logits than labels."""

@@ -1,6 +1,8 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
+import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.config import ConfigError, ModelConfig
+from automix_dist.config import ConfigError, DataConfig, ModelConfig
 
 STEMS = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
 """First convolution and pooling in timm's ResNets, and in those with pre-activation."""
+
+STATE_KEYS = ("state_dict", "model")
+"""Under which training programs keep the weights in a checkpoint: OpenMMLab's and timm's, torchvision's and DeiT's."""
 
 
 class Backbone(nn.Module):
@@ -71,6 +76,15 @@ class Backbone(nn.Module):
         """[B, 3, H, W] -> the last feature map: [B, C, h, w] of most CNNs."""
         return self.model.forward_features(images)
 
+    def describe_feature(self) -> str:
+        """Which of the model's feature maps the Mix Block reads, and its shape, for people to check."""
+        maps = self.model.feature_info
+        shape = " x ".join(map(str, (self.feature_channels, *self.feature_size)))
+        text = f"{maps[self.feature]['module']} (automix.feature {self.feature} of 0 to {len(maps) - 1}), {shape}"
+        if self.feature == len(maps) - 2 and len({each["reduction"] for each in maps}) == 1:
+            text += f"; its maps are all of one size: the recipes take the middle, automix.feature={len(maps) // 2 - 1}"
+        return text
+
     def pool(self, last_map: Tensor) -> Tensor:
         """The last feature map -> the embedding [B, width]."""
         return self.model.forward_head(last_map, pre_logits=True)
@@ -98,7 +112,7 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
             raise
         raise ConfigError(
             f"model.pretrained: no weights for {config.backbone!r} in timm's cache, and they could not be downloaded "
-            f"({type(error).__name__}); put a timm state dict in a .safetensors file and set model.weights to it"
+            f"({type(error).__name__}); set model.weights to a file with a timm state dict"
         ) from error
     if config.small_stem and "convnext" not in config.backbone:
         _shrink_stem(model, config.backbone)
@@ -201,10 +215,16 @@ def _shrink_stem(model: nn.Module, name: str) -> None:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
+    state = _read_weights(path)
+    # timm's own conversion, of published names and of position embeddings for another image size.
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = load_file(path)
+        state = convert(state, model) if convert else state
     except Exception as error:
-        raise ConfigError(f"model.weights = {str(path)!r} cannot be read as safetensors: {error}") from error
+        raise ConfigError(
+            f"model.weights = {str(path)!r} does not fit the model: timm's conversion fails ({type(error).__name__}: "
+            f"{error})"
+        ) from error
     classifier = model.pretrained_cfg.get("classifier", "")
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
@@ -216,6 +236,41 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of one that torch.save wrote: a state dict, or one inside a checkpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in a checkpoint of timm's train.py
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        kind = "as safetensors" if path.suffix == ".safetensors" else "as tensors of torch.save"
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read {kind}: {reason}") from error
+    while isinstance(state, dict) and (inner := next((key for key in STATE_KEYS if key in state), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        found = f"the keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
+        raise ConfigError(
+            f"model.weights = {str(path)!r}: expected a state dict, alone or in a checkpoint; got {found}"
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def foreign_normalisation(model: nn.Module, data: DataConfig) -> str | None:
+    """What to set where timm's pretrained weights of a model expect another normalisation; None if they do not."""
+    theirs = {key: tuple(model.pretrained_cfg[key]) for key in ("mean", "std")}
+    if theirs == {"mean": data.mean, "std": data.std}:
+        return None
+    settings = " ".join(f"'data.{key}={list(values)}'" for key, values in theirs.items())
+    return (
+        f"model.pretrained: these weights expect images of another normalisation than data.mean = {list(data.mean)}, "
+        f"data.std = {list(data.std)}: set {settings}"
+    )
 
 
 class PaddedConv2d(nn.Conv2d):

@@ -132,6 +132,7 @@ def prepare(
     out: Path,
     *,
     split: Split = "train",
+    classes: list[str] | None = None,
     write_mode: WriteMode = "raw",
     max_resolution: int | None = None,
     quality: int = 90,
@@ -142,6 +143,7 @@ def prepare(
 ) -> Manifest:
     """Write a source's images to a .beton file with a manifest beside it, and return the manifest.
 
+    classes: the class list to number the images by, as of the training set; None = the source's own.
     write_mode: "raw" pixels; "jpg"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least
     four times smaller. max_resolution: images with a longer side are reduced to it (antialiased bicubic).
     quality: of the JPEGs made here. restart_markers: in the JPEGs made here, so that training decodes crops faster.
@@ -156,7 +158,7 @@ def prepare(
     out = Path(out)
     _check_options(out, split, write_mode, max_resolution, quality, workers)
     try:
-        images = open_source(source, split)
+        images = open_source(source, split, classes)
     except SourceError as error:
         raise BetonError(str(error)) from error
     except OSError as error:
@@ -472,6 +474,19 @@ def read_manifest(path: Path) -> Manifest:
         if isinstance(error, BetonError):
             raise
         raise BetonError(f"{file} is not a manifest ({error}); run automix prepare again") from error
+
+
+def read_classes(path: Path) -> list[str]:
+    """The class list of a .beton file, or of a text file with one name a line. Raises BetonError."""
+    if path.suffix == ".beton":
+        return read_manifest(path).classes
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BetonError(f"cannot read the class list {path}: {error}") from error
+    if not names or len(set(names)) < len(names):
+        raise BetonError(f"{path}: expected one class name a line, each of them once")
+    return names
 
 
 def read_index(path: Path) -> Index:

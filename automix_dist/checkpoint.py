@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -291,7 +292,11 @@ def committed(root: Path) -> list[int]:
     return [int(match[1]) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()]
 
 
-def newest(run: Path, say: Callable[[str], None] = print) -> Saved | None:
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def newest(run: Path, say: Callable[[str], None] = _warn) -> Saved | None:
     """The newest checkpoint of a run that is whole, checksums included; None if there is none."""
     root = run / "checkpoints"
     for step in sorted(committed(root), reverse=True):

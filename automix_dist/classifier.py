@@ -8,7 +8,7 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out
+from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out, surrounding_autocast
 from automix_dist.backbone import pad_stems
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
         loss: form of the classification loss.
         average: keep a moving average of the encoder beside it, evaluated as `momentum`; momentum.py moves it.
         mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
-        autocast: dtype of the forward passes; float32 = no autocast. Weights stay float32.
+        autocast: dtype of the forward passes; float32 = no autocast, None = the caller's. Weights stay float32.
     """
 
     Losses = Losses
@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         average: bool = False,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        autocast: torch.dtype = torch.float32,
+        autocast: torch.dtype | None = None,
     ):
         super().__init__()
         policy.check(backbone)
@@ -109,9 +109,10 @@ class Classifier(nn.Module):
         Returns:
             Losses; or Logits (AveragedLogits with a moving average); or Mixes, None if the policy mixes no images.
         """
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            dtype = torch.float32 if self.policy.mixes else self.autocast  # mixing is done in float32
-            clean = lay_out(kernels.normalize(images, self.mean, self.std, dtype))
+        dtype = self.autocast or surrounding_autocast(images.device.type)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            read_as = torch.float32 if self.policy.mixes else dtype  # mixing is done in float32
+            clean = lay_out(kernels.normalize(images, self.mean, self.std, read_as))
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
@@ -133,8 +134,12 @@ class Classifier(nn.Module):
         return hasattr(self, "momentum")
 
 
-def build_model(config: Config, backbone: nn.Module, num_classes: int, autocast: torch.dtype) -> nn.Module:
+def build_model(
+    config: Config, backbone: nn.Module, num_classes: int, autocast: torch.dtype | None = None
+) -> nn.Module:
     """The model of a run's policy, on the CPU: a Classifier, AutoMix, or one of its descendants.
+
+    `autocast` is the dtype of its forward passes; float32 = no autocast, None = the caller's.
 
     Raises ConfigError for settings that the policy cannot use, alone or with this backbone.
     """

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict, to_yaml
+from automix_dist.config import Config, ConfigError, flatten, keys_named, load_config, to_dict, to_yaml
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -91,14 +91,31 @@ def _explain(error: Exception) -> str | None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, rest = _parser().parse_known_args(arguments)
+    takes_settings = hasattr(options, "overrides")
     # argparse gives up on a list of positionals that an option interrupts: `train CONFIG --resume epochs=3`.
-    if rest and not (hasattr(options, "overrides") and not any(each.startswith("-") for each in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and not (takes_settings and not any(each.startswith("-") for each in rest)):
+        hint = _settings_meant(rest, arguments) if takes_settings else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _settings_meant(unknown: list[str], arguments: list[str]) -> str:
+    """What to write instead of options that are none, as the end of a message."""
+    settings, file = [], ""
+    for option in (each for each in unknown if each.startswith("--")):
+        name, _, value = option[2:].partition("=")
+        after = arguments[arguments.index(option) + 1 :]
+        if not value and after and not after[0].startswith("-"):
+            value = after[0]
+        if name == "config":
+            file = f"; the YAML file stands without a flag: {value or 'FILE'}"
+        elif keys := keys_named(name.replace("-", "_")):
+            settings.append(" or ".join(f"{key}={value or 'VALUE'}" for key in keys))
+    return f"{file}; settings are written key=value{': ' if settings else ''}{', '.join(settings)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
@@ -119,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("out", type=Path, help="the .beton file to write; its manifest is put beside it")
     prepare.add_argument("--split", choices=["train", "val"], default="train", help="for sources that have splits")
+    prepare.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="take the class list of a .beton file, or of a text file with one name a line (default: the source's own)",
+    )
     prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
     prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
     prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
@@ -217,6 +240,7 @@ def _prepare(options: argparse.Namespace) -> int:
         options.source,
         options.out,
         split=options.split,
+        classes=beton.read_classes(options.classes) if options.classes else None,
         write_mode=options.write_mode,
         max_resolution=options.max_resolution,
         quality=options.quality,
@@ -297,11 +321,11 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
     """Build the parts of a run and train. `lacking`: why the model has no weights but those of a checkpoint."""
     from automix_dist import distributed
     from automix_dist.activation_checkpointing import checkpoint_blocks
-    from automix_dist.backbone import synchronize_batchnorm
+    from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
     from automix_dist.captured_step import CapturedStep
     from automix_dist.checkpoint import Checkpoints
     from automix_dist.data import EvalLoader, TrainLoader
-    from automix_dist.engines import build_engine
+    from automix_dist.engines import build_engine, summary
     from automix_dist.optimizer import build_optimizer
     from automix_dist.run_log import RunLog
     from automix_dist.trainer import Position, Trainer
@@ -315,6 +339,12 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
 
     # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
+    backbone = model.query.backbone
+    say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
+    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
+    say(f"{config.model.backbone}{feature}")
+    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
+        say(f"warning: {note}")
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is None and lacking is not None:
@@ -390,12 +420,19 @@ def _check(config: Config, resumed: Path | None):
         weights to begin with are not to be had but the resumed run has checkpoints, the error that this would be.
     """
     from automix_dist import beton
+    from automix_dist.sources import some
     from automix_dist.trackers import check_installed
 
     check_installed(config.log)
     for key in ("train", "val"):
-        if not getattr(config.data, key):
+        path = getattr(config.data, key)
+        if not path:
             raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+        if not Path(path).is_file():
+            raise beton.BetonError(
+                f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
+                f"data.{key}), or set data.{key} to another file"
+            )
     config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
     train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
     if config.batch_size > train.count:
@@ -403,10 +440,18 @@ def _check(config: Config, resumed: Path | None):
             f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
             f"{config.data.train!r}: expected {train.count} or less"
         )
-    if train.classes != val.classes:
+    if train.index_checksum == val.index_checksum:
         raise ConfigError(
-            f"data.train has {len(train.classes)} classes and data.val {len(val.classes)}, or in another "
-            f"order: expected the same class list in both"
+            f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
+            f"validation images, with automix prepare --split val or from their own folder"
+        )
+    if train.classes != val.classes:
+        missing = [name for name in train.classes if name not in val.classes]
+        foreign = [name for name in val.classes if name not in train.classes]
+        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(foreign)} besides"] * bool(foreign)
+        raise ConfigError(
+            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
+            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
         )
 
     import torch
@@ -546,20 +591,27 @@ def _compare_settings(before: dict, now: dict, say) -> None:
         say(f"resuming with another setting: {change}")
 
 
+def _require_run(run: Path) -> None:
+    if not run.is_dir():
+        raise CommandError(f"{run}: no such run folder")
+
+
 def _find_checkpoint(run: Path, step: int | None, best: bool):
     from automix_dist.checkpoint import CheckpointError, committed, newest, verify
 
-    if not run.is_dir():
-        raise CommandError(f"{run}: no such run folder")
+    if best and step is not None:
+        raise ConfigError("--best and --step exclude each other")
+    _require_run(run)
     root = run / "checkpoints"
-    if best:
-        last = newest(run)
-        step = last.manifest["state"]["best_step"] if last else None
     if step is None:
         saved = newest(run)
         if saved is None:
             raise CheckpointError(f"{run} has no whole checkpoint")
-        return saved
+        if not best:
+            return saved
+        step = saved.manifest["state"].get("best_step")
+        if step is None:
+            raise CheckpointError(f"{run} has no best checkpoint: no evaluation up to step {saved.step}; omit --best")
     if step not in committed(root):
         raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {sorted(committed(root))}")
     return verify(root / f"step_{step:08d}")
@@ -682,6 +734,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"{options.out}: expected a file that ends in .safetensors, which is what it will hold")
     saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
     from automix_dist.export import export_encoder
@@ -694,6 +748,7 @@ def _export(options: argparse.Namespace) -> int:
 def _checkpoint(options: argparse.Namespace) -> int:
     from automix_dist.checkpoint import CheckpointError, committed, export_tensors, load_module_state, reshard, verify
 
+    _require_run(options.run_folder)
     root = options.run_folder / "checkpoints"
     steps = sorted(committed(root))
     if not steps:

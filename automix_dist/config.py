@@ -165,7 +165,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's pretrained weights, from its cache or downloaded; or let `weights` name a file."""
     weights: str = ""
-    """Start from this .safetensors file, a timm state dict of the backbone; its classifier is not used."""
+    """Start from this file, a timm state dict of the backbone as .safetensors, or written by torch.save (.pth; also
+    inside a checkpoint); its classifier is not used."""
     small_stem: bool = False
     """Stem for small images: stride 1 and no max-pooling (ResNets), patch size 1 (ConvNeXts)."""
     drop_path: float = 0.0
@@ -224,7 +225,8 @@ class AutoMixConfig:
     """Lambda is drawn from Beta(alpha, alpha)."""
     feature: int = -2
     """Which of the backbone's feature maps feeds the Mix Block, counted as timm does (stages of a CNN, blocks of a
-    ViT); negative counts from the last. -2 is stage 3 of 4, the paper's l = 3."""
+    ViT); negative counts from the last. -2 is stage 3 of 4, the paper's l = 3; of a ViT take the middle block, 5 of
+    0 to 11."""
     reduction: int = 2
     """Inner width of the Mix Block's attention: feature channels // reduction."""
     lam_concat: bool = True
@@ -249,7 +251,8 @@ class AutoMixConfig:
     mask_adjust_lam: Literal["classifier", "mix_block"] = "classifier"
     """Whose lambda the rescaling aims at; the published code uses the Mix Block's (a mistake, kept for comparison)."""
     switch_off: float = 0.0
-    """Train the Mix Block's mixed branch only in this share of the steps; 0 = in every step (section 2.3)."""
+    """Train the Mix Block's mixed branch only in this share of the steps: 0.8 = on in 80 % of them, off in 20 %; 0 = on
+    in every step (section 2.3)."""
     no_repeat: bool = False
     """Never pair an image with itself (fine-grained recipes)."""
     momentum: float = 0.999
@@ -362,7 +365,8 @@ class EngineConfig:
     accumulation_steps: int = 1
     """Micro batches per optimizer step."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU, float32 on a CPU."""
+    """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU that computes with it (compute
+    capability 8.0 or higher), float32 elsewhere."""
     immediate_backward: bool = True
     """Differentiate each of the three losses as soon as it is known: one set of activations lives at a time instead of
     three. The gradients are the same, up to the order in which they are summed."""
@@ -389,7 +393,7 @@ class EngineConfig:
     """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU that can run it (compute
     capability 8.0 or higher)."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to train; auto = the GPU if there is one."""
+    """Where to train; auto = the GPU if there is one; one that torch cannot use is an error."""
     bucket_size: int = 8_000_000
     """Elements per gradient bucket; small enough that reduction overlaps with the backward pass."""
     timeout_minutes: float = 10.0
@@ -499,7 +503,8 @@ class Config:
     epochs: int = 100
     """Passes over the training set."""
     batch_size: int = 256
-    """Images per optimizer step, over all ranks and micro batches; an epoch's incomplete last batch is left out."""
+    """Images per optimizer step, over all ranks and micro batches; an epoch's incomplete last batch is left out.
+    Another one wants other learning rates (section 2.9)."""
     eval_every_epochs: int = 1
     """Evaluate after every so many epochs, and always after the last."""
     eval_batch_size: int = 0
@@ -659,6 +664,14 @@ def _all_keys(cls: type, prefix: str = "") -> list[str]:
     for name, hint in typing.get_type_hints(cls).items():
         keys += _all_keys(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else [prefix + name]
     return keys
+
+
+def keys_named(name: str) -> list[str]:
+    """The settings, in any section, of this name or one very much like it: "lr" gives optimizer.lr."""
+    known = _all_keys(Config)
+    leaf_of = {key: key.rsplit(".", 1)[-1] for key in known}
+    near = difflib.get_close_matches(name.rsplit(".", 1)[-1], leaf_of.values(), n=1, cutoff=0.8)
+    return [name] if name in known else [key for key, leaf in leaf_of.items() if leaf in near]
 
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:

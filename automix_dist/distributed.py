@@ -1,5 +1,6 @@
 """The processes of a run: who they are, how they talk, how they stop together. Accelerate gives their state."""
 
+import glob
 import ipaddress
 import math
 import os
@@ -66,8 +67,30 @@ class Process:
         return tensor
 
 
+NVIDIA_DEVICES = "/dev/nvidia[0-9]*"
+
+
+def why_no_gpu() -> tuple[str, str]:
+    """Why torch sees no GPU on a host that has one, and what to do about it."""
+    built = torch.version.cuda or torch.version.hip
+    if built is None:
+        return "torch is a CPU build", "install torch from the package index"
+    return (
+        f"torch was built for CUDA {built} and finds no usable GPU",
+        f"update the driver to one for CUDA {built}, or install a torch built for this driver",
+    )
+
+
 def resolve_device(engine: EngineConfig) -> str:
-    """ "cuda" or "cpu". Raises ConfigError if a GPU is asked for and there is none."""
+    """ "cuda" or "cpu". Raises ConfigError if a GPU is asked for and there is none, or if the choice is free and torch
+    cannot use the GPU that is there: a training on the CPU by accident is noticed late."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if engine.device == "auto" and not torch.cuda.is_available() and not hidden and glob.glob(NVIDIA_DEVICES):
+        reason, remedy = why_no_gpu()
+        raise ConfigError(
+            f"engine.device = 'auto', and this host has an NVIDIA GPU that cannot be used: {reason}; {remedy}, or set "
+            f"engine.device=cpu (CUDA_VISIBLE_DEVICES=-1 where a run says auto) for the CPU"
+        )
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "engine.device = 'cuda', but torch sees no GPU here: set engine.device=cpu, or check the "
@@ -76,7 +99,7 @@ def resolve_device(engine: EngineConfig) -> str:
     device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
     if engine.kernels == "triton" and device == "cpu":
         raise ConfigError("engine.kernels = 'triton' needs a GPU and there is none here: set engine.kernels=reference")
-    if engine.kernels == "triton" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+    if engine.kernels == "triton" and not runs_triton():
         raise ConfigError(
             f"engine.kernels = 'triton' needs a GPU of compute capability 8.0 or higher, which "
             f"{torch.cuda.get_device_name()} has not: set engine.kernels=auto"
@@ -84,9 +107,16 @@ def resolve_device(engine: EngineConfig) -> str:
     return device
 
 
+def runs_triton() -> bool:
+    """Whether the GPU can run the Triton kernels."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+
+
 def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
+    """What engine.precision means on a device: "auto" leaves bfloat16 to GPUs that do not have to emulate it."""
     if engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[engine.precision]
 
 

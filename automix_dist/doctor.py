@@ -34,6 +34,7 @@ DISK_NEEDED = 10 * GIB  # checkpoints of a large model
 FILES_NEEDED = 4096
 CORES_NEEDED = 4  # per rank with a GPU, as launch/env.sh has it
 MIN_PYTHON = (3, 11)
+PIP = f"{sys.executable} -m pip install"  # of this Python: a `pip` on the path may be another's
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -97,7 +98,7 @@ def _packages() -> list[Check]:
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return [Check("packaging", "fail", "not installed, so versions cannot be compared", "pip install packaging")]
+        return [Check("packaging", "fail", "not installed, so versions cannot be compared", f"{PIP} packaging")]
     required = {requirement.name.lower(): requirement for requirement in map(Requirement, _requirements())}
     pins = _pins(CHECKOUT / "constraints.txt")
     return [_package(name, pins.get(name), required.get(name)) for name in PACKAGES]
@@ -106,11 +107,7 @@ def _packages() -> list[Check]:
 def _package(name: str, pin: str | None, required: "Requirement | None") -> Check:
     from packaging.version import Version
 
-    install = (
-        "pip install -e . -c constraints.txt"
-        if pin
-        else f'pip install "{name}{required.specifier if required else ""}"'
-    )
+    install = f"{PIP} -e . -c constraints.txt" if pin else f'{PIP} "{name}{required.specifier if required else ""}"'
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -190,11 +187,10 @@ def _torch_on_gpu() -> Check:
         return Check("torch on the GPU", "ok", f"CUDA {torch.version.cuda or torch.version.hip}")
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
-    built = torch.version.cuda or torch.version.hip
-    if built is None:
-        return Check("torch on the GPU", "warn", "torch is a CPU build", "install torch from the package index")
-    mend = f"update the driver to one for CUDA {built}, or install a torch built for this driver"
-    return Check("torch on the GPU", "warn", f"torch was built for CUDA {built} and finds no usable GPU", mend)
+    from automix_dist.distributed import why_no_gpu
+
+    reason, remedy = why_no_gpu()
+    return Check("torch on the GPU", "fail", reason, f"{remedy}, or train with engine.device=cpu")
 
 
 def _triton_compiler() -> list[Check]:

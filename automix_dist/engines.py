@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from automix_dist.automix import AutoMix
 from automix_dist.config import Config, ConfigError
-from automix_dist.distributed import Process, autocast_dtype
+from automix_dist.distributed import Process, autocast_dtype, runs_triton
 
 
 class Engine:
@@ -381,6 +381,21 @@ def _merge(settings: dict[str, Any], extra: dict[str, Any], config: Config, path
                 f"{source}: {key} cannot be used here; optimizer, schedule, precision and checkpoints are set in the "
                 f"config, and what may be added is {', '.join(sorted(ADDABLE))}"
             )
+
+
+def summary(config: Config, world_size: int, device: torch.device) -> list[str]:
+    """Where and how a run trains, in short: ranks and device, batch, engine, precision, kernels."""
+    engine = config.engine
+    name = f"DeepSpeed ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else engine.name.upper()
+    on_gpu = device.type == "cuda"
+    kernels = engine.kernels if engine.kernels != "auto" else "triton" if on_gpu and runs_triton() else "reference"
+    return [
+        f"{world_size} rank(s) on {torch.cuda.get_device_name(device) if on_gpu else 'the CPU'}",
+        f"{config.micro_batch_size(world_size)} images x {engine.accumulation_steps} micro batch(es) each",
+        name,
+        autocast_name(config, device),
+        f"kernels {kernels}",
+    ]
 
 
 def describe(config: Config, world_size: int, device: torch.device) -> list[str]:

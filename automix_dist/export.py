@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -9,14 +10,14 @@ from torch import nn
 
 from automix_dist.backbone import STEMS, create_timm_model, layer_kwargs
 from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
-from automix_dist.config import from_dict
+from automix_dist.config import Config, DataConfig, from_dict
 
 
 def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"], head: Literal["one", "mix"]) -> str:
     """Write one encoder with one of its heads as a timm state dict.
 
     BatchNorm statistics are the mean over the ranks of the run. The file's metadata tell timm's model name, its
-    keyword arguments, the class names and the normalisation.
+    keyword arguments, the class names, and how evaluation cuts, resizes and normalises images.
 
     Returns:
         Python that loads the file.
@@ -57,23 +58,44 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
         "image_size": str(config.data.image_size),
         "mean": json.dumps(config.data.mean),
         "std": json.dumps(config.data.std),
+        "resize": config.data.resize,
+        "eval_crop_ratio": str(config.data.eval_crop_ratio),
         "classes": json.dumps(saved.manifest.get("classes")),
         "commit": str(saved.manifest["environment"]["commit"]),
     }
     export_tensors({k: v.contiguous() for k, v in tensors.items()}, out, metadata)
-    return loading_code(out, config.model.backbone, kwargs, model)
+    return loading_code(out, config, kwargs, model)
 
 
-def loading_code(path: Path, architecture: str, kwargs: dict, model: nn.Module) -> str:
-    """Python that rebuilds the model with timm alone and loads the file."""
+def loading_code(path: Path, config: Config, kwargs: dict, model: nn.Module) -> str:
+    """Python that rebuilds the model with timm alone, loads the file, and makes the evaluation's transform."""
     arguments = "".join(f", {k}={v!r}" for k, v in kwargs.items())
-    lines = ["import timm, torch", "from safetensors.torch import load_file", ""]
-    lines.append(f"model = timm.create_model({architecture!r}{arguments})")
+    lines = ["import json, timm, torch", "from safetensors import safe_open", "from safetensors.torch import load_file"]
+    lines += ["", f"model = timm.create_model({config.model.backbone!r}{arguments})"]
     modules = dict(model.named_modules())
-    for conv_name, pool_name in STEMS:
-        if isinstance(modules.get(pool_name), nn.Identity):
+    for conv_name, pool_name in STEMS if config.model.small_stem else ():
+        if pool_name in modules:
             conv = modules[conv_name]
-            small = f"torch.nn.Conv2d({conv.in_channels}, {conv.out_channels}, 3, padding=1, bias=False)"
-            lines += [f"model.{conv_name} = {small}", f"model.{pool_name} = torch.nn.Identity()"]
-    lines.append(f"model.load_state_dict(load_file({str(path)!r}))")
+            sizes = f"{conv.in_channels}, {conv.out_channels}, 3, padding=1, bias={conv.bias is not None}"
+            lines += [f"model.{conv_name} = torch.nn.Conv2d({sizes})", f"model.{pool_name} = torch.nn.Identity()"]
+    lines += [
+        f"model.load_state_dict(load_file({str(path)!r}))",
+        "model.eval()",
+        *transform_code(config.data),
+        f'classes = json.loads(safe_open({str(path)!r}, "pt").metadata()["classes"])',
+    ]
     return "\n".join(lines)
+
+
+def transform_code(data: DataConfig) -> list[str]:
+    """Python that makes timm's counterpart of our evaluation: [3, H, W] normalised from a PIL image."""
+    size, ratio = data.image_size, data.eval_crop_ratio
+    whole = round(size / ratio)  # the shorter side before the crop, which timm rounds down
+    crop_pct = ratio if math.floor(size / ratio) == whole else size / (whole + 0.5)
+    arguments = f"crop_pct={crop_pct!r}, mean={data.mean!r}, std={data.std!r}"
+    remark, interpolation = [], data.resize
+    if data.resize == "area":  # which timm has not
+        interpolation = "bilinear"
+        remark = ["# The run's own evaluation averaged areas (data.resize=area): pixels differ by a few of 255 levels."]
+    call = f"timm.data.create_transform((3, {size}, {size}), interpolation={interpolation!r}, {arguments})"
+    return [*remark, f"transform = {call}"]

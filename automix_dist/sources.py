@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import re
+import sys
 import tarfile
 import textwrap
 import threading
@@ -60,6 +61,8 @@ class Source(ABC):
     """Why, for each image with an unknown class."""
     remarks: list[str]
     """What is unusual but no mistake, such as a different number of images than was published."""
+    empty: list[str]
+    """Folders of classes without images: a mistake, unless the class list is given."""
 
     def __init_subclass__(cls, usage: str | None = None) -> None:
         if usage is not None:
@@ -69,7 +72,7 @@ class Source(ABC):
     def __init__(self, argument: str, split: Split) -> None:
         """Find the images of one split. Raises SourceError or OSError."""
         self.argument = argument
-        self.remarks = []
+        self.remarks, self.empty = [], []
 
     @abstractmethod
     def load(self, i: int) -> bytes | Image.Image:
@@ -95,6 +98,17 @@ class Source(ABC):
             found.append(label_id)
         self.classes, self.labels, self.unknown = classes, np.array(found, np.int64), unknown
 
+    def use_classes(self, classes: list[str]) -> None:
+        """Number the images by another list of class names. Raises SourceError for images of a class not in it."""
+        number = {name: i for i, name in enumerate(classes)}
+        used = [self.classes[label] for label in np.unique(self.labels) if label >= 0]
+        if foreign := [name for name in used if name not in number]:
+            raise SourceError(
+                f"source '{self.kind}:{self.argument}' has images of {some(foreign)}, not in the class list given"
+            )
+        numbers = np.array([number.get(name, -1) for name in self.classes] + [-1])  # the last is for unknown ones
+        self.classes, self.labels = classes, numbers[self.labels]
+
     def error(self, what: str) -> SourceError:
         expected = f"; expected\n{textwrap.indent(textwrap.dedent(self.layout).strip(), '  ')}" if self.layout else ""
         return SourceError(f"source '{self.kind}:{self.argument}': {what}{expected}")
@@ -104,11 +118,23 @@ SOURCES: dict[str, type[Source]] = {}
 """Every source by its kind."""
 
 
-def open_source(source: str, split: Split) -> Source:
+def open_source(source: str, split: Split, classes: list[str] | None = None) -> Source:
     """Open a source as written on the command line: `KIND:ARGUMENT`, or an existing folder with a subfolder per class.
 
-    Raises SourceError or OSError.
+    `classes` is the class list to number the images by, in place of the source's own. Raises SourceError or OSError.
     """
+    images = _find_source(source, split)
+    if classes is not None:
+        images.use_classes(classes)
+    elif images.empty:
+        raise SourceError(
+            f"{images.empty[0]} has no images ({' '.join(IMAGE_SUFFIXES)}); remove it or fill it, or give the class "
+            f"list with --classes"
+        )
+    return images
+
+
+def _find_source(source: str, split: Split) -> Source:
     kind, _, argument = source.partition(":")
     if kind in SOURCES:
         return SOURCES[kind](argument, split)
@@ -250,7 +276,8 @@ class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
         try:
             import pyarrow.parquet  # optional, and slow to import
         except ImportError as error:
-            raise SourceError("Parquet files need pyarrow, which is not installed: pip install pyarrow") from error
+            install = f"{sys.executable} -m pip install pyarrow"
+            raise SourceError(f"Parquet files need pyarrow, which is not installed: {install}") from error
         self._parquet = pyarrow.parquet
         self.files, every_split = find_shards(self, ".parquet", split)
         opened = {file: self._open(file) for file in every_split}
@@ -422,7 +449,8 @@ class Files(Source):
 
 
 class ImageFolder(Files, usage="imagefolder:DIR"):
-    """A folder with one subfolder per class; sorted names are the class ids. DIR/train and DIR/val win over DIR."""
+    """A folder with one subfolder per class; sorted names are the class ids. DIR/train and DIR/val win over DIR; the
+    classes are those of train then."""
 
     layout = "DIR/CLASS/*.jpg    one subfolder per class, or DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
 
@@ -431,23 +459,36 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         root = Path(argument)
         if not root.is_dir():
             raise self.error(f"no such folder{similar(root)}")
+        folder = class_root = root
         if (root / "train").is_dir() and (root / "val").is_dir():
-            root = root / split
+            folder, class_root = root / split, root / "train"
         elif "train" in (names := subfolders(root)) and {*names} <= {"train", "test", "valid", "validation", "dev"}:
             raise self.error(
                 "it has train but no val: name the other folder val, or give DIR/train and the other alone"
             )
-        classes = subfolders(root)
+        elif split == "val":
+            raise self.error("it has no folders train and val to choose from: leave --split val out to write all of it")
+        classes = subfolders(class_root)
         if not classes:
-            raise SourceError(f"{root} has no subfolders; expected one per class, with the images inside")
+            raise SourceError(f"{class_root} has no subfolders; expected one per class, with the images inside")
+        present = subfolders(folder)
+        if foreign := [name for name in present if name not in classes]:
+            raise SourceError(f"{folder} has {some(foreign)}, not in {class_root}: expected the same class folders")
         self.files, labels = [], []
         for label, name in enumerate(classes):
-            found = images_below(root / name)
-            if not found:
-                raise SourceError(f"{root / name} has no images ({' '.join(IMAGE_SUFFIXES)}); remove it or fill it")
+            found = images_below(folder / name) if name in present else []
+            if not found and folder == class_root:  # validation may lack images of a class
+                self.empty.append(str(folder / name))
             self.files += found
             labels += [label] * len(found)
+        if not self.files and not self.empty:
+            raise self.error(f"there are no images in {folder}")
         self.label(classes, labels)
+
+
+def some(names: list[str]) -> str:
+    """The first of a list of names, and how many there are."""
+    return f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def subfolders(folder: Path) -> list[str]:

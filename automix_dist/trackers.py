@@ -10,6 +10,7 @@ A resumed training goes on in the same run of W&B and MLflow, whose ids are in O
 import json
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from importlib import metadata
@@ -50,7 +51,8 @@ def check_installed(config: LogConfig) -> None:
     chosen += [(f"log.trackers = {list(config.trackers)}", name, "remove it") for name in config.trackers]
     for setting, name, without in chosen:
         if not any(map(_is_installed, INSTALLED_AS[name])):
-            raise ConfigError(f"{setting}: {name} is not installed; pip install {name}, or {without}")
+            install = f"{sys.executable} -m pip install {name}"
+            raise ConfigError(f"{setting}: {name} is not installed; {install}, or {without}")
 
 
 def open_tracker(name: str, folder: Path, start_step: int, config: dict[str, Any]) -> Tracker:

@@ -22,7 +22,8 @@ PAGE = Path(__file__).with_suffix(".md")
 HEAD = """# Configuration
 
 Every setting, written by `python docs/configuration.py` from the code. A YAML file holds what differs from the
-defaults; its key `base` names another file to start from; `section.key=value` on the command line has the last word:
+defaults; its key `base` names another file to start from, relative to its own folder; `section.key=value` on the
+command line has the last word:
 
     automix train configs/digits/automix_resnet10.yaml optimizer.lr=0.05 engine.name=ddp --print-config
 

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny import CLASSES, micro_batch, rank_draws, tiny_config, tiny_model
+from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 from torch import nn
 
 from automix_dist.automix import AutoMix, Losses, adjust_mask
 from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
+from automix_dist.classifier import build_model
 from automix_dist.config import AutoMixConfig
 from automix_dist.draws import MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
@@ -257,6 +258,20 @@ def test_immediate_backward_gives_the_same_gradients(dtype):
         # Under autocast one backward pass sums the two uses of a weight in bfloat16, two passes in float32.
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         assert (gradients[1][name] - gradient).norm() <= tolerance * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("policy", ["automix", "mixup", "none"])
+def test_the_autocast_around_a_call_holds_unless_another_is_set(policy):
+    config = tiny_config(policy={"name": policy}, automix={"mask_adjust": 1.0})
+    images, labels = micro_batch(0, 0, 16)
+    results = []
+    for own, outer in ((None, True), (torch.bfloat16, False), (None, False), (torch.float32, True)):
+        torch.manual_seed(0)
+        model = build_model(config, TinyBackbone(), CLASSES, own)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            results.append(model(images, labels, model.draw(images, seed=0, step=0), 0.1).total)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
+    assert not torch.equal(results[0], results[2])
 
 
 def test_immediate_backward_holds_one_set_of_activations():

@@ -1,16 +1,20 @@
 """timm models as backbones: what is read off them, what is refused, and exports that plain timm loads."""
 
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
-from automix_dist.backbone import create_backbone
+from automix_dist.backbone import create_backbone, foreign_normalisation
+from automix_dist.beton import open_source, prepare
 from automix_dist.checkpoint import Saved, verify
-from automix_dist.config import ConfigError, from_dict, to_dict
+from automix_dist.config import ConfigError, DataConfig, from_dict, to_dict
+from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
-from automix_dist.export import export_encoder
+from automix_dist.export import export_encoder, transform_code
 
 # name, settings, image size, feature -> channels, size of the feature map (AUTOMIX's table of layers and scales)
 FEATURES = [
@@ -37,6 +41,16 @@ def test_features_are_read_off_the_model(name, settings, size, feature, channels
         backbone.eval()
         assert torch.equal(backbone.features(images), backbone.features(images, full=True))
         assert backbone(images).shape == (2, backbone.width)
+
+
+def test_the_second_to_last_block_of_a_vit_is_remarked_upon():
+    described = [
+        create_backbone(from_dict({"model": {"backbone": name}}).model, feature, 64).describe_feature()
+        for name, feature in (("resnet18", -2), ("deit_tiny_patch16_224", 5), ("deit_tiny_patch16_224", -2))
+    ]
+    assert described[0] == "layer3 (automix.feature 3 of 0 to 4), 256 x 4 x 4"
+    assert described[1] == "blocks.5 (automix.feature 5 of 0 to 11), 192 x 4 x 4"
+    assert described[2].startswith("blocks.10 (") and described[2].endswith("take the middle, automix.feature=5")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +101,51 @@ def test_starting_weights_from_a_file(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(ConfigError, match=r"1 unknown or misshapen.*missing"):
         create_backbone(config.model, -2, 64)
+
+
+def test_starting_weights_of_other_programs(tmp_path):
+    """A checkpoint of torch.save, from data parallel training at another image size, as timm itself loads it."""
+    torch.manual_seed(1)
+    source = timm.create_model("deit_tiny_patch16_224", img_size=96, depth=2, num_classes=7)
+    wrapped = {
+        "epoch": 3,
+        "args": Namespace(lr=0.1),
+        "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()},
+    }
+    torch.save(wrapped, tmp_path / "checkpoint.pth")
+    settings = {"timm_kwargs": {"depth": 2}, "weights": str(tmp_path / "checkpoint.pth")}
+    config = from_dict({"model": {"backbone": "deit_tiny_patch16_224", **settings}})
+    loaded = create_backbone(config.model, 0, 64).model
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    expected = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2, num_classes=0)
+    convert = timm.models.vision_transformer.checkpoint_filter_fn
+    timm.models.load_checkpoint(expected, str(tmp_path / "plain.pth"), strict=False, filter_fn=convert)
+    assert loaded.pos_embed.shape != source.pos_embed.shape
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"optimizer": {"lr": 0.1}}, r"expected a state dict.*\['optimizer'\]"),
+        ([1, 2], r"expected a state dict.*list"),
+        (None, r"cannot be read as tensors of torch\.save"),
+        ({"model": {"conv1.weight": torch.zeros(3)}}, r"1 unknown or misshapen.*missing"),
+    ],
+)
+def test_starting_weights_that_cannot_be_used(content, message, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_text("nonsense") if content is None else torch.save(content, path)
+    with pytest.raises(ConfigError, match=message):
+        create_backbone(from_dict({"model": {"backbone": "resnet18", "weights": str(path)}}).model, -2, 64)
+
+
+def test_a_normalisation_that_pretrained_weights_do_not_expect():
+    named = {"resnet18": None, "vit_tiny_patch16_224": "set 'data.mean=[0.5, 0.5, 0.5]' 'data.std=[0.5, 0.5, 0.5]'"}
+    for name, advice in named.items():
+        note = foreign_normalisation(timm.create_model(name), from_dict({}).data)
+        assert note is None if advice is None else note.endswith(advice)
 
 
 def saved_model(config, model, folder) -> Saved:
@@ -141,7 +200,30 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
     scope: dict = {}
     exec(code, scope)  # what the command prints for the user
     with torch.no_grad():
-        torch.testing.assert_close(scope["model"].eval()(images), logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scope["model"](images), logits, atol=1e-5, rtol=1e-5)
+    assert scope["classes"] == ["a", "b", "c"]
     if not settings.get("small_stem") and not settings.get("timm_kwargs"):
         image_size = {"img_size": 64} if "deit" in name else {}
         timm.create_model(name, num_classes=3, **image_size).load_state_dict(load_file(out))
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "ratio"),
+    [("bicubic", 56, 0.949), ("bilinear", 40, 0.875), ("bilinear", 42, 0.875), ("area", 40, 0.875), ("area", 64, 1.0)],
+)
+def test_the_transform_of_an_export_is_that_of_evaluation(resize, size, ratio, tmp_path):
+    prepare("synthetic:6@3", tmp_path / "x.beton", write_mode="raw", progress=False)
+    data = DataConfig(image_size=size, eval_crop_ratio=ratio, resize=resize, mean=(0.5, 0.4, 0.3))
+    loader = EvalLoader(tmp_path / "x.beton", data, batch_size=6, rank=0, world_size=1, device=torch.device("cpu"))
+    ((pixels, *_),) = loader
+    loader.close()
+    scope = {"timm": timm}
+    exec("\n".join(transform_code(data)), scope)
+    source = open_source("synthetic:6@3", "train")
+    theirs = torch.stack([scope["transform"](source.load(i)) for i in range(6)])
+    mean, std = (torch.tensor(each)[:, None, None] for each in (data.mean, data.std))
+    levels = (theirs - (pixels.permute(0, 3, 1, 2) / 255 - mean) / std).abs() * std * 255
+    if resize == "area":
+        assert levels.mean() < 6  # on noise; between smooth areas there is no difference
+    else:
+        assert levels.max() < 0.01

@@ -220,6 +220,42 @@ def test_bad_sources(source, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_classes_of_a_folder_with_splits_are_those_of_train(tmp_path):
+    places = ("train/a", "train/b", "train/c", "val/b")
+    root = make_tree(tmp_path, {f"{place}/1.jpg": jpeg(photo(0)) for place in places})
+    (root / "val" / "c").mkdir()
+    manifest = write(root, tmp_path / "x.beton", split="val")
+    assert (manifest.classes, manifest.class_counts) == (["a", "b", "c"], [0, 1, 0])
+    (root / "val" / "d").mkdir()
+    with pytest.raises(BetonError, match=r"val has 'd', not in .*train"):
+        write(root, tmp_path / "x.beton", split="val")
+
+
+def test_a_folder_without_splits_is_not_taken_for_validation(photos, tmp_path):
+    with pytest.raises(BetonError, match=r"no folders train and val to choose from.*--split val"):
+        write(photos, tmp_path / "x.beton", split="val")
+
+
+def test_the_class_list_of_another_file(tmp_path):
+    root = make_tree(tmp_path / "val", {"c/1.jpg": jpeg(photo(0)), "a/1.jpg": jpeg(photo(1))})
+    (root / "b").mkdir()
+    (tmp_path / "classes.txt").write_text("c\nb\n\na\nz\n")
+    named = beton.read_classes(tmp_path / "classes.txt")
+    manifest = write(root, tmp_path / "x.beton", classes=named)
+    assert (manifest.classes, manifest.class_counts) == (["c", "b", "a", "z"], [1, 0, 1, 0])
+    assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [2, 0]  # in the order of the folders
+    assert beton.read_classes(tmp_path / "x.beton") == named
+    with pytest.raises(BetonError, match=r"has images of 'a', not in the class list given"):
+        write(root, tmp_path / "x.beton", classes=["b", "c"])
+    (tmp_path / "classes.txt").write_text("a\nb\na\n")
+    with pytest.raises(BetonError, match="each of them once"):
+        beton.read_classes(tmp_path / "classes.txt")
+
+    make_shard(tmp_path / "s.tar", {"1.jpg": jpeg(photo(0)), "1.cls": b"1", "2.jpg": jpeg(photo(1)), "2.cls": b"x"})
+    manifest = write(f"webdataset:{tmp_path}", tmp_path / "y.beton", classes=["0", "1", "2"], skip_broken=True)
+    assert (manifest.classes, manifest.class_counts, len(manifest.skipped)) == (["0", "1", "2"], [0, 1, 0], 1)
+
+
 def test_folders_without_images(tmp_path):
     with pytest.raises(BetonError, match="no subfolders"):
         write(tmp_path, tmp_path / "x.beton")

@@ -1,6 +1,7 @@
 """Settings of the engines: DeepSpeed's JSON and what contradicts it, the linter, activation checkpointing, SyncBN."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from ranks import run_ranks
 from test_engine import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
+from automix_dist import distributed
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, synchronize_batchnorm
 from automix_dist.config import ConfigError, ModelConfig
@@ -83,6 +85,32 @@ def test_the_linter_says_what_the_settings_come_to():
     text = "\n".join(describe(config, 4, CPU))
     assert "8 images x 4 rank(s) x 2 micro batch(es) = 64" in text and "at 5" in text and "ZeRO 2" in text
     assert "clipping: none" in "\n".join(describe(tiny_config(engine={"name": "ddp"}), 1, CPU))
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
+def test_automatic_precision_is_what_the_gpu_computes_with(major, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.version, "hip", None)
+    auto = tiny_config(engine={"device": "auto"}).engine
+    assert distributed.autocast_dtype(auto, torch.device("cuda")) is expected
+    assert distributed.autocast_dtype(auto, CPU) is torch.float32
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "NVIDIA_DEVICES", f"{tmp_path}/nvidia[0-9]*")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    auto = tiny_config(engine={"device": "auto"}).engine
+    (tmp_path / "nvidiactl").touch()
+    assert distributed.resolve_device(auto) == "cpu"
+    (tmp_path / "nvidia3").touch()  # of a container that was given one of several
+    with pytest.raises(ConfigError, match=r"torch (is a CPU build|was built for CUDA).*engine\.device=cpu"):
+        distributed.resolve_device(auto)
+    assert distributed.resolve_device(tiny_config(engine={"device": "cpu"}).engine) == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.resolve_device(auto) == "cpu"
 
 
 def effective_deepspeed(config):

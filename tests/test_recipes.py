@@ -75,8 +75,11 @@ def test_a_recipe_opens_with_what_one_wants_to_know(path):
     if path.parent.name != "digits":
         for label in ("Command", "Hardware", "Hours", "Published"):
             assert f"\n# {label}:" in head
-        gpus = re.search(r"nproc-per-node=(\d+)", head)
-        load_config(path).micro_batch_size(int(gpus[1]) if gpus else 1)
+        gpus = re.search(r"launch/torchrun\.sh --ranks-per-node (\d+) ", head)
+        config, ranks = load_config(path), int(gpus[1]) if gpus else 1
+        images, parts = config.micro_batch_size(ranks), ranks * config.engine.accumulation_steps
+        if gpus:  # BatchNorm and lambda are each micro batch's own: their number is part of the recipe
+            assert f"{images} images each; ranks x engine.accumulation_steps = {parts} trains the same recipe." in head
 
 
 def test_fine_tuning_starts_from_torchvisions_first_weights():

@@ -15,6 +15,7 @@ import torch
 import yaml
 from ranks import ROOT, Command
 
+from automix_dist import beton
 from automix_dist.checkpoint import newest
 from automix_dist.cli import EXIT_STOPPED, main
 
@@ -216,12 +217,18 @@ def test_mistakes_in_the_config_are_one_line(settings, capsys):
 
 
 def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
-    assert "does not exist" in failing(capsys, "train", settings, f"data.train={tmp_path / 'no.beton'}")
+    missing = tmp_path / "no.beton"
+    assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
     torn = tmp_path / "torn.beton"
     torn.write_bytes((digits / "train.beton").read_bytes()[:100_000])
     torn.with_name("torn.beton.json").write_bytes((digits / "train.beton.json").read_bytes())
     assert "torn.beton" in failing(capsys, "train", settings, f"data.train={torn}")
     assert "torn.beton" in failing(capsys, "verify", torn)
+    assert "holds the images of data.train" in failing(capsys, "train", settings, f"data.val={digits / 'train.beton'}")
+    classes = [*"9876543210", "ten"]
+    beton.prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
+    message = failing(capsys, "train", settings, f"data.val={tmp_path / 'other.beton'}")
+    assert "has 'ten' besides" in message and f"--classes {digits / 'train.beton'}" in message
 
 
 def test_an_output_folder_that_cannot_be_written(settings, tmp_path):
@@ -245,8 +252,11 @@ def test_print_config_is_a_config(settings, tmp_path):
 def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere")
     assert "--batch-size 0: expected 1 or more" in failing(capsys, "eval", tmp_path / "nowhere", "--batch-size", "0")
+    assert "no such run" in failing(capsys, "checkpoint", "list", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    assert "has no checkpoint" in failing(capsys, "checkpoint", "list", tmp_path / "empty")
     assert "no whole checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
+    assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
 
 
@@ -258,9 +268,33 @@ def test_help_and_mistakes_answer_at_once():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command", "said"),
+    [
+        ("train c.yaml --epochs 3", "train", "--epochs 3; settings are written key=value: epochs=3"),
+        ("train --lr 0.1 c.yaml --batch-size=64", "train", "key=value: optimizer.lr=0.1, batch_size=64"),
+        ("train c.yaml --momentum 0.8", "train", "automix.momentum=0.8 or optimizer.momentum=0.8"),
+        ("train --config c.yaml", "train", "--config; the YAML file stands without a flag: c.yaml"),
+        ("doctor c.yaml --zero-stage 3", "doctor", "key=value: engine.zero_stage=3"),
+        ("train c.yaml --gpus 2", "train", "--gpus 2; settings are written key=value\n"),
+        ("eval run --epochs 3", "eval", "unrecognized arguments: --epochs 3\n"),
+    ],
+)
+def test_settings_written_as_options(arguments, command, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    errors = capsys.readouterr().err
+    assert caught.value.code == 2 and errors.startswith(f"usage: automix {command} ") and said in errors
+
+
 @pytest.mark.slow
 def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
-    run("train", settings, "epochs=1", "optimizer.warmup_epochs=0")
+    told = run("train", settings, "epochs=1", "optimizer.warmup_epochs=0", "engine.accumulation_steps=2").stderr
+    expected = (
+        "training on 1 rank(s) on the CPU, 48 images x 2 micro batch(es) each, DeepSpeed ZeRO 0, float32, kernels"
+    )
+    assert told.splitlines()[0] == f"{expected} reference"
+    assert told.splitlines()[1] == "resnet18: the Mix Block reads layer1 (automix.feature 1 of 0 to 4), 8 x 8 x 8"
     kept = (tmp_path / "run" / "config.yaml").read_text()
     refused = run("train", settings, "--resume", "batch_size=16", code=2)
     assert "batch_size: 32 -> 16" in refused.stderr
@@ -292,7 +326,7 @@ def test_steps_that_are_not_finite_end_the_run_with_a_reason_and_a_dump(settings
 def test_a_signal_while_the_parts_are_built_is_not_lost(settings, tmp_path):
     command = [*AUTOMIX, "train", str(settings), "--resume"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    said = [process.stderr.readline()]  # the loader's note on storage: no engine yet
+    said = [process.stderr.readline()]  # what will run, and where: no engine yet
     process.send_signal(signal.SIGUSR1)
     said.append(process.communicate(timeout=120)[1])
     assert process.returncode == EXIT_STOPPED, said

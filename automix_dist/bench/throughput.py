@@ -246,7 +246,8 @@ def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple
         except beton.BetonError:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
-            beton.prepare(f"synthetic:{count}@1000", file, write_mode=kind, max_resolution=int(size), progress=False)
+            options = {"split": split, "write_mode": kind, "max_resolution": int(size), "progress": False}
+            beton.prepare(f"synthetic:{count}@1000", file, **options)
     return files[0], files[1]
 
 

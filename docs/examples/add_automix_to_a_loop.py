@@ -36,7 +36,8 @@ loader = DataLoader(train, batch_size=64, shuffle=True, drop_last=True)
 layers = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
 backbone = create_backbone(ModelConfig("resnet18", timm_kwargs=layers), feature=1, image_size=32)
 config = AutoMixConfig(norm="layer")
-model = AutoMix(backbone, num_classes=10, config=config).to(device)  # + instead of backbone and head
+# + Instead of backbone and head. Immediate backward: without it activations take three times the memory.
+model = AutoMix(backbone, num_classes=10, config=config, immediate_backward=True).to(device)
 update_momentum = MomentumUpdate(model)  # +
 optimizer = torch.optim.SGD(
     [{"params": model.query.parameters()}, {"params": model.mix_block.parameters(), "lr": 0.2}],  # +
@@ -52,8 +53,9 @@ for epoch in range(EPOCHS):
     for x, y in loader:
         x, y = x.to(device), y.to(device)
         draws = model.draw(x, seed=0, step=step)  # + lambdas and pairs of this step
-        losses = model(x, y, draws, mask_loss_weight=0.1)  # +
         optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # holds inside of AutoMix too
+            losses = model(x, y, draws, mask_loss_weight=0.1)  # +
         losses.total.backward()
         optimizer.step()
         update_momentum(0.99)  # + after each optimizer step; 0.999 and more for long trainings

@@ -49,7 +49,7 @@ def main() -> None:
     own = {"samix": {"lam_concat": False, "mask_loss": "l1_variance"}}.get(args.policy, {})
     config = from_dict({"model": {"backbone": args.model}, "policy": {"name": args.policy}, "automix": own})
     backbone = create_backbone(config.model, needed_feature(config), args.image_size)
-    model = build_model(config, backbone, 4, torch.float32).to(device)
+    model = build_model(config, backbone, 4).to(device)  # with engine.immediate_backward, as its default is
     optimizer = create_optimizer_v2(model, opt="sgd", lr=args.lr, weight_decay=1e-4, momentum=0.9)
     scheduler, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=args.epochs)
     update_momentum = MomentumUpdate(model)
@@ -60,7 +60,8 @@ def main() -> None:
         model.train()
         for images, target in loader(16, args.batch_size, args.image_size, seed=epoch):
             images, target = images.to(device), target.to(device)
-            output = model(images, target, model.draw(images, seed=0, step=step), 0.1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):  # holds inside too
+                output = model(images, target, model.draw(images, seed=0, step=step), 0.1)
             optimizer.zero_grad()
             output.total.backward()
             optimizer.step()
