@@ -1,4 +1,4 @@
-"""Runs the Triton code itself without a GPU, in Triton's interpreter: test_kernels_numerics.py, test_kernels_opcheck.py."""
+"""Runs test_kernels_numerics.py and test_kernels_opcheck.py without a GPU: the Triton code, in Triton's interpreter."""
 
 import os
 import re
