@@ -1,4 +1,4 @@
-"""Runs test_kernels_numerics.py without a GPU: the Triton code itself, in Triton's interpreter."""
+"""Runs test_kernels_numerics.py and test_kernels_opcheck.py without a GPU: the Triton code, in Triton's interpreter."""
 
 import os
 import re
@@ -11,12 +11,17 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.slow
-def test_numerics_in_the_interpreter():
-    file = Path(__file__).with_name("test_kernels_numerics.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(file)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+def passed_in_the_interpreter(*arguments: str, **environment: str) -> int:
+    """How many tests of the two files passed; `arguments` choose among them."""
+    files = [Path(__file__).with_name(f"test_kernels_{name}.py") for name in ("numerics", "opcheck")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *files, *arguments]
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) > 100
+    return int(re.search(r"(\d+) passed", result.stdout).group(1))
+
+
+@pytest.mark.slow
+def test_in_the_interpreter():
+    assert passed_in_the_interpreter() > 130

@@ -1,8 +1,8 @@
 """The Triton kernels against float64, compiled on a GPU or in Triton's interpreter on the CPU.
 
 The rule: inputs are drawn in the type under test and promoted for the oracle; a kernel's largest error may not exceed
-that of the same formula in plain PyTorch in that type, twice over, plus the rounding of its result. Every output buffer
-holds NaN before a kernel writes it.
+that of the same formula in plain PyTorch in that type by more than one rounding of its result (`assert_within_budget`
+names the exceptions). Every output buffer holds NaN before a kernel writes it.
 
 The interpreter has to be chosen when the process starts: test_kernels_interpreter.py runs this file so.
 """
@@ -17,26 +17,43 @@ if not api.HAS_TRITON or not (api.INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or the interpreter (test_kernels_interpreter.py)", allow_module_level=True)
 
 pytestmark = [] if api.INTERPRETED else pytest.mark.gpu
-# The interpreter's product of bfloat16 operands is wrong.
-DTYPES = [torch.float32, torch.float16] if api.INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406], device=DEVICE), torch.tensor([0.229, 0.224, 0.225], device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
-def products_that_do_not_depend_on_the_processor(monkeypatch):
-    """A matrix unit gives the same bits for a product and its transpose, as the backward pass needs for scores of 1e4.
+def interpreter_that_computes_as_a_gpu(monkeypatch):
+    """Where Triton's interpreter (3.6 to 3.9) does not.
 
-    The interpreter's product is NumPy's, which does so on some processors only; here it is rounded once, from float64.
+    A matrix unit gives the same bits for a product and its transpose, as the backward pass needs for scores of 1e4. The
+    interpreter's product is NumPy's, which does so on some processors only; here it is rounded once, from float64.
+    bfloat16 is held as 16 bits of an integer, which the interpreter multiplies as if they were the number, and to which
+    it cuts float32 where a GPU rounds to the nearest.
     """
     if not api.INTERPRETED:
         return
+    import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    plain_cast = InterpreterBuilder.cast_impl
+
+    def widened(operand):
+        data = operand.data
+        if operand.dtype.scalar == tl.bfloat16:
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        return data.astype(np.float64)
+
     def create_dot(self, a, b, accumulator, *_):
-        product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(accumulator.data.dtype)
+        product = np.matmul(widened(a), widened(b)).astype(accumulator.data.dtype)
         return TensorHandle(product + accumulator.data, accumulator.dtype.scalar)
 
+    def cast_impl(self, source, target):
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return TensorHandle(torch.tensor(source.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+        return plain_cast(self, source, target)
+
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +75,20 @@ def generator(seed=0):
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
-def assert_within_budget(actual, eager, exact, name, summands=0.0):
-    """actual may err twice as much as eager does, plus two roundings at the size of the largest exact value.
+def assert_within_budget(actual, eager, exact, name, summands=0.0, by_chance=False):
+    """actual may err as much as eager does, plus one rounding at the size of the largest exact value.
 
+    In float32 both are the same sums in another order, and which of them comes nearer is chance: there it is twice as
+    much, plus four roundings. `by_chance`: so too where another type's errors are those of float32 sums.
     `summands`: the norm of what one number is the sum of, where its parts cancel.
     """
     assert actual.isfinite().all(), name
     error = (actual.double() - exact).abs().max()
     eager_error = (eager.double() - exact).abs().max()
-    rounding = 2 * torch.finfo(eager.dtype).eps * max(exact.abs().max(), summands)
-    assert error <= 2 * eager_error + rounding, f"{name}: {error:.3g} > 2 * {eager_error:.3g} + {rounding:.3g}"
+    rounding = torch.finfo(actual.dtype).eps / 2 * max(exact.abs().max(), summands)
+    share, roundings = (2, 4) if by_chance or eager.dtype == torch.float32 else (1, 1)
+    budget = share * eager_error + roundings * rounding
+    assert error <= budget, f"{name}: {error:.3g} > {share} * {eager_error:.3g} + {roundings} * {rounding:.3g}"
 
 
 def eager_attention(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias):
@@ -103,7 +124,7 @@ def copies(tensors, dtype=None):
     ]  # fmt: skip
 
 
-def check_attention(tensors, seed=1):
+def check_attention(tensors, seed=1, by_chance=False):
     """All of forward and backward within the budget, by way of the Triton operator; returns our results."""
     batch, positions, _ = tensors[0].shape
     grad = torch.randn(batch, positions, device=DEVICE, generator=generator(seed))
@@ -119,7 +140,8 @@ def check_attention(tensors, seed=1):
         ) if t is not None and t.requires_grad
     ]  # fmt: skip
     for name, ours, theirs, truth in zip(names, actual, eager, exact, strict=True):
-        assert_within_budget(ours, theirs, truth, name, grad.norm() if name in ("value_lambda", "value_bias") else 0.0)
+        summands = grad.norm() if name in ("value_lambda", "value_bias") else 0.0
+        assert_within_budget(ours, theirs, truth, name, summands, by_chance)
     return actual
 
 
@@ -140,7 +162,7 @@ def attention_tensors(batch, positions, channels, dtype, partner=None, lam=None,
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "positions", "channels"),
     [(3, 49, 128), (2, 196, 192), (2, 64, 200), (3, 60, 16), (2, 37, 512), (2, 13, 17), (2, 289, 32), (1, 1, 16)],
@@ -149,7 +171,12 @@ def test_attention_shapes(batch, positions, channels, dtype):
     check_attention(attention_tensors(batch, positions, channels, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("positions", "channels"), [(784, 16), (10, 1024)])
+def test_attention_of_the_largest_map_and_the_widest_projection(positions, channels):
+    check_attention(attention_tensors(2, positions, channels, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("partner", [[1, 1, 1, 1], [2, 0, 2, 0], [0, 1, 2, 3]])
 def test_attention_partners_may_repeat(partner, dtype):
     check_attention(attention_tensors(4, 20, 32, dtype, partner))
@@ -160,7 +187,7 @@ def test_attention_duplicates_beyond_one_block_of_columns():
 
 
 @pytest.mark.parametrize("parameters", [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 0, 1)])
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_optional_parameters(parameters, dtype):
     check_attention(attention_tensors(2, 33, 24, dtype, parameters=parameters))
 
@@ -170,13 +197,17 @@ def test_attention_lambda_at_its_ends(lam):
     check_attention(attention_tensors(2, 21, 16, torch.float32, lam=lam))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_extreme_scores(dtype):
-    """Scores of about +-1e4 leave one position with all the weight; nothing overflows."""
+    """Scores of about +-1e4 leave one position with all the weight; nothing overflows.
+
+    float32 holds such a score to 1e-3 only, and with it the probability that the backward computes from it anew: more
+    than float16's own rounding.
+    """
     tensors = attention_tensors(2, 30, 64, dtype, [1, 1], scale=50.0)
     own = tensors[0].detach()[1].float()
     assert (own @ own.T / 8).abs().max() > 1e4
-    check_attention(tensors)
+    check_attention(tensors, by_chance=dtype == torch.float16)
 
 
 def test_attention_extreme_values():
@@ -213,6 +244,7 @@ def test_attention_reads_slices_in_place():
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.skipif(api.INTERPRETED, reason="the interpreter has one order of doing things")
 def test_attention_gives_the_same_bits_twice():
     for dtype in DTYPES:
         tensors = attention_tensors(4, 50, 48, dtype, [1, 1, 0, 2])
@@ -220,14 +252,14 @@ def test_attention_gives_the_same_bits_twice():
             assert torch.equal(first, second)
 
 
-def blend_inputs(batch, cells, factors, kind, seed=0):
+def blend_inputs(batch, cells, factors, kind, dtype=torch.float32, seed=0):
     g = generator(seed)
     size = tuple(n * f for n, f in zip(cells, factors, strict=True))
-    logits = (3 * torch.randn(batch, *cells, device=DEVICE, generator=g)).requires_grad_()
+    logits = (3 * torch.randn(batch, *cells, device=DEVICE, generator=g)).to(dtype).requires_grad_()
     if kind == "uint8":
         images = torch.randint(0, 256, (batch, *size, 3), device=DEVICE, generator=g, dtype=torch.uint8)
     else:
-        images = torch.randn(batch, 3, *size, device=DEVICE, generator=g)
+        images = torch.randn(batch, 3, *size, device=DEVICE, generator=g).to(dtype)
         if kind == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
         if kind == "strided":
@@ -284,13 +316,24 @@ def eager_exact(logits, images, partner, lam, marked_lam, mode):
     [((4, 4), (4, 4)), ((3, 5), (5, 3)), ((2, 7), (16, 2)), ((3, 3), (1, 1)), ((1, 2), (7, 33))],
 )
 def test_blend_shapes(cells, factors, kind, mode):
-    check_blend(*blend_inputs(3, cells, factors, kind), mode)
+    check_blend(*blend_inputs(2, cells, factors, kind), mode)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blend_with_a_map_of_28_x_28(mode):
+    check_blend(*blend_inputs(1, (28, 28), (2, 2), "uint8"), mode, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_blend_low_precision_output(dtype, mode):
     check_blend(*blend_inputs(3, (3, 2), (4, 6), "uint8"), mode, dtype=dtype)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_blend_low_precision_inputs(dtype, mode):
+    check_blend(*blend_inputs(2, (3, 2), (4, 6), "planar", dtype), mode, dtype=dtype)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
@@ -302,7 +345,7 @@ def test_blend_gradient_of_each_output(wanted, mode):
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_blend_margin(mode):
     """0.08 itself is inside the margin, its neighbour is not; samples inside have no gradient."""
-    logits, images, partner, _ = blend_inputs(6, (2, 3), (4, 4), "uint8")
+    logits, images, partner, _ = blend_inputs(6, (1, 2), (4, 4), "uint8")
     lam = torch.tensor([0.08, 0.0, 0.92, 1.0, 0.0801, 0.5], device=DEVICE)
     *_, grad = check_blend(logits, images, partner, lam, mode, 0.08)
     assert not grad[:4].any() and grad[4:].any(dim=(1, 2)).all()
@@ -323,6 +366,7 @@ def test_blend_of_one_image_with_itself(mode):
     torch.testing.assert_close(mixed, reference.normalize(images, MEAN, STD), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.skipif(api.INTERPRETED, reason="the interpreter has one order of doing things")
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_blend_gives_the_same_bits_twice(mode):
     inputs = blend_inputs(3, (3, 5), (5, 3), "uint8")

@@ -1,0 +1,46 @@
+"""What torch asks of an operator (schema, autograd, shapes without data, tracing), of the definitions on the CPU and of
+the Triton code: on a GPU, and in Triton's interpreter, in which test_kernels_interpreter.py runs this file.
+"""
+
+import pytest
+import torch
+from test_kernels_api import attention_arguments, blend_arguments
+
+pytest.importorskip("triton")
+from automix_kernels import mask_blend, mix_attention, momentum
+from torch.library import opcheck
+
+pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def on(device, values):
+    return [each.to(device) if isinstance(each, torch.Tensor) else each for each in values]
+
+
+@pytest.mark.parametrize("with_offset", [True, False])
+def test_attention(with_offset, device):
+    arguments = on(device, attention_arguments(batch=2).values())
+    if not with_offset:
+        arguments[4:] = [None, None, None, arguments[7]]
+    leaves = [a.requires_grad_() if i in (0, 1, 4, 5, 6, 7) and a is not None else a for i, a in enumerate(arguments)]
+    opcheck(mix_attention.mix_attention, leaves)
+    detached = [None if a is None else a.detach() for a in leaves]
+    logits, *saved = mix_attention.mix_attention(*detached)
+    opcheck(mix_attention.mix_attention_backward, (logits, *detached[:6], *saved))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_blend(mode, device):
+    logits, *rest = on(device, blend_arguments(2, mode, 1, 2).values())
+    opcheck(mask_blend.mask_blend, (logits.requires_grad_(), *rest, 0.1, torch.bfloat16))
+    images, partner, lam, _, std, mode = rest
+    for grads in ((torch.randn(2, 3, 2, 8), torch.randn(2), torch.randn(2)), (None, torch.randn(2), None)):
+        arguments = (*on(device, grads), logits.detach(), images, partner, lam, std, mode, 0.1)
+        opcheck(mask_blend.mask_blend_backward, arguments)
+
+
+def test_momentum(device):
+    targets = on(device, [torch.randn(3), torch.randn(4)])
+    sources = on(device, [torch.randn(3), torch.randn(4).bfloat16()])
+    opcheck(momentum.momentum_update, (targets, sources, 0.9))
+    opcheck(momentum.momentum_update, (targets, sources, 0.9, torch.tensor(1.0, device=device)))
