@@ -292,6 +292,7 @@ def deepspeed_settings(config: Config, world_size: int, device: torch.device) ->
         "gradient_clipping": 0.0,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU twice a step; the trainer has its own clock
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": False},

@@ -386,7 +386,7 @@ def forward_tile(architecture: str, itemsize: int, positions: int, channels: int
 
 
 def backward_tile(architecture: str, itemsize: int, positions: int, channels: int) -> Tile:
-    """The backward's tile: the largest for which no supported Triton runs out of registers."""
+    """The backward's tile: the largest for which no supported Triton spills more than 32 bytes a thread."""
     if itemsize == 4:
         columns = 64 if architecture in ("sm90", "hip") else 32
         tile = Tile(rows=64, columns=columns, width=32, warps=4, stages=2)

@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import timm
@@ -122,6 +123,20 @@ def effective_deepspeed(config):
         engine.zero_optimization_stage(),
         engine.zero_reduce_bucket_size(),
     )
+
+
+def waits(config) -> int:
+    """How often DeepSpeed has its accelerator wait in some steps; it does so by default for its own clock."""
+    from deepspeed.accelerator import get_accelerator
+
+    process, model, engine = start_engine(config)
+    with mock.patch.object(type(get_accelerator()), "synchronize") as synchronize:
+        engine_steps(config, process, model, engine, 0, 4)
+    return synchronize.call_count
+
+
+def test_no_step_waits_for_deepspeeds_clock():
+    assert run_ranks(1, waits, tiny_config(engine={"zero_stage": 0})) == [0]
 
 
 def test_what_the_linter_says_is_what_deepspeed_does():
