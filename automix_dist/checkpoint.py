@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,9 +75,10 @@ class Checkpoints:
         self.process = process
         self.say = say
         self._channel = process.channel()
+        self._lost = False  # contact with another rank over the channel
         self._thread: threading.Thread | None = None
         self._host: dict[str, Tensor] = {}  # kept from save to save: fresh pages cost more than the copy
-        self._last_written = True
+        self._written = self._last_written = True  # by this rank's account; as all ranks agreed
         self._results: list[SaveResult] = []
 
     def save(self, engine: Engine, state: dict[str, Any], about: dict[str, Any]) -> None:
@@ -111,13 +112,14 @@ class Checkpoints:
         stall = time.perf_counter() - began
 
         def write() -> None:
-            error, size = "interrupted", 0
+            error, size, self._lost = "interrupted", 0, True
             try:
                 error, size = self._write(tensors, slices, manifest)
-            except RuntimeError as problem:  # another rank is gone
+                self._lost = False
+            except RuntimeError as problem:
                 error = str(problem).splitlines()[0]
             finally:
-                self._last_written = not error
+                self._written = not error
                 seconds = time.perf_counter() - began
                 self._results.append(SaveResult(manifest["step"], stall, seconds, size, not error))
                 if error:
@@ -128,10 +130,15 @@ class Checkpoints:
         self._thread.start()
 
     def settle(self) -> bool:
-        """Wait until the save that was begun is committed or has failed; whether the last one was written."""
+        """Wait until the save that was begun is committed or has failed; whether the last one was written, by rank 0's
+        account."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            outcomes = self.process.gather((self._written, self._lost))
+            self._last_written = outcomes[0][0]
+            if any(lost for _, lost in outcomes):  # gloo has closed the connections: no later save would get through
+                self._channel = self.process.channel()
         return self._last_written
 
     def finished(self) -> list[SaveResult]:
@@ -152,8 +159,9 @@ class Checkpoints:
         written: dict[str, Any] | None = None
         if error is None:
             try:
-                written = _write_shard(staging / f"shard_{self.process.rank:05d}.safetensors", tensors, slices)
-            except (OSError, SafetensorError) as problem:
+                with self._at_disk():
+                    written = _write_shard(staging / f"shard_{self.process.rank:05d}.safetensors", tensors, slices)
+            except (OSError, SafetensorError, RuntimeError, MemoryError) as problem:
                 error = f"rank {self.process.rank}: {_reason(problem)}"
         outcomes = self._channel.gather((error, written))
         error = next((e for e, _ in outcomes if e), None)
@@ -186,16 +194,17 @@ class Checkpoints:
         too. Later steps stay and do not count: a resume has passed them over as broken."""
         if not self.process.is_main:
             return
-        steps = sorted(each for each in committed(self.root) if each <= step)
-        every = self.config.keep_every_steps
-        keep = {best_step if self.config.keep_best else None, *steps[-self.config.keep_last :]}
-        keep |= {each for each in steps if every and each % every == 0}
         try:
-            for each in steps:
-                if each not in keep:
-                    _remove(self.root / f"step_{each:08d}")
-            for leftover in self.root.glob(".step_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            with self._at_disk():
+                steps = sorted(each for each in committed(self.root) if each <= step)
+                every = self.config.keep_every_steps
+                keep = {best_step if self.config.keep_best else None, *steps[-self.config.keep_last :]}
+                keep |= {each for each in steps if every and each % every == 0}
+                for each in steps:
+                    if each not in keep:
+                        _remove(self.root / f"step_{each:08d}")
+                for leftover in self.root.glob(".step_*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
         except OSError as problem:
             self.say(f"old checkpoints could not be removed: {problem}")
 
@@ -204,10 +213,20 @@ class Checkpoints:
         reason = None
         if self.process.is_main:
             try:
-                action()
+                with self._at_disk():
+                    action()
             except OSError as error:
                 reason = f"rank 0: {_reason(error)}"
         return self._channel.broadcast(reason)
+
+    @contextlib.contextmanager
+    def _at_disk(self) -> Iterator[None]:
+        """What the others wait for meanwhile is this rank's disk: the heartbeat names it."""
+        self.process.progress.writing = True
+        try:
+            yield
+        finally:
+            self.process.progress.writing = False
 
 
 class ShardReader:

@@ -20,6 +20,11 @@ from automix_dist.cores import cores_of_rank, local_world_size
 from automix_dist.progress import Progress
 
 
+CHANNEL_TIMEOUT = timedelta(hours=12)
+"""Of a thread's own group: a disk may keep one rank longer than any collective of the training may take, and a rank that
+is gone is the heartbeat's business."""
+
+
 @dataclass(frozen=True)
 class Process:
     """This process among all others of the run."""
@@ -31,8 +36,6 @@ class Process:
     device: torch.device
     control: Any
     """A gloo group for small host-side messages that must not wait for the GPU."""
-    timeout: timedelta
-    """How long a collective may wait for the other ranks."""
     progress: Progress = field(default_factory=Progress)
     """Where the main thread stands, for the heartbeat."""
 
@@ -42,7 +45,7 @@ class Process:
 
     def channel(self) -> "Process":
         """The same processes with a control group of their own, for another thread."""
-        return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
+        return replace(self, control=dist.new_group(backend="gloo", timeout=CHANNEL_TIMEOUT))
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -134,7 +137,6 @@ def start(engine: EngineConfig) -> Process:
         local_world_size=local_world_size(),
         device=state.device,
         control=dist.new_group(backend="gloo", timeout=timeout),
-        timeout=timeout,
         progress=Progress(on_gpu=device == "cuda"),
     )
 

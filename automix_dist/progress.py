@@ -25,6 +25,8 @@ class Progress:
         """Sums over the measured steps of what needs no other rank (below ZeRO 3): the straggler has more of it."""
         self.notes: deque[dict[str, Any]] = deque()
         """What the heartbeat found out about slow ranks, for the run's log."""
+        self.writing = False
+        """Whether the checkpoint's thread is busy with a disk; else it waits for other ranks, or does nothing."""
         self._on_gpu = on_gpu
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._since = self._step_began = time.perf_counter()

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from test_engine import (
 )
 from tiny import tiny_config
 
-from automix_dist import checkpoint
+from automix_dist import checkpoint, distributed
 from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, reshard, verify
 
 
@@ -208,6 +210,45 @@ def test_training_goes_on_while_a_save_is_written_and_does_not_change_it(engine,
     for at_save, saved, visible in run_ranks(2, train_while_saving, tiny_config(engine=ENGINES[engine]), tmp_path):
         assert visible == 0
         assert_same(saved, at_save, tolerance=0.0)
+
+
+def save_after_stalls(config, folder: Path) -> tuple[list[bool], list[str]]:
+    """The disk of one rank, then of the other, answers after the patience of the checkpoint thread's group."""
+    distributed.CHANNEL_TIMEOUT = timedelta(seconds=1)
+    process, _, engine = start_engine(config)
+    said = []
+    checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
+    write, outcomes = checkpoint._write_shard, []
+    for step, stuck in enumerate((None, 0, None, 1, None)):
+        slow = time.sleep if process.rank == stuck else lambda _: None
+        checkpoint._write_shard = lambda *arguments, slow=slow: slow(2) or write(*arguments)
+        outcomes.append(save(checkpoints, engine, step))
+    return outcomes, said
+
+
+def test_a_disk_that_stalls_costs_one_save_and_not_the_later_ones(tmp_path):
+    results = run_ranks(2, save_after_stalls, tiny_config(), tmp_path)
+    assert all(outcomes == [True, False, True, False, True] for outcomes, _ in results)
+    assert [line[:28] for line in results[0][1]] == ["checkpoint of step 1 NOT wri", "checkpoint of step 3 NOT wri"]
+    assert newest(tmp_path).step == 4
+
+
+def save_where_nothing_can_be_listed(config, folder: Path) -> tuple[bool, list[str]]:
+    process, _, engine = start_engine(config)
+    said = []
+    checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
+
+    def broken(root: Path) -> list[int]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    checkpoint.committed = broken
+    return save(checkpoints, engine, 1), said
+
+
+def test_a_folder_that_cannot_be_listed_after_a_save_does_not_part_the_ranks(tmp_path):
+    results = run_ranks(2, save_where_nothing_can_be_listed, tiny_config(), tmp_path)
+    assert results == [(True, ["old checkpoints could not be removed: [Errno 116] Stale file handle"]), (True, [])]
+    assert newest(tmp_path).step == 1
 
 
 def reshard_both_ways(config, folder: Path, ranks: int) -> dict[str, torch.Tensor]:
