@@ -76,6 +76,8 @@ class Beat:
     collectives: int = 0
     """Collectives that were begun; decides between ranks in the same phase."""
     last_collective: str = ""
+    writing: bool = False
+    """See Progress; while all save, who writes holds up who waits."""
     finished: bool = False
     steps: int = 0
     step_seconds: float = 0.0
@@ -231,6 +233,7 @@ class Heartbeat:
         limit = self._patience if patient else max(self._seconds, USUAL_STEPS * progress.usual_seconds)
         beat.stuck = beat.still_seconds > limit
         beat.step, beat.phase, beat.advances = progress.step, progress.phase, progress.advances
+        beat.writing = progress.writing and progress.phase == "saving"
         beat.where = _where(self._main_thread)
         beat.steps, beat.step_seconds = progress.measured_steps, progress.measured_seconds
         beat.own_seconds = dict(progress.own_seconds)
@@ -344,7 +347,7 @@ def silence(beats: Sequence[Beat], silent: dict[int, float], allowed: float, hos
 def standstill(beats: Sequence[Beat]) -> str | None:
     """The verdict on ranks whose main thread stands still for too long: of all unfinished ones, the least advanced."""
     running = [beat for beat in beats if not beat.finished]
-    order = [(beat.advances, beat.collectives) for beat in running]
+    order = [(beat.advances, not beat.writing, beat.collectives) for beat in running]
     behind = [beat for beat, place in zip(running, order, strict=True) if place == min(order)]
     stuck = [beat for beat in behind if beat.stuck]
     if not stuck:
@@ -353,6 +356,8 @@ def standstill(beats: Sequence[Beat]) -> str | None:
     text = f"{_names(behind)} stands still for {first.still_seconds:.0f} s in {_place(first)}"
     if first.last_collective:
         text += f", last collective {first.last_collective} (number {first.collectives})"
+    if len(behind) == len(beats) and first.writing:
+        return f"{text}: all ranks wait for their disks"
     if len(behind) == len(beats):
         return f"{text}: all ranks wait alike; a fault of the network? `automix doctor --all-ranks` tests it"
     return f"{text}; the others wait for it. Stacks: logs/rank_{first.rank:05d}.log in the run's folder"
@@ -400,7 +405,8 @@ def _names(beats: Sequence[Beat]) -> str:
 
 
 def _place(beat: Beat) -> str:
-    return f"step {beat.step}, {beat.phase}{f' at {beat.where}' if beat.where else ''}"
+    phase = f"{beat.phase}, writing to its disk" if beat.writing else beat.phase
+    return f"step {beat.step}, {phase}{f' at {beat.where}' if beat.where else ''}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -279,6 +279,26 @@ def test_the_least_advanced_rank_is_the_culprit():
     assert standstill([beat(0), beat(1, advances=9)]) is None
 
 
+def test_while_all_save_the_rank_at_its_disk_is_the_culprit():
+    """NCCL, whose collectives are counted on GPUs, has no part in a save."""
+    waiting = [beat(rank, stuck=True, still_seconds=550) for rank in range(3)]
+    verdict = standstill([*waiting, beat(3, stuck=True, still_seconds=550, writing=True)])
+    assert verdict.startswith("rank 3 on node1 (process 103) stands still for 550 s in step 7, backward, writing to its")
+    assert "the others wait for it" in verdict
+    everyone = [beat(rank, stuck=True, still_seconds=550, writing=True) for rank in range(3)]
+    assert "all ranks wait for their disks" in standstill(everyone)
+
+
+def test_a_background_save_is_no_excuse_in_a_step():
+    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    watch = Heartbeat(process, EngineConfig(), None)
+    process.progress.writing = True
+    for phase, writing in (("forward", False), ("saving", True)):
+        process.progress.enter(phase)
+        watch._look_at_main_thread(1.0)
+        assert watch._beat.writing is writing
+
+
 def test_silent_ranks_are_listed_by_host():
     beats = [beat(rank) for rank in range(6)]
     silent = dict.fromkeys(range(6), 30.0) | {2: 60.0, 3: 42.0}
@@ -309,7 +329,7 @@ def test_stragglers_against_the_median():
 
 
 def test_a_step_that_is_slow_by_nature_gets_its_time():
-    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None, None)
+    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
     watch = Heartbeat(process, EngineConfig(stall_seconds=10, timeout_minutes=10), None)
 
     def stuck_after(seconds: float) -> bool:
@@ -344,7 +364,7 @@ def test_progress_adds_up_own_work_apart_from_patient_steps(monkeypatch):
 
 def test_one_process_or_zero_seconds_need_no_heartbeat():
     for world_size, seconds in ((1, 45), (2, 0)):
-        process = distributed.Process(0, 0, world_size, 1, torch.device("cpu"), None, None)
+        process = distributed.Process(0, 0, world_size, 1, torch.device("cpu"), None)
         before = signal.getsignal(signal.SIGTERM)
         with Heartbeat(process, EngineConfig(stall_seconds=seconds), None):
             assert signal.getsignal(signal.SIGTERM) is before
