@@ -77,6 +77,7 @@ class Checkpoints:
         self._channel = process.channel()
         self._lost = False  # contact with another rank over the channel
         self._thread: threading.Thread | None = None
+        self._files: list[dict[str, Any]] = []  # of the newest checkpoint that this process has written or loaded
         self._host: dict[str, Tensor] = {}  # kept from save to save: fresh pages cost more than the copy
         self._written = self._last_written = True  # by this rank's account; as all ranks agreed
         self._results: list[SaveResult] = []
@@ -151,7 +152,7 @@ class Checkpoints:
         step = manifest["step"]
         staging, final = self.root / f".step_{step:08d}.partial", self.root / f"step_{step:08d}"
         renewed = []
-        error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"])))
+        error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"], self._files)))
         if self._channel.broadcast(renewed == [True]):
             self._prune(step, manifest["state"].get("best_step"))
             return None, 0
@@ -171,6 +172,7 @@ class Checkpoints:
         if error is not None:
             self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
             return error, 0
+        self._files = manifest["files"]
         self._prune(step, manifest["state"].get("best_step"))
         return None, sum(files["bytes"] for files in manifest["files"])
 
@@ -183,6 +185,7 @@ class Checkpoints:
         for piece in own:
             reader.fill(piece, rank=self.process.rank, world_size=self.process.world_size)
         after_loading(engine)
+        self._files = saved.manifest["files"]
         return saved.manifest["state"]
 
     def agree_on_newest(self) -> Saved | None:
@@ -198,7 +201,9 @@ class Checkpoints:
             with self._at_disk():
                 steps = sorted(each for each in committed(self.root) if each <= step)
                 every = self.config.keep_every_steps
-                keep = {best_step if self.config.keep_best else None, *steps[-self.config.keep_last :]}
+                keep = set(steps[-self.config.keep_last :])
+                if self.config.keep_best:
+                    keep.add(best_step if best_step in steps else self._best_committed(steps))
                 keep |= {each for each in steps if every and each % every == 0}
                 for each in steps:
                     if each not in keep:
@@ -207,6 +212,16 @@ class Checkpoints:
                     shutil.rmtree(leftover, ignore_errors=True)
         except OSError as problem:
             self.say(f"old checkpoints could not be removed: {problem}")
+
+    def _best_committed(self, steps: list[int]) -> int | None:
+        """The best of these steps, where the best of all could not be written: the newest manifest whose best is there
+        tells."""
+        for step in reversed(steps):
+            with contextlib.suppress(CheckpointError):
+                best = verify(self.root / f"step_{step:08d}", checksums=False).manifest["state"].get("best_step")
+                if best in steps:
+                    return best
+        return None
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Run on rank 0 what may fail for want of space or rights; the reason on all ranks, or None."""
@@ -414,14 +429,16 @@ def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def _renew(folder: Path, state: dict[str, Any]) -> bool:
-    """Give a step that is saved already the newer state, and tell whether it is: a run stopped again where it resumed,
-    or saved before it was evaluated. Raises OSError."""
+def _renew(folder: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> bool:
+    """Give a step that is saved already, in these files, the newer state, and tell whether it is: a run stopped again
+    where it resumed, or saved before it was evaluated. Other files are another run's weights. Raises OSError."""
     if not folder.is_dir():
         return False
     try:
         manifest = verify(folder).manifest
     except CheckpointError:
+        return False
+    if manifest["files"] != files:
         return False
     if manifest["state"] != state:
         newer = folder / ".manifest.json"

@@ -479,10 +479,21 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
             )
         if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
             for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
-                shutil.rmtree(run / name, ignore_errors=True)
+                _clear(run / name)
+            if steps := committed(run / "checkpoints"):
+                return f"{run}/checkpoints: steps {sorted(steps)} could not be deleted: delete them, or set output=..."
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None
+
+
+def _clear(folder: Path) -> None:
+    """Delete a folder as far as it can be; of a link, as to a scratch disk, what is in the folder."""
+    for path in folder.glob("*") if folder.is_symlink() else [folder]:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _store_settings(run: Path, config: Config, about: dict) -> str | None:

@@ -19,10 +19,9 @@ from automix_dist.config import ConfigError, EngineConfig
 from automix_dist.cores import cores_of_rank, local_world_size
 from automix_dist.progress import Progress
 
-
 CHANNEL_TIMEOUT = timedelta(hours=12)
-"""Of a thread's own group: a disk may keep one rank longer than any collective of the training may take, and a rank that
-is gone is the heartbeat's business."""
+"""Of a thread's own group: a disk may keep a rank longer than a collective of the training may take, and a rank that is
+gone is the heartbeat's business."""
 
 
 @dataclass(frozen=True)

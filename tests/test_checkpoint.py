@@ -26,7 +26,7 @@ from test_engine import (
 )
 from tiny import tiny_config
 
-from automix_dist import checkpoint, distributed
+from automix_dist import checkpoint, cli, distributed
 from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, reshard, verify
 
 
@@ -371,6 +371,65 @@ def test_a_step_saved_again_keeps_its_files_and_takes_the_new_state(tmp_path):
     assert before["files"] == after["files"]
     names = sorted(path.name for path in newest(tmp_path).folder.iterdir())
     assert names == ["manifest.json", "shard_00000.safetensors"]
+
+
+def save_as_another(config, folder: Path) -> list[list[str]]:
+    """Step 4 of a run, of another run in the same folder, and of one that resumes the second."""
+    process, model, engine = start_engine(config)
+    found = []
+    for steps in (2, 4, 0):
+        checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+        if not steps:
+            checkpoints.load(engine, checkpoints.agree_on_newest())
+        engine_steps(config, process, model, engine, 0, steps)
+        checkpoints.save(engine, {"step": 4, "resumed": not steps}, {"config": steps})
+        assert checkpoints.settle()
+        found.append(newest(folder).manifest)
+    return found
+
+
+def test_a_step_that_another_run_left_is_written_anew(tmp_path):
+    ((first, second, resumed),) = run_ranks(1, save_as_another, tiny_config(), tmp_path)
+    assert first["files"] != second["files"] and second["config"] == 4
+    assert resumed["files"] == second["files"] and resumed["config"] == 4 and resumed["state"]["resumed"]
+
+
+def miss_the_best(config, folder: Path) -> list[list[int]]:
+    """Step 5 is the best so far, step 7 is better and cannot be written."""
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, lambda _: None)
+    write, kept = checkpoint._write_shard, []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step, best in ((5, 5), (6, 5), (7, 7), (8, 7), (9, 7)):
+        checkpoint._write_shard = full if step == 7 else write
+        checkpoints.save(engine, {"step": step, "best_step": best}, {})
+        checkpoints.settle()
+        kept.append(sorted(committed(checkpoints.root)))
+    return kept
+
+
+def test_the_best_stays_until_a_better_one_is_written(tmp_path):
+    (kept,) = run_ranks(1, miss_the_best, tiny_config(checkpoint={"keep_last": 1}), tmp_path)
+    assert kept == [[5], [5, 6], [5, 6], [5, 8], [5, 9]]
+
+
+def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, monkeypatch):
+    run, scratch, other = tmp_path / "run", tmp_path / "scratch", tmp_path / "other"
+    for folder in (run / "gallery", scratch / "step_00000004", other / "step_00000001"):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    (run / "checkpoints").symlink_to(scratch)
+    (scratch / "link").symlink_to(other)
+    monkeypatch.setattr(cli, "_lock", lambda _: None)
+    with monkeypatch.context() as stubborn:
+        stubborn.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert "steps [4] could not be deleted" in cli._open_run(run, resume=False, overwrite=True)
+    assert cli._open_run(run, resume=False, overwrite=True) is None
+    assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and committed(other) == [1]
+    assert not (run / "gallery").exists()
 
 
 def test_who_may_read_the_folder_may_read_the_shards(two_steps, tmp_path):

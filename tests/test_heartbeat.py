@@ -283,7 +283,7 @@ def test_while_all_save_the_rank_at_its_disk_is_the_culprit():
     """NCCL, whose collectives are counted on GPUs, has no part in a save."""
     waiting = [beat(rank, stuck=True, still_seconds=550) for rank in range(3)]
     verdict = standstill([*waiting, beat(3, stuck=True, still_seconds=550, writing=True)])
-    assert verdict.startswith("rank 3 on node1 (process 103) stands still for 550 s in step 7, backward, writing to its")
+    assert verdict.startswith("rank 3 on node1 (process 103) stands still for 550 s in step 7, backward, writing to ")
     assert "the others wait for it" in verdict
     everyone = [beat(rank, stuck=True, still_seconds=550, writing=True) for rank in range(3)]
     assert "all ranks wait for their disks" in standstill(everyone)
