@@ -3,6 +3,7 @@
 import ipaddress
 import math
 import os
+import re
 import signal
 import socket
 import time
@@ -172,6 +173,15 @@ def _name_gloo_interface(master: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 
+def _job_start() -> float:
+    """When this process began; under launch/*.sh when the job did, whose ranks may have been started again since."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    job = re.match(r"(\d{10})-", os.environ.get("AUTOMIX_JOB", ""))  # date +%s, then what makes it unique
+    return min(began, float(job[1])) if job else began
+
+
 SAME_STOP_SECONDS = 2.0
 """Launchers often signal a process and its group, or signal twice: within this time it is one request."""
 
@@ -185,12 +195,10 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, process: Process, say: Callable[[str], None], minutes: float = 0.0):
-        """`minutes` is the time limit, counted from the start of this process; 0 = none. It is told as SIGALRM."""
-        import psutil
-
+        """`minutes` is the time limit, counted from the start of the job; 0 = none. It is told as SIGALRM."""
         self._process = process
         self._say = say
-        self._deadline = psutil.Process().create_time() + 60 * minutes if minutes else math.inf
+        self._deadline = _job_start() + 60 * minutes if minutes else math.inf
         self._signal = 0
         self._noted_at = 0.0
         self._agreed = 0

@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranks import run_ranks
 from test_engine import start_engine
 from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
+from automix_dist import distributed
 from automix_dist.checkpoint import Checkpoints, committed, load_module_state, newest
 from automix_dist.cli import _agree
 from automix_dist.config import ConfigError
@@ -134,6 +137,18 @@ def test_a_time_limit_stops_like_a_signal(tmp_path):
     for stopped, position, saved, kinds, _ in run_ranks(2, train, limited, tmp_path):
         assert stopped == signal.SIGALRM and saved == [position.step] == [1]  # with two ranks word takes a step
         assert kinds[-1] == ("stopped", position.step)
+
+
+@pytest.mark.parametrize(
+    ("job", "age"),
+    [("{ago}-4711-12", 5400), ("{ahead}-4711-12", 60), ("", 60), ("nightly-7", 60), ("12-4711-12", 60)],
+)
+def test_the_time_limit_counts_from_the_start_of_the_job(job, age, monkeypatch):
+    """Ranks that torchrun has started again are younger than their job."""
+    now = time.time()
+    monkeypatch.setenv("AUTOMIX_JOB", job.format(ago=int(now - 5400), ahead=int(now + 5400)))
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: now - 60)
+    assert now - distributed._job_start() == pytest.approx(age, abs=1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
