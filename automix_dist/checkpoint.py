@@ -42,6 +42,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written; the message names the file and what to do."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but cannot be read here and now."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """A committed checkpoint."""
@@ -189,8 +193,19 @@ class Checkpoints:
         return saved.manifest["state"]
 
     def agree_on_newest(self) -> Saved | None:
-        """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why."""
-        return self.process.broadcast(newest(self.root.parent, self.say) if self.process.is_main else None)
+        """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why.
+
+        Raises UnreadableError as `newest` does, on all ranks."""
+        found = None
+        if self.process.is_main:
+            try:
+                found = newest(self.root.parent, self.say)
+            except UnreadableError as error:
+                found = error
+        found = self.process.broadcast(found)
+        if isinstance(found, UnreadableError):
+            raise found
+        return found
 
     def _prune(self, step: int, best_step: int | None) -> None:
         """Remove what the retention rule does not keep; never `step`, just written. Leftovers of interrupted saves go
@@ -271,9 +286,11 @@ class ShardReader:
         missing = sorted(wanted - self._slices.keys())
         unused = [] if partial else sorted(self._slices.keys() - wanted)
         if missing or unused:
+            of_optimizer = all(name.startswith("optimizer/") for name in missing + unused)
+            changed = "optimizer.*" if of_optimizer else "model.* or automix.*"  # a momentum of 0 has no tensors
             raise CheckpointError(
                 f"{self.saved.folder} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-                f"{len(unused)} not wanted {unused[:3]}; was model.* or automix.* changed since?"
+                f"{len(unused)} not wanted {unused[:3]}; was {changed} changed since?"
             )
 
     def fill(self, piece: Piece, rank: int, world_size: int) -> None:
@@ -326,27 +343,46 @@ def committed(root: Path) -> list[int]:
 
 
 def newest(run: Path, say: Callable[[str], None] = print) -> Saved | None:
-    """The newest checkpoint of a run that is whole, checksums included; None if there is none."""
-    root = run / "checkpoints"
-    for step in sorted(committed(root), reverse=True):
+    """The newest checkpoint of a run that is whole, checksums included; None if there is none.
+
+    Raises UnreadableError if there is none, but one that cannot be read may be: starting from the beginning would throw
+    a run away because its disk was away for a moment.
+    """
+    root, unread = run / "checkpoints", None
+    try:
+        steps = sorted(committed(root), reverse=True)
+    except OSError as error:
+        raise UnreadableError(f"{root}: {_reason(error)}") from error
+    for step in steps:
         try:
             return verify(root / f"step_{step:08d}")
         except CheckpointError as error:
             say(f"passing over a broken checkpoint: {error}")
+            unread = unread or (isinstance(error, UnreadableError) and error)
+    if unread:
+        raise UnreadableError(
+            f"{run} has no checkpoint that can be read, but one may be whole: {unread}. Try again when it can be "
+            f"read, or discard the run with --overwrite"
+        )
     return None
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Saved:
-    """Check a checkpoint's manifest, every file's size and, unless told not to, checksum. Raises CheckpointError."""
+    """Check a checkpoint's manifest, every file's size and, unless told not to, checksum.
+
+    Raises CheckpointError; UnreadableError where the file system or another format is the reason, and not the files.
+    """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
         version, files, checksum = manifest["format"], manifest["files"], manifest.pop("sha256")
         step = int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise _not_read(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     if version != FORMAT:
-        raise CheckpointError(f"{path}: written in format {version}, this version reads {FORMAT}")
+        raise UnreadableError(f"{path}: written in format {version}, this version reads {FORMAT}")
     if checksum != _manifest_checksum(manifest):
         raise CheckpointError(f"{path}: its own checksum does not match: the file is damaged")
     for entry in files:
@@ -355,7 +391,7 @@ def verify(folder: Path, *, checksums: bool = True) -> Saved:
             size = file.stat().st_size if file.is_file() else None
             damaged = checksums and size == entry["bytes"] and _sha256(file) != entry["sha256"]
         except OSError as error:
-            raise CheckpointError(f"{file}: {_reason(error)}") from error
+            raise _not_read(file, error) from error
         if size != entry["bytes"]:
             raise CheckpointError(
                 f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {entry['bytes']}"
@@ -500,6 +536,12 @@ def _manifest_checksum(manifest: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_read(path: Path, error: OSError) -> CheckpointError:
+    """What is missing stays so; another error of the file system may pass."""
+    kind = CheckpointError if isinstance(error, FileNotFoundError) else UnreadableError
+    return kind(f"{path}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

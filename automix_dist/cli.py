@@ -299,11 +299,11 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
     from automix_dist.activation_checkpointing import checkpoint_blocks
     from automix_dist.backbone import synchronize_batchnorm
     from automix_dist.captured_step import CapturedStep
-    from automix_dist.checkpoint import Checkpoints
+    from automix_dist.checkpoint import Checkpoints, committed
     from automix_dist.data import EvalLoader, TrainLoader
     from automix_dist.engines import build_engine
     from automix_dist.optimizer import build_optimizer
-    from automix_dist.run_log import RunLog
+    from automix_dist.run_log import RunLog, set_aside
     from automix_dist.trainer import Position, Trainer
 
     def say(text: str) -> None:
@@ -359,6 +359,8 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
         say(f"resuming from {saved.folder}, step {position.step}")
     elif resume:
         say(f"nothing to resume in {run}: starting from the beginning")
+        if process.is_main and committed(checkpoints.root):
+            set_aside(run)
     log = RunLog(
         run,
         is_main=process.is_main,
@@ -463,13 +465,13 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
     from automix_dist.checkpoint import committed
     from automix_dist.run_log import METRICS
 
-    steps = committed(run / "checkpoints")
-    if steps and not (resume or overwrite):
-        return (
-            f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it with "
-            f"--overwrite, or choose another folder with output=..."
-        )
     try:
+        steps = committed(run / "checkpoints")
+        if steps and not (resume or overwrite):
+            return (
+                f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
+                f"with --overwrite, or choose another folder with output=..."
+            )
         run.mkdir(parents=True, exist_ok=True)
         holder = _lock(run)
         if holder is not None:

@@ -27,7 +27,16 @@ from test_engine import (
 from tiny import tiny_config
 
 from automix_dist import checkpoint, cli, distributed
-from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, reshard, verify
+from automix_dist.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    UnreadableError,
+    committed,
+    load_module_state,
+    newest,
+    reshard,
+    verify,
+)
 
 
 @pytest.fixture(scope="module")
@@ -451,6 +460,46 @@ def test_a_file_that_cannot_be_read_is_passed_over(two_steps, monkeypatch):
     monkeypatch.setattr(checkpoint, "_sha256", broken)
     assert newest(two_steps, said.append).step == 2
     assert "shard_00000.safetensors: Input/output error" in said[0]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_is_away_for_a_moment_does_not_look_like_no_checkpoint(two_steps, monkeypatch, number):
+    def broken(_: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    with pytest.raises(UnreadableError, match=f"{two_steps} has no .*{os.strerror(number)}.*--overwrite"):
+        newest(two_steps)
+    monkeypatch.setattr(checkpoint, "committed", broken)
+    with pytest.raises(UnreadableError, match=f"checkpoints: {os.strerror(number)}"):
+        newest(two_steps)
+
+
+def what_is_found(config, run: Path) -> str:
+    process, _, _ = start_engine(config)
+    try:
+        return str(Checkpoints(run, config.checkpoint, process, lambda _: None).agree_on_newest())
+    except UnreadableError as error:
+        return str(error)
+
+
+def test_a_later_format_is_not_started_over_by_any_rank(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    for manifest in tmp_path.glob("run/checkpoints/*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    found = run_ranks(2, what_is_found, tiny_config(), tmp_path / "run")
+    assert all("may be whole" in message and "written in format 99" in message for message in found)
+    for shard in tmp_path.glob("run/checkpoints/*/shard_00000.safetensors"):
+        shard.unlink()
+    damage_empty(next(tmp_path.glob("run/checkpoints/*2/manifest.json")))
+    Path.unlink(next(tmp_path.glob("run/checkpoints/*4/manifest.json")))
+    assert newest(tmp_path / "run", lambda _: None) is None  # damaged beyond doubt
+
+
+def test_a_momentum_that_was_not_there_is_named(two_steps):
+    config = tiny_config(engine={"zero_stage": 2}, optimizer={"mix_momentum": 0.9})
+    with pytest.raises(AssertionError, match=r"does not fit.*optimizer/mix_block.*; was optimizer.\* changed since"):
+        run_ranks(2, agreed_step, config, two_steps)
 
 
 def test_another_model_is_refused_by_name(two_steps):
