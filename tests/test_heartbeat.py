@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,6 +347,47 @@ def test_a_step_that_is_slow_by_nature_gets_its_time():
     assert not stuck_after(19) and stuck_after(21)
     process.progress.enter("evaluation", patient=True)
     assert not stuck_after(500) and stuck_after(600)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Rank 0's heartbeat without store and thread; what it says is in `said`."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.0)
+    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    watch = Heartbeat(process, EngineConfig(stall_seconds=0.01, timeout_minutes=10), None)
+    watch._thread, watch.said = threading.Thread(), []
+    watch._thread.start()
+    watch._say = lambda verdict, on_console: watch.said.append(verdict)
+    return watch
+
+
+def test_an_error_is_told_before_trackers_are_closed_and_once(watch):
+    watch._progress.enter("loading")
+    error = ValueError("a damaged sample")
+    watch._failed(error)
+    assert watch._stop.is_set() and watch._beat.finished  # nobody ends this process while it closes trackers
+    watch._progress.enter("closing")
+    watch.__exit__(ValueError, error, None)
+    (said,) = watch.said
+    assert said.endswith("failed in step 0, loading: a damaged sample")
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_a_lost_rank_is_looked_for_while_trackers_are_closed(watch, suspended, monkeypatch):
+    clock = iter([0.0, 2.0, 2000.0 if suspended else 4.0])
+    turns = iter([False, False, True])
+    with monkeypatch.context() as asleep:
+        asleep.setattr(time, "monotonic", lambda: next(clock))
+        asleep.setattr(watch._stop, "wait", lambda _: next(turns))
+        asleep.setattr(watch, "_without_store", lambda _: None)
+        watch._watch()
+    error = RuntimeError("gloo: timed out")
+    watch._failed(error)
+    assert watch._suspect and watch._progress.patient and not watch._stop.is_set() and not watch.said
+    with pytest.raises(heartbeat.PeerError, match="the job was suspended for 1998 s" if suspended else "the network?"):
+        watch.__exit__(RuntimeError, error, None)
+    assert len(watch.said) == 1
 
 
 def test_progress_adds_up_own_work_apart_from_patient_steps(monkeypatch):
