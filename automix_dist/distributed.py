@@ -1,5 +1,6 @@
 """The processes of a run: who they are, how they talk, how they stop together. Accelerate gives their state."""
 
+import contextlib
 import ipaddress
 import math
 import os
@@ -238,7 +239,8 @@ class StopRequest:
         """Training is over. A launcher's signal that comes now, when this rank has stopped by agreement already, must
         not spoil its exit code; Ctrl-C works again."""
         if self._pending is not None:
-            self._pending[0].wait()
+            with contextlib.suppress(RuntimeError):  # another rank is gone: an error is on its way up, or the next one
+                self._pending[0].wait()
             self._pending = None
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGINT else self._interrupt)
