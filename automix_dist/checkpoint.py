@@ -217,7 +217,7 @@ class Checkpoints:
                 steps = sorted(each for each in committed(self.root) if each <= step)
                 every = self.config.keep_every_steps
                 keep = set(steps[-self.config.keep_last :])
-                if self.config.keep_best:
+                if self.config.keep_best and best_step is not None:
                     keep.add(best_step if best_step in steps else self._best_committed(steps))
                 keep |= {each for each in steps if every and each % every == 0}
                 for each in steps:

@@ -232,6 +232,7 @@ def save_after_stalls(config, folder: Path) -> tuple[list[bool], list[str]]:
         slow = time.sleep if process.rank == stuck else lambda _: None
         checkpoint._write_shard = lambda *arguments, slow=slow: slow(2) or write(*arguments)
         outcomes.append(save(checkpoints, engine, step))
+    distributed.finish()  # with the broken groups
     return outcomes, said
 
 
