@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,10 @@ _FOLDER = re.compile(r"step_(\d{8,})")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used or written; the message names the file and what to do."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that may be whole, but cannot be read here and now."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,11 @@ class Checkpoints:
         self.process = process
         self.say = say
         self._channel = process.channel()
+        self._lost = False  # contact with another rank over the channel
         self._thread: threading.Thread | None = None
+        self._files: list[dict[str, Any]] = []  # of the newest checkpoint that this process has written or loaded
         self._host: dict[str, Tensor] = {}  # kept from save to save: fresh pages cost more than the copy
-        self._last_written = True
+        self._written = self._last_written = True  # by this rank's account; as all ranks agreed
         self._results: list[SaveResult] = []
 
     def save(self, engine: Engine, state: dict[str, Any], about: dict[str, Any]) -> None:
@@ -112,13 +118,14 @@ class Checkpoints:
         stall = time.perf_counter() - began
 
         def write() -> None:
-            error, size = "interrupted", 0
+            error, size, self._lost = "interrupted", 0, True
             try:
                 error, size = self._write(tensors, slices, manifest)
-            except RuntimeError as problem:  # another rank is gone
+                self._lost = False
+            except RuntimeError as problem:
                 error = str(problem).splitlines()[0]
             finally:
-                self._last_written = not error
+                self._written = not error
                 seconds = time.perf_counter() - began
                 self._results.append(SaveResult(manifest["step"], stall, seconds, size, not error))
                 if error:
@@ -129,10 +136,15 @@ class Checkpoints:
         self._thread.start()
 
     def settle(self) -> bool:
-        """Wait until the save that was begun is committed or has failed; whether the last one was written."""
+        """Wait until the save that was begun is committed or has failed; whether the last one was written, by rank 0's
+        account."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            outcomes = self.process.gather((self._written, self._lost))
+            self._last_written = outcomes[0][0]
+            if any(lost for _, lost in outcomes):  # gloo has closed the connections: no later save would get through
+                self._channel = self.process.channel()
         return self._last_written
 
     def finished(self) -> list[SaveResult]:
@@ -145,7 +157,7 @@ class Checkpoints:
         step = manifest["step"]
         staging, final = self.root / f".step_{step:08d}.partial", self.root / f"step_{step:08d}"
         renewed = []
-        error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"])))
+        error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"], self._files)))
         if self._channel.broadcast(renewed == [True]):
             self._prune(step, manifest["state"].get("best_step"))
             return None, 0
@@ -153,8 +165,9 @@ class Checkpoints:
         written: dict[str, Any] | None = None
         if error is None:
             try:
-                written = _write_shard(staging / f"shard_{self.process.rank:05d}.safetensors", tensors, slices)
-            except (OSError, SafetensorError) as problem:
+                with self._at_disk():
+                    written = _write_shard(staging / f"shard_{self.process.rank:05d}.safetensors", tensors, slices)
+            except (OSError, SafetensorError, RuntimeError, MemoryError) as problem:
                 error = f"rank {self.process.rank}: {_reason(problem)}"
         outcomes = self._channel.gather((error, written))
         error = next((e for e, _ in outcomes if e), None)
@@ -164,6 +177,7 @@ class Checkpoints:
         if error is not None:
             self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
             return error, 0
+        self._files = manifest["files"]
         self._prune(step, manifest["state"].get("best_step"))
         return None, sum(files["bytes"] for files in manifest["files"])
 
@@ -176,39 +190,74 @@ class Checkpoints:
         for piece in own:
             reader.fill(piece, rank=self.process.rank, world_size=self.process.world_size)
         after_loading(engine)
+        self._files = saved.manifest["files"]
         return saved.manifest["state"]
 
     def agree_on_newest(self) -> Saved | None:
-        """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why."""
-        return self.process.broadcast(newest(self.root.parent, self.say) if self.process.is_main else None)
+        """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why.
+
+        Raises UnreadableError as `newest` does, on all ranks."""
+        found = None
+        if self.process.is_main:
+            try:
+                found = newest(self.root.parent, self.say)
+            except UnreadableError as error:
+                found = error
+        found = self.process.broadcast(found)
+        if isinstance(found, UnreadableError):
+            raise found
+        return found
 
     def _prune(self, step: int, best_step: int | None) -> None:
         """Remove what the retention rule does not keep; never `step`, just written. Leftovers of interrupted saves go
         too. Later steps stay and do not count: a resume has passed them over as broken."""
         if not self.process.is_main:
             return
-        steps = sorted(each for each in committed(self.root) if each <= step)
-        every = self.config.keep_every_steps
-        keep = {best_step if self.config.keep_best else None, *steps[-self.config.keep_last :]}
-        keep |= {each for each in steps if every and each % every == 0}
         try:
-            for each in steps:
-                if each not in keep:
-                    _remove(self.root / f"step_{each:08d}")
-            for leftover in self.root.glob(".step_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            with self._at_disk():
+                steps = sorted(each for each in committed(self.root) if each <= step)
+                every = self.config.keep_every_steps
+                keep = set(steps[-self.config.keep_last :])
+                if self.config.keep_best and best_step is not None:
+                    keep.add(best_step if best_step in steps else self._best_committed(steps))
+                keep |= {each for each in steps if every and each % every == 0}
+                for each in steps:
+                    if each not in keep:
+                        _remove(self.root / f"step_{each:08d}")
+                for leftover in self.root.glob(".step_*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
         except OSError as problem:
             self.say(f"old checkpoints could not be removed: {problem}")
+
+    def _best_committed(self, steps: list[int]) -> int | None:
+        """The best of these steps, where the best of all could not be written: the newest manifest whose best is there
+        tells."""
+        for step in reversed(steps):
+            with contextlib.suppress(CheckpointError):
+                best = verify(self.root / f"step_{step:08d}", checksums=False).manifest["state"].get("best_step")
+                if best in steps:
+                    return best
+        return None
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Run on rank 0 what may fail for want of space or rights; the reason on all ranks, or None."""
         reason = None
         if self.process.is_main:
             try:
-                action()
+                with self._at_disk():
+                    action()
             except OSError as error:
                 reason = f"rank 0: {_reason(error)}"
         return self._channel.broadcast(reason)
+
+    @contextlib.contextmanager
+    def _at_disk(self) -> Iterator[None]:
+        """What the others wait for meanwhile is this rank's disk: the heartbeat names it."""
+        self.process.progress.writing = True
+        try:
+            yield
+        finally:
+            self.process.progress.writing = False
 
 
 class ShardReader:
@@ -238,9 +287,11 @@ class ShardReader:
         missing = sorted(wanted - self._slices.keys())
         unused = [] if partial else sorted(self._slices.keys() - wanted)
         if missing or unused:
+            of_optimizer = all(name.startswith("optimizer/") for name in missing + unused)
+            changed = "optimizer.*" if of_optimizer else "model.* or automix.*"  # a momentum of 0 has no tensors
             raise CheckpointError(
                 f"{self.saved.folder} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
-                f"{len(unused)} not wanted {unused[:3]}; was model.* or automix.* changed since?"
+                f"{len(unused)} not wanted {unused[:3]}; was {changed} changed since?"
             )
 
     def fill(self, piece: Piece, rank: int, world_size: int) -> None:
@@ -297,27 +348,46 @@ def _warn(text: str) -> None:
 
 
 def newest(run: Path, say: Callable[[str], None] = _warn) -> Saved | None:
-    """The newest checkpoint of a run that is whole, checksums included; None if there is none."""
-    root = run / "checkpoints"
-    for step in sorted(committed(root), reverse=True):
+    """The newest checkpoint of a run that is whole, checksums included; None if there is none.
+
+    Raises UnreadableError if there is none, but one that cannot be read may be: starting from the beginning would throw
+    a run away because its disk was away for a moment.
+    """
+    root, unread = run / "checkpoints", None
+    try:
+        steps = sorted(committed(root), reverse=True)
+    except OSError as error:
+        raise UnreadableError(f"{root}: {_reason(error)}") from error
+    for step in steps:
         try:
             return verify(root / f"step_{step:08d}")
         except CheckpointError as error:
             say(f"passing over a broken checkpoint: {error}")
+            unread = unread or (isinstance(error, UnreadableError) and error)
+    if unread:
+        raise UnreadableError(
+            f"{run} has no checkpoint that can be read, but one may be whole: {unread}. Try again when it can be "
+            f"read, or discard the run with --overwrite"
+        )
     return None
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Saved:
-    """Check a checkpoint's manifest, every file's size and, unless told not to, checksum. Raises CheckpointError."""
+    """Check a checkpoint's manifest, every file's size and, unless told not to, checksum.
+
+    Raises CheckpointError; UnreadableError where the file system or another format is the reason, and not the files.
+    """
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
         version, files, checksum = manifest["format"], manifest["files"], manifest.pop("sha256")
         step = int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise _not_read(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {_reason(error)}") from error
     if version != FORMAT:
-        raise CheckpointError(f"{path}: written in format {version}, this version reads {FORMAT}")
+        raise UnreadableError(f"{path}: written in format {version}, this version reads {FORMAT}")
     if checksum != _manifest_checksum(manifest):
         raise CheckpointError(f"{path}: its own checksum does not match: the file is damaged")
     for entry in files:
@@ -326,7 +396,7 @@ def verify(folder: Path, *, checksums: bool = True) -> Saved:
             size = file.stat().st_size if file.is_file() else None
             damaged = checksums and size == entry["bytes"] and _sha256(file) != entry["sha256"]
         except OSError as error:
-            raise CheckpointError(f"{file}: {_reason(error)}") from error
+            raise _not_read(file, error) from error
         if size != entry["bytes"]:
             raise CheckpointError(
                 f"{file}: {'missing' if size is None else f'{size} bytes'}, expected {entry['bytes']}"
@@ -400,14 +470,16 @@ def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def _renew(folder: Path, state: dict[str, Any]) -> bool:
-    """Give a step that is saved already the newer state, and tell whether it is: a run stopped again where it resumed,
-    or saved before it was evaluated. Raises OSError."""
+def _renew(folder: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> bool:
+    """Give a step that is saved already, in these files, the newer state, and tell whether it is: a run stopped again
+    where it resumed, or saved before it was evaluated. Other files are another run's weights. Raises OSError."""
     if not folder.is_dir():
         return False
     try:
         manifest = verify(folder).manifest
     except CheckpointError:
+        return False
+    if manifest["files"] != files:
         return False
     if manifest["state"] != state:
         newer = folder / ".manifest.json"
@@ -469,6 +541,12 @@ def _manifest_checksum(manifest: dict[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_read(path: Path, error: OSError) -> CheckpointError:
+    """What is missing stays so; another error of the file system may pass."""
+    kind = CheckpointError if isinstance(error, FileNotFoundError) else UnreadableError
+    return kind(f"{path}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:

@@ -323,11 +323,11 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
     from automix_dist.activation_checkpointing import checkpoint_blocks
     from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
     from automix_dist.captured_step import CapturedStep
-    from automix_dist.checkpoint import Checkpoints
+    from automix_dist.checkpoint import Checkpoints, committed
     from automix_dist.data import EvalLoader, TrainLoader
     from automix_dist.engines import build_engine, summary
     from automix_dist.optimizer import build_optimizer
-    from automix_dist.run_log import RunLog
+    from automix_dist.run_log import RunLog, set_aside
     from automix_dist.trainer import Position, Trainer
 
     def say(text: str) -> None:
@@ -389,6 +389,8 @@ def _run(config: Config, process, run: Path, model, lacking: ConfigError | None,
         say(f"resuming from {saved.folder}, step {position.step}")
     elif resume:
         say(f"nothing to resume in {run}: starting from the beginning")
+        if process.is_main and committed(checkpoints.root):
+            set_aside(run)
     log = RunLog(
         run,
         is_main=process.is_main,
@@ -508,13 +510,13 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
     from automix_dist.checkpoint import committed
     from automix_dist.run_log import METRICS
 
-    steps = committed(run / "checkpoints")
-    if steps and not (resume or overwrite):
-        return (
-            f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it with "
-            f"--overwrite, or choose another folder with output=..."
-        )
     try:
+        steps = committed(run / "checkpoints")
+        if steps and not (resume or overwrite):
+            return (
+                f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
+                f"with --overwrite, or choose another folder with output=..."
+            )
         run.mkdir(parents=True, exist_ok=True)
         holder = _lock(run)
         if holder is not None:
@@ -524,10 +526,21 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
             )
         if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
             for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
-                shutil.rmtree(run / name, ignore_errors=True)
+                _clear(run / name)
+            if steps := committed(run / "checkpoints"):
+                return f"{run}/checkpoints: steps {sorted(steps)} could not be deleted: delete them, or set output=..."
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None
+
+
+def _clear(folder: Path) -> None:
+    """Delete a folder as far as it can be; of a link, as to a scratch disk, what is in the folder."""
+    for path in folder.glob("*") if folder.is_symlink() else [folder]:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _store_settings(run: Path, config: Config, about: dict) -> str | None:

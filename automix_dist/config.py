@@ -455,7 +455,7 @@ class CheckpointConfig:
     keep_best: bool = True
     """Save whenever the validation top-1 is the best so far, and keep that one as well."""
     stop_after_minutes: float = 0.0
-    """Save and stop, with exit code 75, when the processes have run for so long; 0 = no limit."""
+    """Save and stop, with exit code 75, when the job has run for so long; 0 = no limit."""
 
     def __post_init__(self):
         _require(self.stop_after_minutes >= 0, "checkpoint.stop_after_minutes", self.stop_after_minutes, "0 or more")

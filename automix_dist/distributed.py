@@ -1,9 +1,11 @@
 """The processes of a run: who they are, how they talk, how they stop together. Accelerate gives their state."""
 
+import contextlib
 import glob
 import ipaddress
 import math
 import os
+import re
 import signal
 import socket
 import time
@@ -20,6 +22,10 @@ from automix_dist.config import ConfigError, EngineConfig
 from automix_dist.cores import cores_of_rank, local_world_size
 from automix_dist.progress import Progress
 
+CHANNEL_TIMEOUT = timedelta(hours=12)
+"""Of a thread's own group: a disk may keep a rank longer than a collective of the training may take, and a rank that is
+gone is the heartbeat's business."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -32,8 +38,6 @@ class Process:
     device: torch.device
     control: Any
     """A gloo group for small host-side messages that must not wait for the GPU."""
-    timeout: timedelta
-    """How long a collective may wait for the other ranks."""
     progress: Progress = field(default_factory=Progress)
     """Where the main thread stands, for the heartbeat."""
 
@@ -43,7 +47,7 @@ class Process:
 
     def channel(self) -> "Process":
         """The same processes with a control group of their own, for another thread."""
-        return replace(self, control=dist.new_group(backend="gloo", timeout=self.timeout))
+        return replace(self, control=dist.new_group(backend="gloo", timeout=CHANNEL_TIMEOUT))
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -164,7 +168,6 @@ def start(engine: EngineConfig) -> Process:
         local_world_size=local_world_size(),
         device=state.device,
         control=dist.new_group(backend="gloo", timeout=timeout),
-        timeout=timeout,
         progress=Progress(on_gpu=device == "cuda"),
     )
 
@@ -201,6 +204,15 @@ def _name_gloo_interface(master: str) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 
+def _job_start() -> float:
+    """When this process began; under launch/*.sh when the job did, whose ranks may have been started again since."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    job = re.match(r"(\d{10})-", os.environ.get("AUTOMIX_JOB", ""))  # date +%s, then what makes it unique
+    return min(began, float(job[1])) if job else began
+
+
 SAME_STOP_SECONDS = 2.0
 """Launchers often signal a process and its group, or signal twice: within this time it is one request."""
 
@@ -214,12 +226,10 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, process: Process, say: Callable[[str], None], minutes: float = 0.0):
-        """`minutes` is the time limit, counted from the start of this process; 0 = none. It is told as SIGALRM."""
-        import psutil
-
+        """`minutes` is the time limit, counted from the start of the job; 0 = none. It is told as SIGALRM."""
         self._process = process
         self._say = say
-        self._deadline = psutil.Process().create_time() + 60 * minutes if minutes else math.inf
+        self._deadline = _job_start() + 60 * minutes if minutes else math.inf
         self._signal = 0
         self._noted_at = 0.0
         self._agreed = 0
@@ -259,7 +269,8 @@ class StopRequest:
         """Training is over. A launcher's signal that comes now, when this rank has stopped by agreement already, must
         not spoil its exit code; Ctrl-C works again."""
         if self._pending is not None:
-            self._pending[0].wait()
+            with contextlib.suppress(RuntimeError):  # another rank is gone: an error is on its way up, or the next one
+                self._pending[0].wait()
             self._pending = None
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN if number != signal.SIGINT else self._interrupt)

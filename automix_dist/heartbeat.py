@@ -76,6 +76,8 @@ class Beat:
     collectives: int = 0
     """Collectives that were begun; decides between ranks in the same phase."""
     last_collective: str = ""
+    writing: bool = False
+    """See Progress; while all save, who writes holds up who waits."""
     finished: bool = False
     steps: int = 0
     step_seconds: float = 0.0
@@ -92,13 +94,15 @@ class Heartbeat:
     def __init__(self, process: Process, engine: EngineConfig, log: RankLog | None):
         self._process, self._progress, self._log = process, process.progress, log
         self._seconds = engine.stall_seconds
-        self._patience = PATIENT_SHARE * engine.timeout_minutes * 60
+        self._timeout = engine.timeout_minutes * 60
         self._interval = min(BEAT_SECONDS, engine.stall_seconds / 10)
         self._on = process.world_size > 1 and engine.stall_seconds > 0
         self._beat = Beat(process.rank, socket.gethostname(), os.getpid())
         self._main_thread = threading.main_thread().ident
         self._stop = threading.Event()
         self._suspect = False
+        self._error: BaseException | None = None
+        self._suspended = 0.0
         self._watched = range(process.world_size) if process.is_main else range(1)
         self._beats: dict[int, Beat] = {}
         self._silent = dict.fromkeys(self._watched, 0.0)
@@ -123,34 +127,54 @@ class Heartbeat:
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
             self._before = signal.signal(signal.SIGTERM, self._terminated)
+            self._progress.on_failure = self._failed
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._on:
             return
+        if error is None:
+            self._leave()
+            self._process.barrier()  # nobody listens any more, so rank 0 may take the store with it
+            if signal.getsignal(signal.SIGTERM) == self._terminated:
+                signal.signal(signal.SIGTERM, self._before)
+            return
+        self._failed(error)
+        if not _is_lost(self._error):
+            return
+        # Until it is known who died: then the heartbeat's thread ends this process. Nobody did if it goes on.
+        time.sleep((2 * MISSED_BEATS + 2) * self._interval + STORE_SECONDS)
+        self._leave()
+        why = "though all are alive: a fault of the network? `automix doctor --all-ranks` tests it"
+        if self._suspended:
+            why = f"after {self._suspension()}"
+        reason = (
+            f"{_name(self._beat)} lost contact with another rank in {_place(self._beat)}, {why} ({_first_line(error)})"
+        )
+        self._tell_others(reason)
+        raise PeerError(reason) from error
+
+    def _failed(self, error: BaseException) -> None:
+        """Keep the traceback and tell the other ranks, once. After a failed collective the heartbeat is left to find
+        out who died."""
+        if self._error is not None:
+            return
+        self._error = error
         if isinstance(error, Exception) and self._log is not None:
             traceback.print_exception(error, file=self._log.file)
-        lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and LOST.search(str(error)))
-        if lost:
-            self._await_verdict()
+        if _is_lost(error):
+            self._suspect = self._progress.patient = True
+            return
+        self._leave()
+        self._tell_others(f"{_name(self._beat)} failed in {_place(self._beat)}: {_first_line(error)}")
+
+    def _leave(self) -> None:
+        """The last beat."""
         self._stop.set()
         self._thread.join()
         self._beat.step, self._beat.phase = self._progress.step, self._progress.phase
         self._beat.where, self._beat.finished = "", True
         self._attempt(self._publish)
-        if lost:
-            reason = (
-                f"{_name(self._beat)} lost contact with another rank in {_place(self._beat)}, though all are alive: a "
-                f"fault of the network? `automix doctor --all-ranks` tests it ({_first_line(error)})"
-            )
-            self._tell_others(reason)
-            raise PeerError(reason) from error
-        if error is not None:
-            self._tell_others(f"{_name(self._beat)} failed in {_place(self._beat)}: {_first_line(error)}")
-            return
-        self._process.barrier()  # nobody listens any more, so rank 0 may take the store with it
-        if signal.getsignal(signal.SIGTERM) == self._terminated:
-            signal.signal(signal.SIGTERM, self._before)
 
     def _terminated(self, number: int, _frame: Any) -> None:
         """SIGTERM ends the process, but not while an error is on its way up: launchers send it to all ranks when one
@@ -159,15 +183,10 @@ class Heartbeat:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def _await_verdict(self) -> None:
-        """Wait until it is known who died: then the heartbeat's thread ends this process. Returns if nobody did."""
-        self._suspect = self._progress.patient = True
-        time.sleep((2 * MISSED_BEATS + 2) * self._interval + STORE_SECONDS)
-
     def _tell_others(self, verdict: str) -> None:
-        """Leave the reason of this rank's failure; rank 0's own last words reach the console anyway."""
+        """Leave the reason of this rank's failure."""
         self._agreed(verdict)
-        self._say(verdict, on_console=not self._process.is_main)
+        self._say(verdict, on_console=True)
         if self._process.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(2 * self._interval)  # the store ends with this process; let the others read
 
@@ -186,6 +205,10 @@ class Heartbeat:
             passed, last = now - last, now
             # A job that was suspended as a whole wakes up to old beats: that time must not count as silence.
             seconds = min(passed, 2 * self._interval)
+            if passed > self._timeout:
+                self._suspended = passed
+                if self._log is not None:
+                    self._log.say(f"automix: {self._suspension()}", on_console=self._process.is_main)
             self._look_at_main_thread(seconds)
             if self._store:
                 verdict = self._exchange(seconds)
@@ -193,6 +216,12 @@ class Heartbeat:
                 verdict = self._without_store(min(passed, self._interval + 2 * STORE_SECONDS))
             if verdict:
                 self._end(verdict)
+
+    def _suspension(self) -> str:
+        return (
+            f"the job was suspended for {self._suspended:.0f} s, longer than a collective waits "
+            f"(engine.timeout_minutes = {self._timeout / 60:g}): if it ends now, start it again with --resume"
+        )
 
     def _connect(self) -> None:
         """A connection of this thread's own: one that waits must not hold up the collectives' set-up."""
@@ -228,9 +257,10 @@ class Heartbeat:
         moved = progress.advances != beat.advances
         beat.still_seconds = 0.0 if moved else beat.still_seconds + seconds
         patient = progress.patient or not progress.usual_seconds
-        limit = self._patience if patient else max(self._seconds, USUAL_STEPS * progress.usual_seconds)
+        limit = PATIENT_SHARE * self._timeout if patient else max(self._seconds, USUAL_STEPS * progress.usual_seconds)
         beat.stuck = beat.still_seconds > limit
         beat.step, beat.phase, beat.advances = progress.step, progress.phase, progress.advances
+        beat.writing = progress.writing and progress.phase == "saving"
         beat.where = _where(self._main_thread)
         beat.steps, beat.step_seconds = progress.measured_steps, progress.measured_seconds
         beat.own_seconds = dict(progress.own_seconds)
@@ -303,6 +333,11 @@ class Heartbeat:
             print(line, file=sys.stderr, flush=True)
 
 
+def _is_lost(error: BaseException) -> bool:
+    """Whether a collective failed, and so another rank or the network."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(LOST.search(str(error))))
+
+
 def _within(seconds: float, action: Callable[[], Any]) -> Any:
     """The action's value; None if it raises RuntimeError or takes too long.
 
@@ -344,7 +379,7 @@ def silence(beats: Sequence[Beat], silent: dict[int, float], allowed: float, hos
 def standstill(beats: Sequence[Beat]) -> str | None:
     """The verdict on ranks whose main thread stands still for too long: of all unfinished ones, the least advanced."""
     running = [beat for beat in beats if not beat.finished]
-    order = [(beat.advances, beat.collectives) for beat in running]
+    order = [(beat.advances, not beat.writing, beat.collectives) for beat in running]
     behind = [beat for beat, place in zip(running, order, strict=True) if place == min(order)]
     stuck = [beat for beat in behind if beat.stuck]
     if not stuck:
@@ -353,6 +388,8 @@ def standstill(beats: Sequence[Beat]) -> str | None:
     text = f"{_names(behind)} stands still for {first.still_seconds:.0f} s in {_place(first)}"
     if first.last_collective:
         text += f", last collective {first.last_collective} (number {first.collectives})"
+    if len(behind) == len(beats) and first.writing:
+        return f"{text}: all ranks wait for their disks"
     if len(behind) == len(beats):
         return f"{text}: all ranks wait alike; a fault of the network? `automix doctor --all-ranks` tests it"
     return f"{text}; the others wait for it. Stacks: logs/rank_{first.rank:05d}.log in the run's folder"
@@ -400,7 +437,8 @@ def _names(beats: Sequence[Beat]) -> str:
 
 
 def _place(beat: Beat) -> str:
-    return f"step {beat.step}, {beat.phase}{f' at {beat.where}' if beat.where else ''}"
+    phase = f"{beat.phase}, writing to its disk" if beat.writing else beat.phase
+    return f"step {beat.step}, {phase}{f' at {beat.where}' if beat.where else ''}"
 
 
 def _first_line(error: BaseException) -> str:

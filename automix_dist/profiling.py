@@ -26,6 +26,7 @@ class StepProfile:
         self.model = model
         self.say = say
         self._first: int | None = None
+        self._begun = False
         self._profiler: profile | None = None
         self._hooks: list = []
 
@@ -46,12 +47,13 @@ class StepProfile:
         """At the end of the session: keep what was recorded so far."""
         if self._profiler is not None:
             self._end()
-        elif self._first is not None and not (self.folder / f"trace_step_{self._first:08d}.json.gz").exists():
+        elif self._first is not None and not self._begun:
             self.say(
                 f"profile.start = {self.config.start}: the session ended before step {self._first}, nothing recorded"
             )
 
     def _begin(self) -> None:
+        self._begun = True
         for name, part in self.model.named_children():
             if part._compiled_call_impl is not None:
                 continue  # a hook would have it compiled anew; its graphs are named in the trace
@@ -75,11 +77,15 @@ class StepProfile:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         recorded, self._profiler = self._profiler, None
-        recorded.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"trace_step_{self._first:08d}.json.gz"
-        recorded.export_chrome_trace(str(trace))
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = recorded.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
-        trace.with_name(trace.name.replace("trace", "table").replace(".json.gz", ".txt")).write_text(table)
+        try:
+            recorded.stop()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            recorded.export_chrome_trace(str(trace))
+            by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = recorded.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
+            trace.with_name(trace.name.replace("trace", "table").replace(".json.gz", ".txt")).write_text(table)
+        except (OSError, RuntimeError) as error:  # no recording is worth a training
+            self.say(f"the profile from step {self._first} could not be written: {error}")
+            return
         self.say(f"profile of {self.config.steps} steps from step {self._first}: {trace} (open it in ui.perfetto.dev)")

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class Progress:
         """Sums over the measured steps of what needs no other rank (below ZeRO 3): the straggler has more of it."""
         self.notes: deque[dict[str, Any]] = deque()
         """What the heartbeat found out about slow ranks, for the run's log."""
+        self.writing = False
+        """Whether the checkpoint's thread is busy with a disk; else it waits for other ranks, or does nothing."""
+        self.on_failure: Callable[[BaseException], None] = lambda error: None
+        """The heartbeat's, to be called with an error before anything that takes its time."""
         self._on_gpu = on_gpu
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._since = self._step_began = time.perf_counter()

@@ -27,8 +27,9 @@ def write_dump(
     batches: list[Any],
     state: dict[str, Any],
     about: dict[str, Any],
-) -> Path:
-    """Keep the last step of a run for `replay`; called by all ranks. Returns the dump's folder.
+) -> Path | None:
+    """Keep the last step of a run for `replay`; called by all ranks. Returns the dump's folder; None if it could not be
+    written, which is said.
 
     Args:
         state, about: as for `Checkpoints.save`; `about` holds the step's scheduled values as `step_values`.
@@ -40,15 +41,18 @@ def write_dump(
     checkpoints.process.barrier()
     dump = Checkpoints(folder, CheckpointConfig(), checkpoints.process, checkpoints.say)
     dump.save(engine, state, about)
-    dump.settle()
-    tensors = {}
+    written = dump.settle()
+    tensors, problem = {}, None
     for index, batch in enumerate(batches):
         tensors |= {f"images/{index}": batch.images.cpu(), f"labels/{index}": batch.labels.cpu()}
     try:
         write_tensors(tensors, _batches_file(folder, checkpoints.process.rank))
     except (OSError, SafetensorError) as error:
-        checkpoints.say(f"rank {checkpoints.process.rank}: its batches could not be kept: {error}")
-    return folder
+        problem = f"rank {checkpoints.process.rank}: its batches could not be kept: {error}"
+    problems = checkpoints.process.gather(problem)
+    for problem in filter(None, problems):
+        checkpoints.say(problem)
+    return folder if written and not all(problems) else None
 
 
 def replay(model: nn.Module, config: Config, saved: Saved, rank: int, say: Callable[[str], None]) -> bool:

@@ -291,6 +291,14 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
     return records, unreadable
 
 
+def set_aside(run: Path) -> None:
+    """Rename what a run has logged whose checkpoints are all lost: a new training would delete it. Raises OSError."""
+    lost = f"lost_{datetime.now():%Y%m%d_%H%M%S}"
+    for name in (METRICS, GALLERY):
+        if (run / name).exists():
+            (run / name).rename(run / f"{lost}_{name}")
+
+
 def is_finished(records: Sequence[dict[str, Any]]) -> bool:
     """Whether a run has come to its end: its last checkpoint is on disk."""
     total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)

@@ -122,6 +122,8 @@ class Trainer:
         self.position = Position()
         self._saved = asdict(self.position)
         """The position that the newest checkpoint holds: a step may be saved, then evaluated, then saved again."""
+        self._written_step = 0
+        """Of the newest checkpoint that is on disk."""
         self._first_step = 0
         self.progress = process.progress
         self.last_batches: list[Batch] = []
@@ -133,7 +135,8 @@ class Trainer:
 
         Raises TrainingError if too many steps in a row were not finite, or if the last checkpoint cannot be written.
         """
-        self.position, self._saved, self._first_step = position, asdict(position), position.step
+        self.position, self._saved = position, asdict(position)
+        self._first_step = self._written_step = position.step
         recorded = self.config.profile if self.process.is_main else ProfileConfig()
         self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
         self.log.start(self.schedule.total_steps, self.schedule.steps_per_epoch, position.step)
@@ -151,13 +154,16 @@ class Trainer:
             self._settle()
             self.log.event("stopped", position.step, signal=stopped.args[0])
             return stopped.args[0]
-        except BaseException:
-            self.log.close(failed=True)
+        except BaseException as error:
+            self.progress.on_failure(error)
+            self.log.close(failed=True)  # trackers may take a minute
             raise
         finally:
-            self.profile.close()
             self.stop.close()
-            self.log.close()
+            try:
+                self.profile.close()
+            finally:
+                self.log.close()
 
     def _train_epoch(self) -> None:
         """From the current position to the end of its epoch."""
@@ -268,6 +274,7 @@ class Trainer:
     def _report_saves(self) -> None:
         for result in self.checkpoints.finished():
             if result.written:
+                self._written_step = result.step
                 self.log.event("checkpoint", **result._asdict())
 
     def _log_training(self, epoch: int, values: StepValues) -> None:
@@ -303,11 +310,13 @@ class Trainer:
         about = self.about | {"step_values": self.schedule.at(step - 1)._asdict()}
         root = self.checkpoints.root.parent / "dumps"
         dump = write_dump(root, self.checkpoints, self.engine, self.last_batches, asdict(self.position), about)
+        self._report_saves()
+        look = f"Look into it with `automix replay {dump}`" if dump else "Its dump could not be written"
+        saved = f"the last checkpoint is of step {self._written_step}" if self._written_step else "no checkpoint exists"
         raise TrainingError(
             f"{in_a_row} steps in a row were not finite and skipped; in the last one, step {step - 1}, "
-            f"{', '.join(bad) if bad else 'all losses were finite, but gradients'} were not. Look into it with "
-            f"`automix replay {dump}`; the last checkpoint is of step {self.position.saved_step}. A lower "
-            f"optimizer.lr, a warm-up, optimizer.clip_norm or engine.precision=float32 may help"
+            f"{', '.join(bad) if bad else 'all losses were finite, but gradients'} were not. {look}; {saved}. "
+            f"A lower optimizer.lr, a warm-up, optimizer.clip_norm or engine.precision=float32 may help"
         )
 
     def _check_stop(self) -> None:

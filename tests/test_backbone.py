@@ -153,6 +153,7 @@ def saved_model(config, model, folder) -> Saved:
     from types import SimpleNamespace
 
     from automix_dist.checkpoint import Checkpoints
+    from automix_dist.progress import Progress
 
     engine = SimpleNamespace(
         module=model,
@@ -162,7 +163,7 @@ def saved_model(config, model, folder) -> Saved:
     process = SimpleNamespace(
         rank=0, world_size=1, is_main=True, device=torch.device("cpu"), broadcast=lambda v: v, gather=lambda v: [v]
     )
-    process.channel = lambda: process
+    process.channel, process.progress = lambda: process, Progress()
     about = {"config": to_dict(config), "classes": ["a", "b", "c"], "environment": {"commit": None}}
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     checkpoints.save(engine, {"step": 1}, about)

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,17 @@ from test_engine import (
 )
 from tiny import tiny_config
 
-from automix_dist import checkpoint, cli
-from automix_dist.checkpoint import CheckpointError, Checkpoints, committed, load_module_state, newest, reshard, verify
+from automix_dist import checkpoint, cli, distributed
+from automix_dist.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    UnreadableError,
+    committed,
+    load_module_state,
+    newest,
+    reshard,
+    verify,
+)
 from automix_dist.config import ConfigError
 
 
@@ -228,6 +239,46 @@ def test_training_goes_on_while_a_save_is_written_and_does_not_change_it(engine,
         assert_same(saved, at_save, tolerance=0.0)
 
 
+def save_after_stalls(config, folder: Path) -> tuple[list[bool], list[str]]:
+    """The disk of one rank, then of the other, answers after the patience of the checkpoint thread's group."""
+    distributed.CHANNEL_TIMEOUT = timedelta(seconds=1)
+    process, _, engine = start_engine(config)
+    said = []
+    checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
+    write, outcomes = checkpoint._write_shard, []
+    for step, stuck in enumerate((None, 0, None, 1, None)):
+        slow = time.sleep if process.rank == stuck else lambda _: None
+        checkpoint._write_shard = lambda *arguments, slow=slow: slow(2) or write(*arguments)
+        outcomes.append(save(checkpoints, engine, step))
+    distributed.finish()  # with the broken groups
+    return outcomes, said
+
+
+def test_a_disk_that_stalls_costs_one_save_and_not_the_later_ones(tmp_path):
+    results = run_ranks(2, save_after_stalls, tiny_config(), tmp_path)
+    assert all(outcomes == [True, False, True, False, True] for outcomes, _ in results)
+    assert [line[:28] for line in results[0][1]] == ["checkpoint of step 1 NOT wri", "checkpoint of step 3 NOT wri"]
+    assert newest(tmp_path).step == 4
+
+
+def save_where_nothing_can_be_listed(config, folder: Path) -> tuple[bool, list[str]]:
+    process, _, engine = start_engine(config)
+    said = []
+    checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
+
+    def broken(root: Path) -> list[int]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    checkpoint.committed = broken
+    return save(checkpoints, engine, 1), said
+
+
+def test_a_folder_that_cannot_be_listed_after_a_save_does_not_part_the_ranks(tmp_path):
+    results = run_ranks(2, save_where_nothing_can_be_listed, tiny_config(), tmp_path)
+    assert results == [(True, ["old checkpoints could not be removed: [Errno 116] Stale file handle"]), (True, [])]
+    assert newest(tmp_path).step == 1
+
+
 def reshard_both_ways(config, folder: Path, ranks: int) -> dict[str, torch.Tensor]:
     """Continue from a checkpoint of two ranks that was written again for `ranks`."""
     process, model, engine = start_engine(config)
@@ -350,6 +401,65 @@ def test_a_step_saved_again_keeps_its_files_and_takes_the_new_state(tmp_path):
     assert names == ["manifest.json", "shard_00000.safetensors"]
 
 
+def save_as_another(config, folder: Path) -> list[list[str]]:
+    """Step 4 of a run, of another run in the same folder, and of one that resumes the second."""
+    process, model, engine = start_engine(config)
+    found = []
+    for steps in (2, 4, 0):
+        checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+        if not steps:
+            checkpoints.load(engine, checkpoints.agree_on_newest())
+        engine_steps(config, process, model, engine, 0, steps)
+        checkpoints.save(engine, {"step": 4, "resumed": not steps}, {"config": steps})
+        assert checkpoints.settle()
+        found.append(newest(folder).manifest)
+    return found
+
+
+def test_a_step_that_another_run_left_is_written_anew(tmp_path):
+    ((first, second, resumed),) = run_ranks(1, save_as_another, tiny_config(), tmp_path)
+    assert first["files"] != second["files"] and second["config"] == 4
+    assert resumed["files"] == second["files"] and resumed["config"] == 4 and resumed["state"]["resumed"]
+
+
+def miss_the_best(config, folder: Path) -> list[list[int]]:
+    """Step 5 is the best so far, step 7 is better and cannot be written."""
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, lambda _: None)
+    write, kept = checkpoint._write_shard, []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step, best in ((5, 5), (6, 5), (7, 7), (8, 7), (9, 7)):
+        checkpoint._write_shard = full if step == 7 else write
+        checkpoints.save(engine, {"step": step, "best_step": best}, {})
+        checkpoints.settle()
+        kept.append(sorted(committed(checkpoints.root)))
+    return kept
+
+
+def test_the_best_stays_until_a_better_one_is_written(tmp_path):
+    (kept,) = run_ranks(1, miss_the_best, tiny_config(checkpoint={"keep_last": 1}), tmp_path)
+    assert kept == [[5], [5, 6], [5, 6], [5, 8], [5, 9]]
+
+
+def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, monkeypatch):
+    run, scratch, other = tmp_path / "run", tmp_path / "scratch", tmp_path / "other"
+    for folder in (run / "gallery", scratch / "step_00000004", other / "step_00000001"):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    (run / "checkpoints").symlink_to(scratch)
+    (scratch / "link").symlink_to(other)
+    monkeypatch.setattr(cli, "_lock", lambda _: None)
+    with monkeypatch.context() as stubborn:
+        stubborn.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert "steps [4] could not be deleted" in cli._open_run(run, resume=False, overwrite=True)
+    assert cli._open_run(run, resume=False, overwrite=True) is None
+    assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and committed(other) == [1]
+    assert not (run / "gallery").exists()
+
+
 def test_who_may_read_the_folder_may_read_the_shards(two_steps, tmp_path):
     for shared in (0o755, 0o700):
         run = tmp_path / f"{shared:o}"
@@ -369,6 +479,46 @@ def test_a_file_that_cannot_be_read_is_passed_over(two_steps, monkeypatch):
     monkeypatch.setattr(checkpoint, "_sha256", broken)
     assert newest(two_steps, said.append).step == 2
     assert "shard_00000.safetensors: Input/output error" in said[0]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_disk_that_is_away_for_a_moment_does_not_look_like_no_checkpoint(two_steps, monkeypatch, number):
+    def broken(_: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    with pytest.raises(UnreadableError, match=f"{two_steps} has no .*{os.strerror(number)}.*--overwrite"):
+        newest(two_steps)
+    monkeypatch.setattr(checkpoint, "committed", broken)
+    with pytest.raises(UnreadableError, match=f"checkpoints: {os.strerror(number)}"):
+        newest(two_steps)
+
+
+def what_is_found(config, run: Path) -> str:
+    process, _, _ = start_engine(config)
+    try:
+        return str(Checkpoints(run, config.checkpoint, process, lambda _: None).agree_on_newest())
+    except UnreadableError as error:
+        return str(error)
+
+
+def test_a_later_format_is_not_started_over_by_any_rank(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    for manifest in tmp_path.glob("run/checkpoints/*/manifest.json"):
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    found = run_ranks(2, what_is_found, tiny_config(), tmp_path / "run")
+    assert all("may be whole" in message and "written in format 99" in message for message in found)
+    for shard in tmp_path.glob("run/checkpoints/*/shard_00000.safetensors"):
+        shard.unlink()
+    damage_empty(next(tmp_path.glob("run/checkpoints/*2/manifest.json")))
+    Path.unlink(next(tmp_path.glob("run/checkpoints/*4/manifest.json")))
+    assert newest(tmp_path / "run", lambda _: None) is None  # damaged beyond doubt
+
+
+def test_a_momentum_that_was_not_there_is_named(two_steps):
+    config = tiny_config(engine={"zero_stage": 2}, optimizer={"mix_momentum": 0.9})
+    with pytest.raises(AssertionError, match=r"does not fit.*optimizer/mix_block.*; was optimizer.\* changed since"):
+        run_ranks(2, agreed_step, config, two_steps)
 
 
 def test_another_model_is_refused_by_name(two_steps):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -279,6 +280,26 @@ def test_the_least_advanced_rank_is_the_culprit():
     assert standstill([beat(0), beat(1, advances=9)]) is None
 
 
+def test_while_all_save_the_rank_at_its_disk_is_the_culprit():
+    """NCCL, whose collectives are counted on GPUs, has no part in a save."""
+    waiting = [beat(rank, stuck=True, still_seconds=550) for rank in range(3)]
+    verdict = standstill([*waiting, beat(3, stuck=True, still_seconds=550, writing=True)])
+    assert verdict.startswith("rank 3 on node1 (process 103) stands still for 550 s in step 7, backward, writing to ")
+    assert "the others wait for it" in verdict
+    everyone = [beat(rank, stuck=True, still_seconds=550, writing=True) for rank in range(3)]
+    assert "all ranks wait for their disks" in standstill(everyone)
+
+
+def test_a_background_save_is_no_excuse_in_a_step():
+    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    watch = Heartbeat(process, EngineConfig(), None)
+    process.progress.writing = True
+    for phase, writing in (("forward", False), ("saving", True)):
+        process.progress.enter(phase)
+        watch._look_at_main_thread(1.0)
+        assert watch._beat.writing is writing
+
+
 def test_silent_ranks_are_listed_by_host():
     beats = [beat(rank) for rank in range(6)]
     silent = dict.fromkeys(range(6), 30.0) | {2: 60.0, 3: 42.0}
@@ -309,7 +330,7 @@ def test_stragglers_against_the_median():
 
 
 def test_a_step_that_is_slow_by_nature_gets_its_time():
-    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None, None)
+    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
     watch = Heartbeat(process, EngineConfig(stall_seconds=10, timeout_minutes=10), None)
 
     def stuck_after(seconds: float) -> bool:
@@ -328,6 +349,47 @@ def test_a_step_that_is_slow_by_nature_gets_its_time():
     assert not stuck_after(500) and stuck_after(600)
 
 
+@pytest.fixture
+def watch(monkeypatch):
+    """Rank 0's heartbeat without store and thread; what it says is in `said`."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.0)
+    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    watch = Heartbeat(process, EngineConfig(stall_seconds=0.01, timeout_minutes=10), None)
+    watch._thread, watch.said = threading.Thread(), []
+    watch._thread.start()
+    watch._say = lambda verdict, on_console: watch.said.append(verdict)
+    return watch
+
+
+def test_an_error_is_told_before_trackers_are_closed_and_once(watch):
+    watch._progress.enter("loading")
+    error = ValueError("a damaged sample")
+    watch._failed(error)
+    assert watch._stop.is_set() and watch._beat.finished  # nobody ends this process while it closes trackers
+    watch._progress.enter("closing")
+    watch.__exit__(ValueError, error, None)
+    (said,) = watch.said
+    assert said.endswith("failed in step 0, loading: a damaged sample")
+
+
+@pytest.mark.parametrize("suspended", [False, True])
+def test_a_lost_rank_is_looked_for_while_trackers_are_closed(watch, suspended, monkeypatch):
+    clock = iter([0.0, 2.0, 2000.0 if suspended else 4.0])
+    turns = iter([False, False, True])
+    with monkeypatch.context() as asleep:
+        asleep.setattr(time, "monotonic", lambda: next(clock))
+        asleep.setattr(watch._stop, "wait", lambda _: next(turns))
+        asleep.setattr(watch, "_without_store", lambda _: None)
+        watch._watch()
+    error = RuntimeError("gloo: timed out")
+    watch._failed(error)
+    assert watch._suspect and watch._progress.patient and not watch._stop.is_set() and not watch.said
+    with pytest.raises(heartbeat.PeerError, match="the job was suspended for 1998 s" if suspended else "the network?"):
+        watch.__exit__(RuntimeError, error, None)
+    assert len(watch.said) == 1
+
+
 def test_progress_adds_up_own_work_apart_from_patient_steps(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
@@ -344,7 +406,7 @@ def test_progress_adds_up_own_work_apart_from_patient_steps(monkeypatch):
 
 def test_one_process_or_zero_seconds_need_no_heartbeat():
     for world_size, seconds in ((1, 45), (2, 0)):
-        process = distributed.Process(0, 0, world_size, 1, torch.device("cpu"), None, None)
+        process = distributed.Process(0, 0, world_size, 1, torch.device("cpu"), None)
         before = signal.getsignal(signal.SIGTERM)
         with Heartbeat(process, EngineConfig(stall_seconds=seconds), None):
             assert signal.getsignal(signal.SIGTERM) is before

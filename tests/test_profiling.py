@@ -63,6 +63,13 @@ def test_a_session_that_ends_early_keeps_what_there_is(tmp_path):
     assert not (tmp_path / "none").exists() and "ended before step 3" in said[0]
 
 
+def test_a_profile_that_cannot_be_written_is_told_once(tmp_path):
+    (tmp_path / "file").touch()
+    said, gradients = record(tmp_path / "file", 0, 4, start=1, steps=1)
+    assert len(said) == 1 and "from step 1 could not be written: " in said[0]
+    assert torch.isfinite(gradients)
+
+
 @pytest.mark.slow
 def test_a_training_leaves_its_profile_in_the_run_folder(tmp_path):
     config = tiny_config(output=str(tmp_path), epochs=2, profile={"steps": 2, "start": 1}, log={"gallery_pairs": 0})

@@ -141,6 +141,16 @@ def test_resume_leaves_no_gap_and_no_double(tmp_path):
     assert "config/text_summary" in board.Tags()["tensors"]
 
 
+def test_what_a_lost_run_has_logged_is_kept(tmp_path):
+    train(tmp_path, 0, 20)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    run_log.set_aside(tmp_path)
+    train(tmp_path, 0, 10)
+    assert len(run_log.gallery_files(tmp_path)) == 1
+    assert next(tmp_path.glob("lost_*_metrics.jsonl")).read_bytes() == before
+    assert len(list(next(tmp_path.glob("lost_*_gallery")).iterdir())) == 2
+
+
 def test_a_new_training_starts_from_nothing(tmp_path):
     train(tmp_path, 0, 20)
     train(tmp_path, 0, 10)

@@ -4,19 +4,24 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ranks import run_ranks
 from test_engine import start_engine
 from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
+from automix_dist import distributed
 from automix_dist.checkpoint import Checkpoints, committed, load_module_state, newest
 from automix_dist.cli import _agree
 from automix_dist.config import ConfigError
 from automix_dist.data import Batch
 from automix_dist.distributed import StopRequest
+from automix_dist.profiling import StepProfile
+from automix_dist.progress import Progress
 from automix_dist.replay import replay
 from automix_dist.run_log import RunLog
 from automix_dist.trainer import Position, Trainer, TrainingError
@@ -136,6 +141,18 @@ def test_a_time_limit_stops_like_a_signal(tmp_path):
         assert kinds[-1] == ("stopped", position.step)
 
 
+@pytest.mark.parametrize(
+    ("job", "age"),
+    [("{ago}-4711-12", 5400), ("{ahead}-4711-12", 60), ("", 60), ("nightly-7", 60), ("12-4711-12", 60)],
+)
+def test_the_time_limit_counts_from_the_start_of_the_job(job, age, monkeypatch):
+    """Ranks that torchrun has started again are younger than their job."""
+    now = time.time()
+    monkeypatch.setenv("AUTOMIX_JOB", job.format(ago=int(now - 5400), ahead=int(now + 5400)))
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: now - 60)
+    assert now - distributed._job_start() == pytest.approx(age, abs=1)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_signal_in_an_evaluation_saves_and_the_resumed_run_evaluates(ranks, tmp_path):
     first = run_ranks(ranks, train, config(), tmp_path, None, 1)
@@ -198,6 +215,38 @@ def test_too_many_skipped_steps_stop_all_ranks_and_leave_a_dump(tmp_path):
     ]
     ((sound, said),) = run_ranks(1, replay_dump, settings, dump)
     assert not sound and "first output that is not finite" in "".join(said)
+
+
+def fail_on_a_full_disk(settings, folder: Path) -> tuple[str, list[str]]:
+    """No dump and no checkpoint can be written; the error, and in which order what was done."""
+    noted, close, begin = [], RunLog.close, Progress.__init__
+
+    def begin_noting(progress, *arguments, **keywords) -> None:
+        begin(progress, *arguments, **keywords)
+        progress.on_failure = lambda error: noted.append(f"told of {type(error).__name__}")
+
+    def close_noting(log, failed: bool = False) -> None:
+        noted.append("closed as failed" if failed else "closed")
+        close(log, failed)
+
+    RunLog.close, Progress.__init__ = close_noting, begin_noting
+    StepProfile.close = lambda _: 1 / 0
+    (folder / "dumps").touch()
+    (folder / "checkpoints").touch()
+    try:
+        train(settings, folder)
+    except ZeroDivisionError as error:
+        return str(error.__context__), noted
+    return "", noted
+
+
+def test_a_failure_says_what_is_not_on_disk_and_is_told_before_logs_are_closed(tmp_path):
+    settings = tiny_config(
+        optimizer={"lr": 1e30, "min_lr": 0.0}, engine={"max_skipped_steps": 3}, checkpoint={"every_steps": 1}
+    )
+    ((message, noted),) = run_ranks(1, fail_on_a_full_disk, settings, tmp_path)
+    assert "Its dump could not be written; no checkpoint exists." in message and "replay" not in message
+    assert noted == ["told of TrainingError", "closed as failed", "closed"]
 
 
 def test_a_second_failure_at_a_step_leaves_its_own_dump(tmp_path):
