@@ -169,7 +169,7 @@ class AutoMix(nn.Module):
         """Pairs and lambdas for people to look at: see `draws.gallery_pairs`."""
         lam, partner = (on_device(each, images.device) for each in gallery_pairs(len(images), sweep))
         draw = MixDraw(lam, partner, self.config.upsampling[0])
-        return Draws(draw, draw, False, True)
+        return Draws.of(draw, draw)
 
     def compile_regions(self, backend: str = "inductor") -> None:
         """Have torch.compile replace both encoders and the Mix Block, each as a whole, at their next call.
@@ -216,7 +216,7 @@ class AutoMix(nn.Module):
         else:
             with torch.no_grad():
                 features = self.momentum.backbone.features(clean, full=config.feature_pass == "full")
-        train_logits, classifier_logits = self.mix_block(features, draws.mix_block, draws.classifier)
+        train_logits, classifier_logits = self.mix_block(features, draws.partner, draws.lam)
 
         mixed_for_block, mask_mean, mask_square_mean = self._blend(train_logits, images, draws.mix_block)
         loss_mask = mask_loss(
@@ -270,7 +270,7 @@ class AutoMix(nn.Module):
         draw = draws.mix_block
         with torch.no_grad():
             encoder = self.query if self.config.feature_source == "query" else self.momentum
-            logits, _ = self.mix_block(encoder.backbone.features(clean), draw, draws.classifier)
+            logits, _ = self.mix_block(encoder.backbone.features(clean), draws.partner, draws.lam)
             mask = kernels.upsample_mask(logits, tuple(clean.shape[2:]), draw.upsampling)
             mixed = torch.lerp(clean.float(), clean[draw.partner].float(), mask.unsqueeze(1))
             return Mixes(mask, mixed, draw.lam, draw.partner)

@@ -54,7 +54,7 @@ def mix_attention(
     value_bias: Tensor | None = None,
     *,
     implementation: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """Mask logits of each image with its partner: cross-attention with a value of one channel.
 
     With y = projection, v = value, p = partner[b] and l = lam[b]:
@@ -62,20 +62,22 @@ def mix_attention(
         S[b, i, j]   = (y[b, i] + l * query_lambda + query_bias) . y[p, j] / sqrt(D)
         logits[b, i] = sum_j softmax_j(S[b, i, j]) * v[p, j] + (1 - l) * value_lambda + value_bias
 
-    Differentiable in everything but partner and lam. The same inputs give the same bits every time.
+    Differentiable in everything but partner and lam. The same inputs give the same bits every time. R draws of partners
+    and lambdas over one projection share their launches, and each has the bits of a call of its own. Only the first has
+    a gradient: for others to have one, call once for each.
 
     Args:
         projection: [B, N, D] float32, bfloat16 or float16 (float64 in plain PyTorch). A slice of a wider tensor is
             fine; fastest where its row stride is a multiple of 16 elements.
         value: [B, N], any of these dtypes.
-        partner: [B] int64 in 0..B-1, not checked; repetitions are allowed.
-        lam: [B] float32.
-        query_lambda, query_bias: [D] or None.
+        partner: [B] or [R, B] int64 in 0..B-1, not checked; repetitions are allowed.
+        lam: float32 of partner's shape.
+        query_lambda, query_bias: [D] or None; query_lambda may be a column of a matrix.
         value_lambda, value_bias: [1] or None.
         implementation: "auto", "triton" or "reference".
 
     Returns:
-        [B, N] float32 (float64 for a float64 projection).
+        [B, N] float32 (float64 for a float64 projection); for [R, B] a tuple of R such tensors, the first with a graph.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; a lam that requires a gradient.
@@ -85,8 +87,9 @@ def mix_attention(
     batch, positions, channels = projection.shape
     device = projection.device
     _check("value", value, (batch, positions), device=device)
-    _check("partner", partner, (batch,), (torch.int64,), device)
-    _check("lam", lam, (batch,), device=device)
+    draws = () if isinstance(partner, Tensor) and partner.dim() == 1 else (None,)
+    _check("partner", partner, (*draws, batch), (torch.int64,), device)
+    _check("lam", lam, tuple(partner.shape), device=device)
     _check_no_grad("lam", lam)
     for name, tensor, size in (
         ("query_lambda", query_lambda, channels),
@@ -101,17 +104,17 @@ def mix_attention(
         return reference.mix_attention(
             projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias
         )
-    logits, _, _, _ = triton_mix_attention.mix_attention(
+    logits, others, *_ = triton_mix_attention.mix_attention(
         projection,
         value,
         partner.contiguous(),
         lam.float().contiguous(),
-        None if query_lambda is None else query_lambda.contiguous(),
+        query_lambda,
         None if query_bias is None else query_bias.contiguous(),
         value_lambda,
         value_bias,
     )
-    return logits
+    return logits if partner.dim() == 1 else (logits, *others)
 
 
 def mask_blend(

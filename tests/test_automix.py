@@ -9,7 +9,7 @@ from automix_dist.automix import AutoMix, Losses, adjust_mask
 from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.config import AutoMixConfig
-from automix_dist.draws import MixDraw
+from automix_dist.draws import Draws, MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
 from automix_dist.momentum import MomentumUpdate
 
@@ -50,7 +50,8 @@ def test_mix_block_is_the_published_attention(norm, lam_concat):
             parameter.normal_(std=0.4)
     features = torch.randn(6, 10, 4, 5)
     draws = [MixDraw(torch.rand(6), torch.randperm(6), "nearest") for _ in range(2)]
-    logits = block(features, *draws)
+    both = Draws.of(*draws)
+    logits = block(features, both.partner, both.lam)
     assert logits[0].requires_grad and not logits[1].requires_grad
     for got, draw in zip(logits, draws, strict=True):
         expected = mask_by_definition(block, features.double(), draw)
@@ -61,8 +62,8 @@ def test_mix_block_is_the_published_attention(norm, lam_concat):
 def test_a_new_mix_block_mixes_evenly():
     torch.manual_seed(0)
     block = MixBlock(64, AutoMixConfig())
-    draw = MixDraw(torch.full((4,), 0.3), torch.tensor([1, 0, 3, 2]), "nearest")
-    masks = torch.sigmoid(block(torch.randn(4, 64, 7, 7), draw, draw)[0])
+    partner, lam = torch.tensor([[1, 0, 3, 2]]), torch.full((1, 4), 0.3)
+    masks = torch.sigmoid(block(torch.randn(4, 64, 7, 7), partner, lam)[0])
     assert (masks - 0.5).abs().max() < 0.05
     assert sum(p.numel() for p in MixBlock(256, AutoMixConfig()).parameters()) == 33_282
     assert sum(p.numel() for p in MixBlock(1024, AutoMixConfig()).parameters()) == 526_338
@@ -155,7 +156,7 @@ def test_mask_adjustment_aims_at_the_lambda_it_is_told(whose):
     model = tiny_model(tiny_config())
     model.config = config
     draws = rank_draws(tiny_config(), 0, 0, 4)
-    draws = draws._replace(
+    draws = Draws.of(
         mix_block=draws.mix_block._replace(lam=torch.full((4,), 0.9)),
         classifier=MixDraw(torch.full((4,), 0.2), torch.tensor([1, 0, 3, 2]), "nearest"),
     )

@@ -134,10 +134,10 @@ def test_mix_attention(record, tmp_path, architecture, batch, positions, channel
     launches = record(mix_attention, architecture)
     projection = meta(batch, positions, channels, dtype=dtype)
     value = meta(batch, positions, dtype=dtype)
-    partner, lam = meta(batch, dtype=torch.int64), meta(batch)
-    query, constant = (meta(channels), meta(channels)), (meta(1), meta(1))
-    logits, *saved = mix_attention.launch_forward(projection, value, partner, lam, *query, *constant)
-    mix_attention.launch_backward(logits, projection, value, partner, lam, *query, *saved)
+    partner, lam = meta(2, batch, dtype=torch.int64), meta(2, batch)
+    query, constant = (meta(channels, 2 * channels + 1)[:, -1], meta(channels)), (meta(1), meta(1))
+    logits, _, *saved = mix_attention.launch_forward(projection, value, partner, lam, *query, *constant)
+    mix_attention.launch_backward(logits, projection, value, partner[0], lam[0], *query, *saved)
     assert [kernel.__name__ for kernel, _ in launches] == [
         "_key_offset_kernel", "_forward_kernel", "_backward_kernel", "_parameter_grad_kernel"
     ]  # fmt: skip

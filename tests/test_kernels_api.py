@@ -133,8 +133,30 @@ def test_opcheck_of_attention(with_offset):
     leaves = [a.requires_grad_() if i in (0, 1, 4, 5, 6, 7) and a is not None else a for i, a in enumerate(arguments)]
     torch.library.opcheck(mix_attention.mix_attention, leaves)
     detached = [None if a is None else a.detach() for a in leaves]
-    logits, *saved = mix_attention.mix_attention(*detached)
+    logits, _, *saved = mix_attention.mix_attention(*detached)
     torch.library.opcheck(mix_attention.mix_attention_backward, (logits, *detached[:6], *saved))
+    leaves[2:4] = torch.stack([leaves[2], leaves[2].roll(1)]), torch.rand(2, 3)
+    torch.library.opcheck(mix_attention.mix_attention, leaves)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_operator_of_several_draws_differentiates_in_the_first(draws, compiled):
+    arguments = attention_arguments()
+    names = ("projection", "value", "query_bias", "value_lambda", "value_bias")
+    projection, value, *rest = leaves = [arguments[name].requires_grad_() for name in names]
+    weight = torch.randn(8, 9, requires_grad=True)
+    partner, lam = torch.stack([torch.randperm(3) for _ in range(draws)]), torch.rand(draws, 3)
+    first, *others = api.mix_attention(projection, value, partner, lam, weight[:, -1], *rest)
+    expected = torch.autograd.grad(first.square().sum(), [*leaves, weight])
+
+    def block():
+        logits, others, *_ = mix_attention.mix_attention(projection, value, partner, lam, weight[:, -1], *rest)
+        return logits.square().sum() + others.square().sum(), others
+
+    total, found = torch.compile(block, fullgraph=True, backend="aot_eager")() if compiled else block()
+    torch.testing.assert_close(list(found), others)
+    torch.testing.assert_close(torch.autograd.grad(total, [*leaves, weight]), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])

@@ -213,6 +213,26 @@ def test_attention_reads_slices_in_place():
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("parameters", [(1, 1, 1, 1), (0, 0, 0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_draws_side_by_side_have_the_bits_of_draws_apart(dtype, parameters):
+    """And only the first one has a gradient."""
+    tensors = attention_tensors(4, 70, 24, dtype, parameters=parameters)
+    partner = torch.tensor([[1, 0, 3, 2], [1, 1, 0, 2], [0, 1, 2, 3]], device=DEVICE)
+    lam = torch.rand(3, 4, device=DEVICE, generator=generator(4))
+    grad = torch.randn(4, 70, device=DEVICE, generator=generator(3))
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    together = api.mix_attention(*tensors[:2], partner, lam, *tensors[4:], implementation="triton")
+    gradients = torch.autograd.grad(together[0], leaves, grad)
+    assert [each.requires_grad for each in together] == [True, False, False]
+    for i, (each, *draw) in enumerate(zip(together, partner, lam, strict=True)):
+        apart = api.mix_attention(*tensors[:2], *draw, *tensors[4:], implementation="triton")
+        assert torch.equal(each, apart)
+        if i == 0:
+            for ours, expected in zip(gradients, torch.autograd.grad(apart, leaves, grad), strict=True):
+                assert torch.equal(ours, expected)
+
+
 def test_attention_gives_the_same_bits_twice():
     for dtype in DTYPES:
         tensors = attention_tensors(4, 50, 48, dtype, [1, 1, 0, 2])

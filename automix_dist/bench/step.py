@@ -234,7 +234,7 @@ def published(case: Case, *, autocast: bool = False) -> Trained:
     def loss(step: int) -> Tensor:
         draws = draw_step(config.automix, case.batch, seed=0, step=step)
         lams = [float(draws.mix_block.lam[0]), float(draws.classifier.lam[0])]
-        partners = torch.stack([draws.mix_block.partner, draws.classifier.partner])
+        partners = draws.partner
         images = case.normalized(step, torch.float32).contiguous()
         with case.autocast(autocast):
             return model(images, case.labels[step % POOL], lams, partners)
@@ -556,7 +556,7 @@ def measure_parts(case: Case, rounds: int) -> dict[str, float]:
         with contextlib.ExitStack() as stack:
             for context in (
                 marked(model.momentum.backbone, "features", ("normalise", "feature pass")),
-                marked(kernels, "mix_attention", attention, attention),
+                marked(kernels, "mix_attention", attention),
                 marked(kernels, "mask_blend", blend, blend),
                 marked(model.momentum, "forward", ("mask loss", "mixed momentum, forward")),
                 marked(
