@@ -218,7 +218,10 @@ class AutoMix(nn.Module):
                 features = self.momentum.backbone.features(clean, full=config.feature_pass == "full")
         train_logits, classifier_logits = self.mix_block(features, draws.partner, draws.lam)
 
-        mixed_for_block, mask_mean, mask_square_mean = self._blend(train_logits, images, draws.mix_block)
+        judged = math.ceil(config.generator_share * len(labels)) if draws.train_mixed_momentum else 0
+        mixed_for_block, mask_mean, mask_square_mean = self._blend(
+            train_logits, images, draws.mix_block, blended=judged
+        )
         loss_mask = mask_loss(
             config.mask_loss, mask_mean, mask_square_mean, draws.mix_block.lam, config.mask_loss_margin
         )
@@ -230,8 +233,6 @@ class AutoMix(nn.Module):
 
         loss_generator = torch.zeros_like(loss_mask)
         if draws.train_mixed_momentum:
-            if config.generator_share < 1:
-                mixed_for_block = mixed_for_block[: math.ceil(config.generator_share * len(labels))]
             loss_generator = self._mixed_loss(self.momentum(mixed_for_block, "mix"), labels, draws.mix_block)
         early = [self._differentiate(loss_generator + loss_mask * mask_loss_weight, self.mix_block)]
 
@@ -275,7 +276,9 @@ class AutoMix(nn.Module):
             mixed = torch.lerp(clean.float(), clean[draw.partner].float(), mask.unsqueeze(1))
             return Mixes(mask, mixed, draw.lam, draw.partner)
 
-    def _blend(self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0):
+    def _blend(
+        self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0, blended: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, mask_mean, mask_square_mean = kernels.mask_blend(
             logits,
             images,
@@ -286,6 +289,7 @@ class AutoMix(nn.Module):
             draw.upsampling,
             lam_margin,
             self.autocast,
+            blended,
             implementation=self.implementation,
         )
         return lay_out(mixed), mask_mean, mask_square_mean

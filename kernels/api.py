@@ -127,6 +127,7 @@ def mask_blend(
     mode: str,
     lam_margin: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    blended: int | None = None,
     *,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,10 +147,13 @@ def mask_blend(
         mode: "nearest", or "bilinear" (corners not aligned).
         lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, 0 to 0.5; 0 = never.
         dtype: of the mixed images.
+        blended: mix only so many images, the first ones, with partners from the whole batch; None = all. The means are
+            of all masks.
         implementation: "auto", "triton" or "reference".
 
     Returns:
-        mixed [B, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of m squared.
+        mixed [B or blended, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of m
+        squared.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or mode; images or lam that require a gradient.
@@ -176,6 +180,8 @@ def mask_blend(
         raise ValueError(f"lam_margin must lie in [0, 0.5], got {lam_margin}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, got {dtype}")
+    if blended is not None and not 0 <= blended <= batch:
+        raise ValueError(f"blended must lie in 0..{batch}, the number of images, got {blended}")
     obstacle = _dtype_obstacle("logits", logits)
     if images.is_floating_point():
         obstacle = obstacle or _dtype_obstacle("images", images)
@@ -184,7 +190,7 @@ def mask_blend(
     if height % h or width % w:
         obstacle = obstacle or f"images of {height} x {width} are no whole multiple of a {h} x {w} map"
     if not _takes_triton(implementation, device, obstacle):
-        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype)
+        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended)
     return triton_mask_blend.mask_blend(
         logits,
         images,
@@ -195,6 +201,7 @@ def mask_blend(
         mode,
         lam_margin,
         dtype,
+        blended,
     )
 
 

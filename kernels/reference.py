@@ -214,6 +214,7 @@ def mask_blend(
     mode: str,
     lam_margin: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    blended: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with its partner under the upsampled mask m: x + (x[partner] - x) * m.
 
@@ -228,14 +229,17 @@ def mask_blend(
         mode: "nearest" or "bilinear".
         lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup; 0 = never.
         dtype: of the mixed images.
+        blended: mix only so many images, the first ones; None = all.
 
     Returns:
-        mixed [B, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in float32 (float64
-        for float64 logits).
+        mixed [B or blended, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in
+        float32 (float64 for float64 logits).
     """
-    normalized = normalize(images, mean, std, torch.promote_types(dtype, torch.float32))
-    mask = _mask(logits, lam, tuple(normalized.shape[2:]), mode, lam_margin)
-    mixed = torch.lerp(normalized, normalized[partner], mask.unsqueeze(1).to(normalized.dtype))
+    size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
+    mask = _mask(logits, lam, size, mode, lam_margin)
+    own, other = (normalize(each, mean, std, torch.promote_types(dtype, torch.float32))
+                  for each in (images[:blended], images[partner[:blended]]))  # fmt: skip
+    mixed = torch.lerp(own, other, mask[:blended].unsqueeze(1).to(own.dtype))
     mixed = mixed.to(dtype).contiguous(memory_format=torch.channels_last)
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
 
@@ -263,7 +267,7 @@ def mask_blend_backward(
     mode: str,
     lam_margin: float,
 ) -> Tensor:
-    """The logits' gradient; an output that nothing depends on brings None.
+    """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images only.
 
     Each pixel has dm = sum_c grad_mixed[c] * (x[partner, c] - x[c]) + (grad_mean + 2 * m * grad_square_mean) / pixels,
     and the logits get the adjoint of the upsampling of dm * m * (1 - m), or zero where the mask is constant.
@@ -273,7 +277,9 @@ def mask_blend_backward(
     mask = upsample_mask(logits.to(normalized.dtype), size, mode)
     grad_mask = torch.zeros_like(mask)
     if grad_mixed is not None:
-        grad_mask += (grad_mixed * (normalized[partner] - normalized)).sum(dim=1)
+        blended = len(grad_mixed)
+        difference = normalized[partner[:blended]] - normalized[:blended]
+        grad_mask[:blended] += (grad_mixed * difference).sum(dim=1)
     if grad_mean is not None:
         grad_mask += grad_mean[:, None, None] / (size[0] * size[1])
     if grad_square_mean is not None:

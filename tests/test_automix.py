@@ -127,6 +127,25 @@ def test_switched_off_branch_still_trains_the_mix_block_on_its_masks():
     assert model.mix_block.value_bias.grad.abs() > 0
 
 
+@pytest.mark.parametrize(("share", "judged", "mixed"), [(1.0, True, 16), (0.3, True, 5), (1.0, False, 0)])
+def test_only_what_is_judged_is_mixed(share, judged, mixed):
+    """The mask loss is that of the whole batch."""
+    config = tiny_config(automix={"generator_share": share, "mask_loss_margin": 0.0})
+    model, whole = tiny_model(config), tiny_model(tiny_config(automix={"mask_loss_margin": 0.0}))
+    sizes, blend = [], model._blend
+    model._blend = lambda *arguments, **options: note(sizes, blend(*arguments, **options))
+    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=judged)
+    losses = model(*micro_batch(0, 0, 16), draws, 0.1)
+    assert sizes == [mixed, 16]
+    expected = step(whole, config)
+    assert torch.equal(losses.mask, expected.mask) and torch.equal(losses.mask_area, expected.mask_area)
+
+
+def note(sizes: list[int], blended: tuple) -> tuple:
+    sizes.append(len(blended[0]))
+    return blended
+
+
 def test_mixed_loss_uses_the_drawn_lambda_and_both_labels():
     config = tiny_config(loss={"label_smoothing": 0.1})
     model = tiny_model(config)

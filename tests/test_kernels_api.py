@@ -73,6 +73,7 @@ def test_mix_attention_refuses(change, error, message):
         ({"mode": "bicubic"}, ValueError, "mode must be 'nearest' or 'bilinear', got 'bicubic'"),
         ({"lam_margin": 0.6}, ValueError, r"lam_margin must lie in \[0, 0.5\], got 0.6"),
         ({"dtype": torch.uint8}, TypeError, "dtype must be a floating-point type"),
+        ({"blended": 4}, ValueError, r"blended must lie in 0..3, the number of images, got 4"),
         ({"std": torch.ones(1)}, ValueError, r"std must have shape \[3\]"),
         ({"implementation": "triton"}, RuntimeError, "tensors are on cpu"),
     ],
@@ -163,9 +164,11 @@ def test_the_operator_of_several_draws_differentiates_in_the_first(draws, compil
 def test_opcheck_of_blend(mode):
     logits, *rest = blend_arguments(mode=mode).values()
     torch.library.opcheck(mask_blend.mask_blend, (logits.requires_grad_(), *rest, 0.1, torch.bfloat16))
+    torch.library.opcheck(mask_blend.mask_blend, (logits, *rest, 0.1, torch.bfloat16, 2))
     images, partner, lam, _, std, mode = rest
     for grads in (
-        (torch.randn(3, 3, 6, 8), torch.randn(3), torch.randn(3)), (None, torch.randn(3), None)
+        (torch.randn(3, 3, 6, 8), torch.randn(3), torch.randn(3)), (None, torch.ones(()).expand(3), None),
+        (torch.randn(2, 3, 6, 8), None, None)
     ):  # fmt: skip
         arguments = (*grads, logits.detach(), images, partner, lam, std, mode, 0.1)
         torch.library.opcheck(mask_blend.mask_blend_backward, arguments)

@@ -68,9 +68,9 @@ class SAMixBlock(nn.Module):
         """As MixBlock's: mask logits [B, h, w] of each draw; only the first carries a gradient."""
         channels, h, w = features.shape[1:]
         tokens = features.flatten(2).transpose(1, 2)
-        own, partner = (weight.unflatten(1, (2, channels)).unbind(1) for weight in (self.query_weight, self.key_weight))
+        query, key = (weight.unflatten(1, (2, channels)).unbind(1) for weight in (self.query_weight, self.key_weight))
         # Scaling and projecting commute: one projection serves both draws and both roles of an image in a pair.
-        weights = torch.cat([own[0], own[1], partner[0], partner[1], self.hidden_weight])
+        weights = torch.cat([*query, *key, self.hidden_weight])
         projected = F.linear(tokens, weights)
         logits = attend_each(lambda *draw: self._attend(projected, *draw), partner, lam)
         return tuple(each.unflatten(1, (h, w)) for each in logits)
