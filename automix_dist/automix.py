@@ -200,7 +200,7 @@ class AutoMix(nn.Module):
             Losses; or Logits; or the Mixes of `draws.mix_block`.
         """
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
-            clean = lay_out(kernels.normalize(images, self.mean, self.std, self.autocast))
+            clean = lay_out(self._normalized(images, self.autocast))
             if draws is None:
                 return Logits(*self.query.both_heads(clean), *self.momentum.both_heads(clean))
             if labels is None:
@@ -267,6 +267,9 @@ class AutoMix(nn.Module):
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters]
         return _Differentiated(loss.detach(), gradients, parameters, nodes)
 
+    def _normalized(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return kernels.normalize(images, self.mean, self.std, dtype, implementation=self.implementation)
+
     def _mixes(self, clean: Tensor, draws: Draws) -> Mixes:
         draw = draws.mix_block
         with torch.no_grad():
@@ -297,7 +300,7 @@ class AutoMix(nn.Module):
     def _blend_adjusted(self, logits: Tensor, images: Tensor, draws: Draws) -> Tensor:
         """The classifier's mixed images under masks rescaled to the area lambda (docs/method.md 2.4)."""
         draw = draws.classifier
-        images = kernels.normalize(images, self.mean, self.std)
+        images = self._normalized(images)
         target = draws.mix_block.lam if self.config.mask_adjust_lam == "mix_block" else draw.lam
         own = 1 - kernels.upsample_mask(logits, tuple(images.shape[2:]), draw.upsampling)
         own = adjust_mask(own, target)

@@ -50,6 +50,7 @@ class Classifier(nn.Module):
         average: keep a moving average of the encoder beside it, evaluated as `momentum`; momentum.py moves it.
         mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
         autocast: dtype of the forward passes; float32 = no autocast. Weights stay float32.
+        implementation: of the normalisation: "auto", "triton" or "reference".
     """
 
     Losses = Losses
@@ -65,9 +66,11 @@ class Classifier(nn.Module):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         autocast: torch.dtype = torch.float32,
+        implementation: str = "auto",
     ):
         super().__init__()
         policy.check(backbone)
+        self.implementation = implementation
         self.loss = loss or LossConfig()
         self.autocast = autocast
         self.policy = policy
@@ -111,7 +114,7 @@ class Classifier(nn.Module):
         """
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast != torch.float32):
             dtype = torch.float32 if self.policy.mixes else self.autocast  # mixing is done in float32
-            clean = lay_out(kernels.normalize(images, self.mean, self.std, dtype))
+            clean = lay_out(kernels.normalize(images, self.mean, self.std, dtype, implementation=self.implementation))
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
@@ -141,7 +144,13 @@ def build_model(config: Config, backbone: nn.Module, num_classes: int, autocast:
     module, settings = load(config.policy)
     if config.engine.padded_stem:
         pad_stems(backbone)
-    common = {"loss": config.loss, "mean": config.data.mean, "std": config.data.std, "autocast": autocast}
+    common = {
+        "loss": config.loss,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "autocast": autocast,
+        "implementation": config.engine.kernels,
+    }
     if hasattr(module, "Policy"):
         policy = module.Policy(settings, config.data.mean, config.data.std)
         return Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
@@ -152,7 +161,6 @@ def build_model(config: Config, backbone: nn.Module, num_classes: int, autocast:
         num_classes,
         config.automix,
         settings,
-        implementation=config.engine.kernels,
         immediate_backward=config.engine.immediate_backward,
         joint_query=config.engine.joint_query,
         **common,

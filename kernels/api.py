@@ -4,16 +4,17 @@
                      "triton"     Triton, or an error that says why it cannot run
                      "reference"  the definitions in reference.py
 
-The Triton kernels are torch operators (automix::mix_attention, automix::mask_blend, automix::momentum_update and two
-backward passes), so that torch.compile keeps them whole. On CPU tensors the same operators compute the definitions; in
-a process with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and so does implementation="triton".
+The Triton kernels are torch operators (automix::mix_attention, automix::mask_blend, automix::normalize,
+automix::momentum_update and two backward passes), so that torch.compile keeps them whole. On CPU tensors the same
+operators compute the definitions; in a process with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and
+so does implementation="triton".
 """
 
 import importlib.util
 
 import torch
 from automix_kernels import reference
-from automix_kernels.reference import normalize, upsample_mask
+from automix_kernels.reference import upsample_mask
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -23,6 +24,7 @@ if HAS_TRITON:
     from automix_kernels import mask_blend as triton_mask_blend
     from automix_kernels import mix_attention as triton_mix_attention
     from automix_kernels import momentum as triton_momentum
+    from automix_kernels import normalize as triton_normalize
 
     INTERPRETED = triton.knobs.runtime.interpret
     for operator, launch, definition in (
@@ -34,6 +36,7 @@ if HAS_TRITON:
         ),
         (triton_mask_blend.mask_blend, triton_mask_blend.launch_forward, reference.mask_blend),
         (triton_mask_blend.mask_blend_backward, triton_mask_blend.launch_backward, reference.mask_blend_backward),
+        (triton_normalize.normalize, triton_normalize.launch, reference.normalize),
         (triton_momentum.momentum_update, triton_momentum.launch, reference.momentum_update),
     ):
         operator.register_kernel("cpu")(launch if INTERPRETED else definition)
@@ -203,6 +206,40 @@ def mask_blend(
         dtype,
         blended,
     )
+
+
+def normalize(
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    implementation: str = "auto",
+) -> Tensor:
+    """(x / 255 - mean) / std of uint8 images, in one pass; without a gradient.
+
+    Args:
+        images: [B, H, W, 3] uint8; or floating point and normalised already, which come back in `dtype` as they are.
+        mean, std: [3] float32 on the [0, 1] scale.
+        dtype: of the result.
+        implementation: "auto", "triton" or "reference".
+
+    Returns:
+        [B, 3, H, W] in channels-last layout.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device.
+        RuntimeError: implementation="triton" where Triton cannot run.
+    """
+    if images.is_floating_point():
+        return images.to(dtype)
+    _check("images", images, (None, None, None, 3), (torch.uint8,))
+    _check("mean", mean, (3,), device=images.device)
+    _check("std", std, (3,), device=images.device)
+    obstacle = None if dtype in _KERNEL_DTYPES else f"it cannot write {dtype}"
+    if not _takes_triton(implementation, images.device, obstacle):
+        return reference.normalize(images, mean, std, dtype)
+    return triton_normalize.normalize(images, mean.float().contiguous(), std.float().contiguous(), dtype)
 
 
 def momentum_update(

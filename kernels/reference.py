@@ -186,7 +186,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = to
     if images.is_floating_point():
         return images.to(dtype)
     scale = 1 / (255 * std)
-    return (images.permute(0, 3, 1, 2) * scale[:, None, None] - (mean / std)[:, None, None]).to(dtype)
+    images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return (images * scale[:, None, None] - (mean / std)[:, None, None]).to(dtype)
 
 
 def upsample_mask(logits: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -172,7 +172,8 @@ def test_automix_runs_its_kernels_on_the_gpu(gpu):
     operators = trace(gpu, "automix")
     ran = [(operator, args, result) for operator, args, result in operators.ran if operator.startswith("automix::")]
     names = [name.removeprefix("automix::") for name, *_ in ran]
-    assert names == ["mix_attention"] + ["mask_blend"] * 2 + ["momentum_update"]
-    projection, mixed = ran[0][1][0], ran[1][2][0]
+    assert names == ["normalize", "mix_attention", "mask_blend", "mask_blend", "momentum_update", "normalize"]
+    clean, projection, mixed = ran[0][2], ran[1][1][0], ran[2][2][0]
+    assert clean.dtype == torch.bfloat16 and clean.is_contiguous(memory_format=torch.channels_last)
     assert projection.dtype == torch.bfloat16
     assert mixed.dtype == torch.bfloat16 and mixed.is_contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from automix_kernels import mask_blend, mix_attention, momentum  # noqa: E402
+from automix_kernels import mask_blend, mix_attention, momentum, normalize  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -158,6 +158,17 @@ def test_mask_blend(record, tmp_path, architecture, cells, factor, mode):
     mask_blend.launch_backward(mixed, *means, *arguments, meta(3), mode, 0.08)
     assert len(launches) == (3 if mode == "bilinear" else 2)
     assert_fits(launches, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_normalize(record, tmp_path, architecture):
+    launches = record(normalize, architecture)
+    normalize.launch(meta(64, 224, 224, 3, dtype=torch.uint8), meta(3), meta(3), torch.bfloat16)
+    assert_fits(launches, architecture, tmp_path)
+    if architecture != "hip":
+        ((kernel, arguments),) = launches
+        code = compile_launch(kernel, dict(arguments), architecture).asm["ptx"]
+        assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

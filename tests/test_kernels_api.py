@@ -8,7 +8,7 @@ import torch
 from automix_kernels import api, reference
 
 pytest.importorskip("triton")
-from automix_kernels import mask_blend, mix_attention, momentum
+from automix_kernels import mask_blend, mix_attention, momentum, normalize
 
 pytestmark = pytest.mark.skipif(api.INTERPRETED, reason="in the interpreter these operators run the Triton code")
 
@@ -98,6 +98,21 @@ def test_momentum_update_refuses(arguments, error, message):
         api.momentum_update([torch.zeros(2)], [torch.zeros(2)], 0.9, implementation="triton")
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 6, 8, dtype=torch.uint8)}, ValueError, r"images must have shape .*, 3\]"),
+        ({"images": torch.zeros(2, 6, 8, 3, dtype=torch.int64)}, TypeError, "images must be torch.uint8"),
+        ({"mean": torch.zeros(1)}, ValueError, r"mean must have shape \[3\]"),
+        ({"implementation": "triton"}, RuntimeError, "tensors are on cpu"),
+    ],
+)
+def test_normalize_refuses(change, error, message):
+    arguments = {"images": blend_arguments()["images"], "mean": MEAN, "std": STD}
+    with pytest.raises(error, match=message):
+        api.normalize(**{**arguments, **change})
+
+
 def test_momentum_update_of_two_layouts_is_not_for_the_kernel():
     weights = torch.zeros(4, 3, 5, 5)
     turned = weights.to(memory_format=torch.channels_last)
@@ -172,6 +187,15 @@ def test_opcheck_of_blend(mode):
     ):  # fmt: skip
         arguments = (*grads, logits.detach(), images, partner, lam, std, mode, 0.1)
         torch.library.opcheck(mask_blend.mask_blend_backward, arguments)
+
+
+def test_opcheck_of_normalize():
+    images = blend_arguments()["images"]
+    for each in (images, images.transpose(1, 2)):
+        torch.library.opcheck(normalize.normalize, (each, MEAN, STD, torch.bfloat16))
+    compiled = torch.compile(normalize.normalize, fullgraph=True, backend="aot_eager")
+    expected = reference.normalize(images, MEAN, STD, torch.float16)
+    assert torch.equal(compiled(images, MEAN, STD, torch.float16), expected)
 
 
 def test_opcheck_of_momentum():

@@ -394,6 +394,19 @@ def test_a_gradient_in_another_layout():
     assert torch.equal(planar, channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (3, 5, 7), (2, 64, 96), (1, 13, 157)])
+def test_normalize(batch, height, width, dtype):
+    shape = (batch, height, width, 3)
+    images = torch.randint(0, 256, shape, device=DEVICE, generator=generator(), dtype=torch.uint8)
+    exact = (images.double() / 255 - MEAN.double()) / STD.double()
+    for each in (images, images.transpose(1, 2).contiguous().transpose(1, 2)):
+        ours = api.normalize(each, MEAN, STD, dtype, implementation="triton")
+        assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+        eager = reference.normalize(each, MEAN, STD, dtype)
+        assert_within_budget(ours, eager, exact.permute(0, 3, 1, 2), "normalised")
+
+
 @pytest.mark.parametrize("skip", [None, 0.0])
 @pytest.mark.parametrize("coefficient", [0.999, 0.3, 0.0, 1.0])
 def test_momentum(coefficient, skip):
