@@ -50,45 +50,65 @@ class MixBlock(nn.Module):
         """
         h, w = features.shape[2:]
         tokens = features.flatten(2).transpose(1, 2)
-        projection = F.linear(tokens, self.query_weight[:, : self.channels])
-        value = F.linear(tokens, self.value_weight[:, : self.channels]).squeeze(2)
-        lam_weights = (self.query_weight[:, -1], self.value_weight[:, -1]) if self.lam_concat else (None, None)
+        query_weight, query_lambda = self._columns(self.query_weight)
+        value_weight, value_lambda = self._columns(self.value_weight)
+        projection = F.linear(tokens, query_weight)
+        value = F.linear(tokens, value_weight).squeeze(2)
         if self.norm is None:
             logits = kernels.mix_attention(
                 projection,
                 value,
                 partner,
                 lam,
-                query_lambda=lam_weights[0],
-                query_bias=self.query_bias,
-                value_lambda=lam_weights[1],
-                value_bias=self.value_bias,
+                query_lambda,
+                self.query_bias,
+                value_lambda,
+                self.value_bias,
                 implementation=self.implementation,
             )
         else:
-            logits = attend_each(
-                lambda *draw: self._attend_normed(projection, value, *draw, lam_weights, h, w), partner, lam
-            )
+
+            def attend(partner: Tensor, lam: Tensor) -> Tensor:
+                return self._attend_normed(projection, value, partner, lam, query_lambda, value_lambda, (h, w))
+
+            logits = attend_each(attend, partner, lam)
         return tuple(each.unflatten(1, (h, w)) for each in logits)
 
+    def _columns(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A weight's columns for the features, and the one for lambda.
+
+        Of a split, whose gradient is put together in one pass; each slice's would fill a whole one with zeros.
+        """
+        if not self.lam_concat:
+            return weight, None
+        of_features, of_lambda = weight.split([self.channels, 1], dim=1)
+        return of_features, of_lambda.squeeze(1)
+
     def _attend_normed(
-        self, projection: Tensor, value: Tensor, partner: Tensor, lam: Tensor, lam_weights, h: int, w: int
+        self,
+        projection: Tensor,
+        value: Tensor,
+        partner: Tensor,
+        lam: Tensor,
+        query_lambda: Tensor | None,
+        value_lambda: Tensor | None,
+        size: tuple[int, int],
     ) -> Tensor:
         """With a norm behind the projection lambda no longer cancels from the keys: queries and keys are made apart."""
         queries, keys, values = projection.float(), projection.float()[partner], value.float()[partner]
         if self.lam_concat:
-            queries = queries + lam[:, None, None] * lam_weights[0]
-            keys = keys + (1 - lam)[:, None, None] * lam_weights[0]
-        queries, keys = (self._normed(tokens, h, w) for tokens in (queries, keys))
+            queries = queries + lam[:, None, None] * query_lambda
+            keys = keys + (1 - lam)[:, None, None] * query_lambda
+        queries, keys = (self._normed(tokens, size) for tokens in (queries, keys))
         with torch.autocast(projection.device.type, enabled=False):
             attention = torch.softmax(torch.bmm(queries, keys.transpose(1, 2)) / math.sqrt(self.width), dim=2)
             logits = torch.bmm(attention, values.unsqueeze(2)).squeeze(2) + self.value_bias
             if self.lam_concat:
-                logits = logits + (1 - lam)[:, None] * lam_weights[1]
+                logits = logits + (1 - lam)[:, None] * value_lambda
         return logits
 
-    def _normed(self, tokens: Tensor, h: int, w: int) -> Tensor:
-        maps = tokens.transpose(1, 2).unflatten(2, (h, w))
+    def _normed(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        maps = tokens.transpose(1, 2).unflatten(2, size)
         return self.norm(maps).float().flatten(2).transpose(1, 2)
 
 
