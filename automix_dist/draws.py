@@ -36,6 +36,7 @@ class Draws(NamedTuple):
     partner: Tensor
     """[2, B] int64."""
     upsampling: tuple[str, str]
+    """One mode for each."""
     adjust_mask: bool
     """Whether the classifier's masks are rescaled to the area lambda."""
     train_mixed_momentum: bool
@@ -45,6 +46,7 @@ class Draws(NamedTuple):
     def of(
         cls, mix_block: MixDraw, classifier: MixDraw, adjust_mask: bool = False, train_mixed_momentum: bool = True
     ) -> "Draws":
+        """Draws from two that were made apart."""
         lam, partner, upsampling = zip(mix_block, classifier, strict=True)
         return cls(torch.stack(lam), torch.stack(partner), upsampling, adjust_mask, train_mixed_momentum)
 

@@ -236,11 +236,10 @@ def mask_blend(
         mixed [B or blended, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in
         float32 (float64 for float64 logits).
     """
-    size = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
-    mask = _mask(logits, lam, size, mode, lam_margin)
-    own, other = (normalize(each, mean, std, torch.promote_types(dtype, torch.float32))
-                  for each in (images[:blended], images[partner[:blended]]))  # fmt: skip
-    mixed = torch.lerp(own, other, mask[:blended].unsqueeze(1).to(own.dtype))
+    normalized = normalize(images, mean, std, torch.promote_types(dtype, torch.float32))
+    mask = _mask(logits, lam, tuple(normalized.shape[2:]), mode, lam_margin)
+    weight = mask[:blended].unsqueeze(1).to(normalized.dtype)
+    mixed = torch.lerp(normalized[:blended], normalized[partner[:blended]], weight)
     mixed = mixed.to(dtype).contiguous(memory_format=torch.channels_last)
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
 

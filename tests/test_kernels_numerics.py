@@ -445,18 +445,20 @@ def test_momentum_skips():
 
 @pytest.mark.skipif(api.INTERPRETED, reason="the interpreter is no GPU")
 def test_capture_in_a_cuda_graph():
-    """Forward and backward of the block, replayed on new inputs, without a wait for the host."""
+    """Forward of two draws and backward of the block, replayed on new inputs, without a wait for the host."""
     projection, value, partner, lam, *parameters = attention_tensors(4, 49, 64, torch.bfloat16)
+    partner, lam = torch.stack([partner, partner.roll(1)]), torch.stack([lam, 1 - lam])
     _, images, _, _ = blend_inputs(4, (7, 7), (4, 4), "uint8")
     leaves = [projection, value, *parameters]
 
     def step():
-        logits = api.mix_attention(projection, value, partner, lam, *parameters, implementation="triton")
+        logits, other = api.mix_attention(projection, value, partner, lam, *parameters, implementation="triton")
         mixed, mean, _ = api.mask_blend(
-            logits.view(4, 7, 7), images, partner, lam, MEAN, STD, "nearest", 0.08, torch.bfloat16,
+            logits.view(4, 7, 7), images, partner[0], lam[0], MEAN, STD, "nearest", 0.08, torch.bfloat16, 3,
             implementation="triton",
         )  # fmt: skip
-        return [mixed, *torch.autograd.grad(mixed.float().square().mean() + mean.sum(), leaves)]
+        clean = api.normalize(images, MEAN, STD, torch.bfloat16, implementation="triton")
+        return [clean, other, mixed, *torch.autograd.grad(mixed.float().square().mean() + mean.sum(), leaves)]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -467,7 +469,7 @@ def test_capture_in_a_cuda_graph():
         replayed = step()
     with torch.no_grad():
         projection.copy_(torch.randn_like(projection))
-        partner.copy_(partner.roll(1))
+        partner.copy_(partner.roll(1, dims=1))
     graph.replay()
     for ours, expected in zip(replayed, step(), strict=True):
         assert torch.equal(ours, expected)
