@@ -174,7 +174,7 @@ class AutoMix(nn.Module):
         """Pairs and lambdas for people to look at: see `draws.gallery_pairs`."""
         lam, partner = (on_device(each, images.device) for each in gallery_pairs(len(images), sweep))
         draw = MixDraw(lam, partner, self.config.upsampling[0])
-        return Draws(draw, draw, False, True)
+        return Draws.of(draw, draw)
 
     def compile_regions(self, backend: str = "inductor") -> None:
         """Have torch.compile replace both encoders and the Mix Block, each as a whole, at their next call.
@@ -206,7 +206,7 @@ class AutoMix(nn.Module):
         """
         dtype = self.autocast or surrounding_autocast(images.device.type)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            clean = lay_out(kernels.normalize(images, self.mean, self.std, dtype))
+            clean = lay_out(self._normalized(images, dtype))
             if draws is None:
                 return Logits(*self.query.both_heads(clean), *self.momentum.both_heads(clean))
             if labels is None:
@@ -222,9 +222,12 @@ class AutoMix(nn.Module):
         else:
             with torch.no_grad():
                 features = self.momentum.backbone.features(clean, full=config.feature_pass == "full")
-        train_logits, classifier_logits = self.mix_block(features, draws.mix_block, draws.classifier)
+        train_logits, classifier_logits = self.mix_block(features, draws.partner, draws.lam)
 
-        mixed_for_block, mask_mean, mask_square_mean = self._blend(train_logits, images, draws.mix_block)
+        judged = math.ceil(config.generator_share * len(labels)) if draws.train_mixed_momentum else 0
+        mixed_for_block, mask_mean, mask_square_mean = self._blend(
+            train_logits, images, draws.mix_block, blended=judged
+        )
         loss_mask = mask_loss(
             config.mask_loss, mask_mean, mask_square_mean, draws.mix_block.lam, config.mask_loss_margin
         )
@@ -236,8 +239,6 @@ class AutoMix(nn.Module):
 
         loss_generator = torch.zeros_like(loss_mask)
         if draws.train_mixed_momentum:
-            if config.generator_share < 1:
-                mixed_for_block = mixed_for_block[: math.ceil(config.generator_share * len(labels))]
             loss_generator = self._mixed_loss(self.momentum(mixed_for_block, "mix"), labels, draws.mix_block)
         early = [self._differentiate(loss_generator + loss_mask * mask_loss_weight, self.mix_block)]
 
@@ -272,16 +273,21 @@ class AutoMix(nn.Module):
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters]
         return _Differentiated(loss.detach(), gradients, parameters, nodes)
 
+    def _normalized(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return kernels.normalize(images, self.mean, self.std, dtype, implementation=self.implementation)
+
     def _mixes(self, clean: Tensor, draws: Draws) -> Mixes:
         draw = draws.mix_block
         with torch.no_grad():
             encoder = self.query if self.config.feature_source == "query" else self.momentum
-            logits, _ = self.mix_block(encoder.backbone.features(clean), draw, draws.classifier)
+            logits, _ = self.mix_block(encoder.backbone.features(clean), draws.partner, draws.lam)
             mask = kernels.upsample_mask(logits, tuple(clean.shape[2:]), draw.upsampling)
             mixed = torch.lerp(clean.float(), clean[draw.partner].float(), mask.unsqueeze(1))
             return Mixes(mask, mixed, draw.lam, draw.partner)
 
-    def _blend(self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0):
+    def _blend(
+        self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0, blended: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, mask_mean, mask_square_mean = kernels.mask_blend(
             logits,
             images,
@@ -292,6 +298,7 @@ class AutoMix(nn.Module):
             draw.upsampling,
             lam_margin,
             surrounding_autocast(images.device.type),
+            blended,
             implementation=self.implementation,
         )
         return lay_out(mixed), mask_mean, mask_square_mean
@@ -299,7 +306,7 @@ class AutoMix(nn.Module):
     def _blend_adjusted(self, logits: Tensor, images: Tensor, draws: Draws) -> Tensor:
         """The classifier's mixed images under masks rescaled to the area lambda (docs/method.md 2.4)."""
         draw = draws.classifier
-        images = kernels.normalize(images, self.mean, self.std)
+        images = self._normalized(images)
         target = draws.mix_block.lam if self.config.mask_adjust_lam == "mix_block" else draw.lam
         own = 1 - kernels.upsample_mask(logits, tuple(images.shape[2:]), draw.upsampling)
         own = adjust_mask(own, target)

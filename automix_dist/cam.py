@@ -86,7 +86,7 @@ def check(model: nn.Module, image: Tensor, answer: str) -> None:
         raise ConfigError("--cam: the ensemble has no features of its own; choose --encoder query or momentum")
     if hasattr(model, name):
         model.eval()
-        _features(getattr(model, name).backbone, kernels.normalize(image, model.mean, model.std))
+        _features(getattr(model, name).backbone, _normalized(model, image))
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def look(model: nn.Module, batch: Batch, answer: str) -> Views:
     name, _, head = answer.partition("_")
     model.eval().requires_grad_(False)
     encoder = getattr(model, name)
-    images = kernels.normalize(batch.images, model.mean, model.std)
+    images = _normalized(model, batch.images)
     probabilities = encoder(images, head or "one").softmax(dim=1)
     confidence, guess = probabilities.max(dim=1)
     maps = [_enlarged(each, images) for each in grad_cam(encoder, head or "one", images, [guess, batch.labels])]
@@ -116,6 +116,10 @@ def look(model: nn.Module, batch: Batch, answer: str) -> Views:
         classes = [batch.labels, batch.labels[mixes.partner]]
         mixed_maps = [_enlarged(each, images) for each in grad_cam(encoder, head, mixes.images.float(), classes)]
     return Views(batch, guess, confidence, *maps, mixes, mixed, *mixed_maps)
+
+
+def _normalized(model: nn.Module, images: Tensor) -> Tensor:
+    return kernels.normalize(images, model.mean, model.std, implementation=model.implementation)
 
 
 def grad_cam(encoder: Encoder, head: str, images: Tensor, classes: list[Tensor]) -> list[Tensor]:

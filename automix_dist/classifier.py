@@ -50,6 +50,7 @@ class Classifier(nn.Module):
         average: keep a moving average of the encoder beside it, evaluated as `momentum`; momentum.py moves it.
         mean, std: normalisation of uint8 images, three floats each on the [0, 1] scale.
         autocast: dtype of the forward passes; float32 = no autocast, None = the caller's. Weights stay float32.
+        implementation: of the normalisation: "auto", "triton" or "reference".
     """
 
     Losses = Losses
@@ -65,9 +66,11 @@ class Classifier(nn.Module):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         autocast: torch.dtype | None = None,
+        implementation: str = "auto",
     ):
         super().__init__()
         policy.check(backbone)
+        self.implementation = implementation
         self.loss = loss or LossConfig()
         self.autocast = autocast
         self.policy = policy
@@ -112,7 +115,8 @@ class Classifier(nn.Module):
         dtype = self.autocast or surrounding_autocast(images.device.type)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             read_as = torch.float32 if self.policy.mixes else dtype  # mixing is done in float32
-            clean = lay_out(kernels.normalize(images, self.mean, self.std, read_as))
+            clean = kernels.normalize(images, self.mean, self.std, read_as, implementation=self.implementation)
+            clean = lay_out(clean)
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
@@ -146,7 +150,13 @@ def build_model(
     module, settings = load(config.policy)
     if config.engine.padded_stem:
         pad_stems(backbone)
-    common = {"loss": config.loss, "mean": config.data.mean, "std": config.data.std, "autocast": autocast}
+    common = {
+        "loss": config.loss,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "autocast": autocast,
+        "implementation": config.engine.kernels,
+    }
     if hasattr(module, "Policy"):
         policy = module.Policy(settings, config.data.mean, config.data.std)
         return Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
@@ -157,7 +167,6 @@ def build_model(
         num_classes,
         config.automix,
         settings,
-        implementation=config.engine.kernels,
         immediate_backward=config.engine.immediate_backward,
         joint_query=config.engine.joint_query,
         **common,

@@ -25,16 +25,40 @@ class MixDraw(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """All randomness of one forward pass of AutoMix."""
+    """All randomness of one forward pass of AutoMix.
 
-    mix_block: MixDraw
-    """The pairs that train the Mix Block."""
-    classifier: MixDraw
-    """The pairs that train the query encoder."""
+    Two mixed batches are drawn, one to train the Mix Block and one to train the query encoder; side by side, as the Mix
+    Block makes the masks of both at once.
+    """
+
+    lam: Tensor
+    """[2, B] float32."""
+    partner: Tensor
+    """[2, B] int64."""
+    upsampling: tuple[str, str]
+    """One mode for each."""
     adjust_mask: bool
     """Whether the classifier's masks are rescaled to the area lambda."""
     train_mixed_momentum: bool
     """Whether the momentum encoder judges the Mix Block's samples in this step."""
+
+    @classmethod
+    def of(
+        cls, mix_block: MixDraw, classifier: MixDraw, adjust_mask: bool = False, train_mixed_momentum: bool = True
+    ) -> "Draws":
+        """Draws from two that were made apart."""
+        lam, partner, upsampling = zip(mix_block, classifier, strict=True)
+        return cls(torch.stack(lam), torch.stack(partner), upsampling, adjust_mask, train_mixed_momentum)
+
+    @property
+    def mix_block(self) -> MixDraw:
+        """The pairs that train the Mix Block."""
+        return MixDraw(self.lam[0], self.partner[0], self.upsampling[0])
+
+    @property
+    def classifier(self) -> MixDraw:
+        """The pairs that train the query encoder."""
+        return MixDraw(self.lam[1], self.partner[1], self.upsampling[1])
 
 
 def draw_step(
@@ -57,11 +81,10 @@ def draw_step(
     modes = [config.upsampling[i] for i in generator.integers(len(config.upsampling), size=2)]
     adjust = generator.random()
     switch = shared_generator(seed=seed, step=step, micro_step=micro_step).random()
-    packed = on_device(np.stack(partners), device)
-    lam = on_device(np.repeat(lams[:, None], batch_size, axis=1), device)
     return Draws(
-        mix_block=MixDraw(lam[0], packed[0], modes[0]),
-        classifier=MixDraw(lam[1], packed[1], modes[1]),
+        lam=on_device(np.repeat(lams[:, None], batch_size, axis=1), device),
+        partner=on_device(np.stack(partners), device),
+        upsampling=tuple(modes),
         adjust_mask=bool(adjust < config.mask_adjust),
         train_mixed_momentum=bool(config.switch_off == 0 or switch < config.switch_off),
     )

@@ -1,6 +1,7 @@
 """The Mix Block: from the features of image pairs to mask logits; and the losses on its masks."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from automix_kernels import api as kernels
@@ -8,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automix_dist.config import AutoMixConfig
-from automix_dist.draws import MixDraw
 
 
 class MixBlock(nn.Module):
@@ -37,59 +37,86 @@ class MixBlock(nn.Module):
         self.norm = projection_norm(config.norm, self.width)
         reset_projections(self)
 
-    def forward(self, features: Tensor, train_draw: MixDraw, classifier_draw: MixDraw) -> tuple[Tensor, Tensor]:
-        """Mask logits of both draws from one projection; only the first carries a gradient.
+    def forward(self, features: Tensor, partner: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+        """Mask logits of R draws from one projection; only the first carries a gradient.
 
         Args:
             features: [B, C, h, w].
+            partner: [R, B] int64.
+            lam: [R, B] float32.
 
         Returns:
-            two [B, h, w] float32 tensors: the logits of the partner's mask, at the feature's resolution.
+            R tensors [B, h, w] float32: the logits of the partner's mask, at the feature's resolution.
         """
-        batch, _, h, w = features.shape
+        h, w = features.shape[2:]
         tokens = features.flatten(2).transpose(1, 2)
-        projection = F.linear(tokens, self.query_weight[:, : self.channels])
-        value = F.linear(tokens, self.value_weight[:, : self.channels]).squeeze(2)
-        train = self._attend(projection, value, train_draw, h, w)
-        with torch.no_grad():
-            classifier = self._attend(projection.detach(), value.detach(), classifier_draw, h, w)
-        return train.view(batch, h, w), classifier.view(batch, h, w)
-
-    def _attend(self, projection: Tensor, value: Tensor, draw: MixDraw, h: int, w: int) -> Tensor:
-        """[B, N, D] projection and [B, N] value -> [B, N] logits."""
-        lam_weights = (self.query_weight[:, -1], self.value_weight[:, -1]) if self.lam_concat else (None, None)
+        query_weight, query_lambda = self._columns(self.query_weight)
+        value_weight, value_lambda = self._columns(self.value_weight)
+        projection = F.linear(tokens, query_weight)
+        value = F.linear(tokens, value_weight).squeeze(2)
         if self.norm is None:
-            return kernels.mix_attention(
+            logits = kernels.mix_attention(
                 projection,
                 value,
-                draw.partner,
-                draw.lam,
-                query_lambda=lam_weights[0],
-                query_bias=self.query_bias,
-                value_lambda=lam_weights[1],
-                value_bias=self.value_bias,
+                partner,
+                lam,
+                query_lambda,
+                self.query_bias,
+                value_lambda,
+                self.value_bias,
                 implementation=self.implementation,
             )
-        return self._attend_normed(projection, value, draw, lam_weights, h, w)
+        else:
 
-    def _attend_normed(self, projection, value, draw: MixDraw, lam_weights, h: int, w: int) -> Tensor:
+            def attend(partner: Tensor, lam: Tensor) -> Tensor:
+                return self._attend_normed(projection, value, partner, lam, query_lambda, value_lambda, (h, w))
+
+            logits = attend_each(attend, partner, lam)
+        return tuple(each.unflatten(1, (h, w)) for each in logits)
+
+    def _columns(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A weight's columns for the features, and the one for lambda.
+
+        Of a split, whose gradient is put together in one pass; each slice's would fill a whole one with zeros.
+        """
+        if not self.lam_concat:
+            return weight, None
+        of_features, of_lambda = weight.split([self.channels, 1], dim=1)
+        return of_features, of_lambda.squeeze(1)
+
+    def _attend_normed(
+        self,
+        projection: Tensor,
+        value: Tensor,
+        partner: Tensor,
+        lam: Tensor,
+        query_lambda: Tensor | None,
+        value_lambda: Tensor | None,
+        size: tuple[int, int],
+    ) -> Tensor:
         """With a norm behind the projection lambda no longer cancels from the keys: queries and keys are made apart."""
-        lam = draw.lam[:, None, None]
-        own, partner = projection.float(), projection.float()[draw.partner]
+        queries, keys, values = projection.float(), projection.float()[partner], value.float()[partner]
         if self.lam_concat:
-            own = own + lam * lam_weights[0]
-            partner = partner + (1 - lam) * lam_weights[0]
-        queries, keys = (self._normed(tokens, h, w) for tokens in (own, partner))
+            queries = queries + lam[:, None, None] * query_lambda
+            keys = keys + (1 - lam)[:, None, None] * query_lambda
+        queries, keys = (self._normed(tokens, size) for tokens in (queries, keys))
         with torch.autocast(projection.device.type, enabled=False):
             attention = torch.softmax(torch.bmm(queries, keys.transpose(1, 2)) / math.sqrt(self.width), dim=2)
-            logits = torch.bmm(attention, value.float()[draw.partner].unsqueeze(2)).squeeze(2) + self.value_bias
+            logits = torch.bmm(attention, values.unsqueeze(2)).squeeze(2) + self.value_bias
             if self.lam_concat:
-                logits = logits + (1 - draw.lam)[:, None] * lam_weights[1]
+                logits = logits + (1 - lam)[:, None] * value_lambda
         return logits
 
-    def _normed(self, tokens: Tensor, h: int, w: int) -> Tensor:
-        maps = tokens.transpose(1, 2).unflatten(2, (h, w))
+    def _normed(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        maps = tokens.transpose(1, 2).unflatten(2, size)
         return self.norm(maps).float().flatten(2).transpose(1, 2)
+
+
+def attend_each(attend: Callable[[Tensor, Tensor], Tensor], partner: Tensor, lam: Tensor) -> list[Tensor]:
+    """`attend` of each draw's partners and lambdas, rows of [R, B]; only of the first with a graph."""
+    logits = [attend(partner[0], lam[0])]
+    with torch.no_grad():
+        return logits + [attend(*draw) for draw in zip(partner[1:], lam[1:], strict=True)]
 
 
 def projection_norm(name: str, width: int) -> nn.Module | None:

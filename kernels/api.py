@@ -4,16 +4,17 @@
                      "triton"     Triton, or an error that says why it cannot run
                      "reference"  the definitions in reference.py
 
-The Triton kernels are torch operators (automix::mix_attention, automix::mask_blend, automix::momentum_update and two
-backward passes), so that torch.compile keeps them whole. On CPU tensors the same operators compute the definitions; in
-a process with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and so does implementation="triton".
+The Triton kernels are torch operators (automix::mix_attention, automix::mask_blend, automix::normalize,
+automix::momentum_update and two backward passes), so that torch.compile keeps them whole. On CPU tensors the same
+operators compute the definitions; in a process with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and
+so does implementation="triton".
 """
 
 import importlib.util
 
 import torch
 from automix_kernels import reference
-from automix_kernels.reference import normalize, upsample_mask
+from automix_kernels.reference import upsample_mask
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -23,6 +24,7 @@ if HAS_TRITON:
     from automix_kernels import mask_blend as triton_mask_blend
     from automix_kernels import mix_attention as triton_mix_attention
     from automix_kernels import momentum as triton_momentum
+    from automix_kernels import normalize as triton_normalize
 
     INTERPRETED = triton.knobs.runtime.interpret
     for operator, launch, definition in (
@@ -34,6 +36,7 @@ if HAS_TRITON:
         ),
         (triton_mask_blend.mask_blend, triton_mask_blend.launch_forward, reference.mask_blend),
         (triton_mask_blend.mask_blend_backward, triton_mask_blend.launch_backward, reference.mask_blend_backward),
+        (triton_normalize.normalize, triton_normalize.launch, reference.normalize),
         (triton_momentum.momentum_update, triton_momentum.launch, reference.momentum_update),
     ):
         operator.register_kernel("cpu")(launch if INTERPRETED else definition)
@@ -54,7 +57,7 @@ def mix_attention(
     value_bias: Tensor | None = None,
     *,
     implementation: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """Mask logits of each image with its partner: cross-attention with a value of one channel.
 
     With y = projection, v = value, p = partner[b] and l = lam[b]:
@@ -62,20 +65,22 @@ def mix_attention(
         S[b, i, j]   = (y[b, i] + l * query_lambda + query_bias) . y[p, j] / sqrt(D)
         logits[b, i] = sum_j softmax_j(S[b, i, j]) * v[p, j] + (1 - l) * value_lambda + value_bias
 
-    Differentiable in everything but partner and lam. The same inputs give the same bits every time.
+    Differentiable in everything but partner and lam. The same inputs give the same bits every time. R draws of partners
+    and lambdas over one projection share their launches, and each has the bits of a call of its own. Only the first has
+    a gradient: for others to have one, call once for each.
 
     Args:
         projection: [B, N, D] float32, bfloat16 or float16 (float64 in plain PyTorch). A slice of a wider tensor is
             fine; fastest where its row stride is a multiple of 16 elements.
         value: [B, N], any of these dtypes.
-        partner: [B] int64 in 0..B-1, not checked; repetitions are allowed.
-        lam: [B] float32.
-        query_lambda, query_bias: [D] or None.
+        partner: [B] or [R, B] int64 in 0..B-1, not checked; repetitions are allowed.
+        lam: float32 of partner's shape.
+        query_lambda, query_bias: [D] or None; query_lambda may be a column of a matrix.
         value_lambda, value_bias: [1] or None.
         implementation: "auto", "triton" or "reference".
 
     Returns:
-        [B, N] float32 (float64 for a float64 projection).
+        [B, N] float32 (float64 for a float64 projection); for [R, B] a tuple of R such tensors, the first with a graph.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; a lam that requires a gradient.
@@ -85,8 +90,9 @@ def mix_attention(
     batch, positions, channels = projection.shape
     device = projection.device
     _check("value", value, (batch, positions), device=device)
-    _check("partner", partner, (batch,), (torch.int64,), device)
-    _check("lam", lam, (batch,), device=device)
+    draws = () if isinstance(partner, Tensor) and partner.dim() == 1 else (None,)
+    _check("partner", partner, (*draws, batch), (torch.int64,), device)
+    _check("lam", lam, tuple(partner.shape), device=device)
     _check_no_grad("lam", lam)
     for name, tensor, size in (
         ("query_lambda", query_lambda, channels),
@@ -101,17 +107,17 @@ def mix_attention(
         return reference.mix_attention(
             projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias
         )
-    logits, _, _, _ = triton_mix_attention.mix_attention(
+    logits, others, *_ = triton_mix_attention.mix_attention(
         projection,
         value,
         partner.contiguous(),
         lam.float().contiguous(),
-        None if query_lambda is None else query_lambda.contiguous(),
+        query_lambda,
         None if query_bias is None else query_bias.contiguous(),
         value_lambda,
         value_bias,
     )
-    return logits
+    return logits if partner.dim() == 1 else (logits, *others)
 
 
 def mask_blend(
@@ -124,6 +130,7 @@ def mask_blend(
     mode: str,
     lam_margin: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    blended: int | None = None,
     *,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,10 +150,13 @@ def mask_blend(
         mode: "nearest", or "bilinear" (corners not aligned).
         lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, 0 to 0.5; 0 = never.
         dtype: of the mixed images.
+        blended: mix only so many images, the first ones, with partners from the whole batch; None = all. The means are
+            of all masks.
         implementation: "auto", "triton" or "reference".
 
     Returns:
-        mixed [B, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of m squared.
+        mixed [B or blended, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of m
+        squared.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or mode; images or lam that require a gradient.
@@ -173,6 +183,8 @@ def mask_blend(
         raise ValueError(f"lam_margin must lie in [0, 0.5], got {lam_margin}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, got {dtype}")
+    if blended is not None and not 0 <= blended <= batch:
+        raise ValueError(f"blended must lie in 0..{batch}, the number of images, got {blended}")
     obstacle = _dtype_obstacle("logits", logits)
     if images.is_floating_point():
         obstacle = obstacle or _dtype_obstacle("images", images)
@@ -181,7 +193,7 @@ def mask_blend(
     if height % h or width % w:
         obstacle = obstacle or f"images of {height} x {width} are no whole multiple of a {h} x {w} map"
     if not _takes_triton(implementation, device, obstacle):
-        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype)
+        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended)
     return triton_mask_blend.mask_blend(
         logits,
         images,
@@ -192,7 +204,42 @@ def mask_blend(
         mode,
         lam_margin,
         dtype,
+        blended,
     )
+
+
+def normalize(
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    implementation: str = "auto",
+) -> Tensor:
+    """(x / 255 - mean) / std of uint8 images, in one pass; without a gradient.
+
+    Args:
+        images: [B, H, W, 3] uint8; or floating point and normalised already, which come back in `dtype` as they are.
+        mean, std: [3] float32 on the [0, 1] scale.
+        dtype: of the result.
+        implementation: "auto", "triton" or "reference".
+
+    Returns:
+        [B, 3, H, W] in channels-last layout.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device.
+        RuntimeError: implementation="triton" where Triton cannot run.
+    """
+    if images.is_floating_point():
+        return images.to(dtype)
+    _check("images", images, (None, None, None, 3), (torch.uint8,))
+    _check("mean", mean, (3,), device=images.device)
+    _check("std", std, (3,), device=images.device)
+    obstacle = None if dtype in _KERNEL_DTYPES else f"it cannot write {dtype}"
+    if not _takes_triton(implementation, images.device, obstacle):
+        return reference.normalize(images, mean, std, dtype)
+    return triton_normalize.normalize(images, mean.float().contiguous(), std.float().contiguous(), dtype)
 
 
 def momentum_update(

@@ -599,7 +599,7 @@ def tune(shape: Shape, dtype: torch.dtype, budget_s: float) -> list[str]:
     inputs = attention_case(shape, "cuda", dtype).draw(shape.batch, seed=0)
     order = ("projection", "value", "partner", "lam", "query_lambda", "query_bias", "value_lambda", "value_bias")
     arguments = [inputs[name].detach() for name in order]
-    logits, *saved = kernels.launch_forward(*arguments)
+    logits, _, *saved = kernels.launch_forward(*arguments)
     architecture = kernels._architecture(logits.device)
     passes = {
         "forward": (kernels.forward_tile, lambda tile: kernels.launch_forward(*arguments, tile=tile)),

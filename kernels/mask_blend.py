@@ -10,7 +10,8 @@ contiguous numbers, one pixel row inside one cell. A program takes one row of ce
 matrix row only for bilinear upsampling, where it is a fixed combination of the cell and its two neighbours, so no index
 is computed per pixel. The backward walks the same tiles, and each program sums its own cells; for bilinear upsampling
 it keeps the shares of the nine cells around apart, and a second kernel adds them up. Nothing is summed by atomics.
-Saved for the backward: the inputs. There is no gradient for the images.
+Saved for the backward: the inputs. There is no gradient for the images. Where only the first images are to be mixed,
+the pixels of the others are not touched.
 """
 
 import torch
@@ -112,6 +113,7 @@ def _forward_kernel(
     mixed_ptr,
     mask_mean_ptr,
     mask_square_mean_ptr,
+    blended,
     low,
     high,
     H_CELLS: tl.constexpr,
@@ -126,7 +128,8 @@ def _forward_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Grid: (rows of cells, images). Where lam <= low or lam >= high, the mask is 1 - lam.
+    """Grid: (rows of cells, images). Where lam <= low or lam >= high, the mask is 1 - lam. Images from `blended` on are
+    not mixed.
 
     With nearest upsampling the mask's means are those of the cells and the first program of an image writes them; with
     bilinear upsampling each program writes its share, [images, rows of cells].
@@ -137,6 +140,7 @@ def _forward_kernel(
     partner = tl.load(partner_ptr + image).to(tl.int64)
     lam = tl.load(lam_ptr + image)
     plain = (lam <= low) | (lam >= high)
+    mixed_rows = tl.where(image < blended, FACTOR_Y, 0)
     cells = tl.arange(0, BLOCK_W)
     elements = tl.arange(0, BLOCK_S)
     if NORMALIZE:
@@ -157,6 +161,7 @@ def _forward_kernel(
             counted = tl.where(inside, mask, 0.0)
             mask_sum += tl.sum(counted)
             square_sum += tl.sum(counted * counted)
+        inside = inside & (y < mixed_rows)[:, None, None]
         y += row * FACTOR_Y
         offsets = _offsets(y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
         own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
@@ -202,6 +207,9 @@ def _backward_kernel(
     lam_ptr,
     std_ptr,
     output_ptr,
+    stride_mean,
+    stride_square_mean,
+    blended,
     low,
     high,
     H_CELLS: tl.constexpr,
@@ -225,12 +233,13 @@ def _backward_kernel(
     partner = tl.load(partner_ptr + image).to(tl.int64)
     lam = tl.load(lam_ptr + image)
     live = tl.where((lam <= low) | (lam >= high), 0.0, 1.0)
+    mixed_rows = tl.where(image < blended, FACTOR_Y, 0)
     grad_mean = 0.0
     if HAS_MEAN:
-        grad_mean = tl.load(grad_mean_ptr + image)
+        grad_mean = tl.load(grad_mean_ptr + image * stride_mean)
     grad_square_mean = 0.0
     if HAS_SQUARE_MEAN:
-        grad_square_mean = tl.load(grad_square_mean_ptr + image)
+        grad_square_mean = tl.load(grad_square_mean_ptr + image * stride_square_mean)
     cells = tl.arange(0, BLOCK_W)
     elements = tl.arange(0, BLOCK_S)
     x = elements // 3
@@ -248,10 +257,11 @@ def _backward_kernel(
         if HAS_MIXED:
             image_y = row * FACTOR_Y + y
             offsets = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
-            own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
-            other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
+            mixed = inside & (y < mixed_rows)[:, None, None]
+            own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=mixed, other=0).to(tl.float32)
+            other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=mixed, other=0).to(tl.float32)
             outputs = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
-            grad_mixed = tl.load(grad_mixed_ptr + image * (3 * PIXELS) + outputs, mask=inside, other=0.0)
+            grad_mixed = tl.load(grad_mixed_ptr + image * (3 * PIXELS) + outputs, mask=mixed, other=0.0)
             grad = grad_mixed.to(tl.float32) * (other - own)
             if NORMALIZE:
                 grad *= scale
@@ -358,10 +368,12 @@ def mask_blend(
     mode: str,
     lam_margin: float,
     dtype: torch.dtype,
+    blended: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed images [B, 3, H, W] in channels-last layout, and [B] float32 means of the mask and of its square."""
+    """Mixed images in channels-last layout, all B or the first `blended`, and [B] float32 means of the mask and of its
+    square."""
     with torch.cuda.device_of(logits):
-        return launch_forward(logits, images, partner, lam, mean, std, mode, lam_margin, dtype)
+        return launch_forward(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended)
 
 
 def launch_forward(
@@ -374,12 +386,13 @@ def launch_forward(
     mode: str,
     lam_margin: float,
     dtype: torch.dtype,
+    blended: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `mask_blend` does on a GPU."""
     logits, images = logits.contiguous(), _dense(images)
     batch, h, w = logits.shape
     arguments = _shape_arguments(logits, images, mode, lam_margin)
-    mixed = _empty_mixed(logits, images, dtype)
+    mixed = _empty_mixed(logits, images, dtype, blended)
     parts = h if mode == "bilinear" else 1
     mask_mean = logits.new_empty(batch, parts, dtype=torch.float32)
     mask_square_mean = logits.new_empty(batch, parts, dtype=torch.float32)
@@ -393,6 +406,7 @@ def launch_forward(
         mixed_ptr=mixed,
         mask_mean_ptr=mask_mean,
         mask_square_mean_ptr=mask_square_mean,
+        blended=len(mixed),
         BLOCK_CELLS=triton.next_power_of_2(h * w),
         **arguments,
     )
@@ -401,16 +415,16 @@ def launch_forward(
     return mixed, mask_mean.sum(dim=1), mask_square_mean.sum(dim=1)
 
 
-def _empty_mixed(logits: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
-    batch = logits.shape[0]
+def _empty_mixed(logits: Tensor, images: Tensor, dtype: torch.dtype, blended: int | None) -> Tensor:
+    batch = logits.shape[0] if blended is None else blended
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
     return torch.empty(batch, 3, height, width, dtype=dtype, device=logits.device, memory_format=torch.channels_last)
 
 
 @mask_blend.register_fake
-def _(logits, images, partner, lam, mean, std, mode, lam_margin, dtype):
+def _(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended=None):
     means = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-    return _empty_mixed(logits, images, dtype), *means
+    return _empty_mixed(logits, images, dtype, blended), *means
 
 
 @torch.library.custom_op("automix::mask_blend_backward", mutates_args=(), device_types="cuda")
@@ -426,7 +440,7 @@ def mask_blend_backward(
     mode: str,
     lam_margin: float,
 ) -> Tensor:
-    """The logits' gradient; an output that nothing depends on brings None."""
+    """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images."""
     with torch.cuda.device_of(logits):
         return launch_backward(
             grad_mixed, grad_mean, grad_square_mean, logits, images, partner, lam, std, mode, lam_margin
@@ -456,14 +470,18 @@ def launch_backward(
         grad_mixed = grad_mixed.contiguous(memory_format=torch.channels_last)
     _backward_kernel[(h, batch)](
         grad_mixed_ptr=grad_mixed,
-        grad_mean_ptr=None if grad_mean is None else grad_mean.contiguous(),
-        grad_square_mean_ptr=None if grad_square_mean is None else grad_square_mean.contiguous(),
+        grad_mean_ptr=grad_mean,
+        grad_square_mean_ptr=grad_square_mean,
         logits_ptr=logits,
         images_ptr=images,
         partner_ptr=partner,
         lam_ptr=lam,
         std_ptr=std,
         output_ptr=output,
+        # 0 for the gradient of a mean over the batch
+        stride_mean=0 if grad_mean is None else grad_mean.stride(0),
+        stride_square_mean=0 if grad_square_mean is None else grad_square_mean.stride(0),
+        blended=0 if grad_mixed is None else len(grad_mixed),
         HAS_MIXED=grad_mixed is not None,
         HAS_MEAN=grad_mean is not None,
         HAS_SQUARE_MEAN=grad_square_mean is not None,
@@ -483,7 +501,7 @@ def _(grad_mixed, grad_mean, grad_square_mean, logits, images, partner, lam, std
 
 
 def _save_for_backward(ctx, inputs, output):
-    logits, images, partner, lam, _, std, mode, lam_margin, _ = inputs
+    logits, images, partner, lam, _, std, mode, lam_margin, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, images, partner, lam, std)
     ctx.mode, ctx.lam_margin = mode, lam_margin
@@ -493,7 +511,7 @@ def _backward(ctx, grad_mixed, grad_mean, grad_square_mean):
     grad_logits = mask_blend_backward(
         grad_mixed, grad_mean, grad_square_mean, *ctx.saved_tensors, ctx.mode, ctx.lam_margin
     )
-    return grad_logits, *[None] * 8
+    return grad_logits, *[None] * 9
 
 
 mask_blend.register_autograd(_backward, setup_context=_save_for_backward)

@@ -19,6 +19,9 @@ value has one channel, its gradient of the scores needs neither a product nor a 
 One program owns some rows of one image's gradient and adds up both roles, one after the other, so nothing is summed by
 atomics and the result is the same bits every time. It finds the pairs that name its image by scanning `partner`: any
 mapping will do, not only permutations.
+
+Several draws of partners and lambdas over the same projection share both launches of the forward. Only the first one
+has a gradient; of the others nothing but the logits is kept.
 """
 
 import math
@@ -54,12 +57,20 @@ def _load_rows(base_ptr, rows, columns, N: tl.constexpr, D: tl.constexpr, STRIDE
 
 @triton.jit
 def _query_offset(
-    query_lambda_ptr, query_bias_ptr, lam, columns, D: tl.constexpr, HAS_LAMBDA: tl.constexpr, HAS_BIAS: tl.constexpr
+    query_lambda_ptr,
+    query_bias_ptr,
+    lam,
+    columns,
+    D: tl.constexpr,
+    STRIDE_LAMBDA: tl.constexpr,
+    HAS_LAMBDA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """a[b] at these columns, float32."""
+    """a[b] at these columns, float32; query_lambda may be a column of a matrix."""
     offset = tl.zeros(columns.shape, tl.float32)
     if HAS_LAMBDA:
-        offset += lam * tl.load(query_lambda_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
+        pointers = query_lambda_ptr + columns * STRIDE_LAMBDA
+        offset += lam * tl.load(pointers, mask=columns < D, other=0.0).to(tl.float32)
     if HAS_BIAS:
         offset += tl.load(query_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
     return offset
@@ -77,20 +88,24 @@ def _key_offset_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     STRIDE_N: tl.constexpr,
+    STRIDE_LAMBDA: tl.constexpr,
     HAS_LAMBDA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """u[b, j]. Grid: (tiles of rows, images)."""
-    image = tl.program_id(1).to(tl.int64)
+    """u[b, j]. Grid: (tiles of rows, pairs); a pair is an image of one draw."""
+    pair = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
-    partner = tl.load(partner_ptr + image).to(tl.int64)
-    offset = _query_offset(query_lambda_ptr, query_bias_ptr, tl.load(lam_ptr + image), columns, D, HAS_LAMBDA, HAS_BIAS)
+    partner = tl.load(partner_ptr + pair).to(tl.int64)
+    lam = tl.load(lam_ptr + pair)
+    offset = _query_offset(
+        query_lambda_ptr, query_bias_ptr, lam, columns, D, STRIDE_LAMBDA, HAS_LAMBDA, HAS_BIAS
+    )  # fmt: skip
     keys = _load_rows(projection_ptr + partner * stride_b, rows, columns, N, D, STRIDE_N, D == BLOCK_D)
     key_offset = tl.sum(keys.to(tl.float32) * offset[None, :], axis=1)
-    tl.store(key_offset_ptr + image * N + rows, key_offset, mask=rows < N)
+    tl.store(key_offset_ptr + pair * N + rows, key_offset, mask=rows < N)
 
 
 @triton.jit
@@ -137,13 +152,16 @@ def _forward_kernel(
     value_lambda_ptr,
     value_bias_ptr,
     logits_ptr,
+    others_ptr,
     attended_ptr,
     lse_ptr,
     stride_b,
     stride_value_b,
     scale,
+    batch,
     N: tl.constexpr,
     D: tl.constexpr,
+    DRAWS: tl.constexpr,
     STRIDE_N: tl.constexpr,
     STRIDE_VALUE_N: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
@@ -154,10 +172,15 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Online softmax over the partner's positions. Grid: (tiles of rows, images)."""
-    image = tl.program_id(1).to(tl.int64)
+    """Online softmax over the partner's positions.
+
+    Grid: (tiles of rows, images * draws). An image's draws are neighbours, so that its rows are still in the cache.
+    """
+    image = (tl.program_id(1) // DRAWS).to(tl.int64)
+    draw = tl.program_id(1) % DRAWS
+    pair = draw * batch + image
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    partner = tl.load(partner_ptr + image).to(tl.int64)
+    partner = tl.load(partner_ptr + pair).to(tl.int64)
     own_base = projection_ptr + image * stride_b
     key_base = projection_ptr + partner * stride_b
 
@@ -168,7 +191,7 @@ def _forward_kernel(
         keys = start_n + tl.arange(0, BLOCK_N)
         key_mask = keys < N
         scores = _scores(own_base, rows, key_base, keys, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        scores = _mask_keys(scores, key_offset_ptr + image * N, keys, N, HAS_OFFSET) * (scale * LOG2_E)
+        scores = _mask_keys(scores, key_offset_ptr + pair * N, keys, N, HAS_OFFSET) * (scale * LOG2_E)
         value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
         value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)  # [BLOCK_N]
 
@@ -182,13 +205,16 @@ def _forward_kernel(
     attended = numerator / denominator
     constant = 0.0
     if HAS_VALUE_LAMBDA:
-        constant += (1 - tl.load(lam_ptr + image)) * tl.load(value_lambda_ptr).to(tl.float32)
+        constant += (1 - tl.load(lam_ptr + pair)) * tl.load(value_lambda_ptr).to(tl.float32)
     if HAS_VALUE_BIAS:
         constant += tl.load(value_bias_ptr).to(tl.float32)
     outputs = image * N + rows
-    tl.store(logits_ptr + outputs, attended + constant, mask=rows < N)
-    tl.store(attended_ptr + outputs, attended, mask=rows < N)
-    tl.store(lse_ptr + outputs, running_max + tl.log2(denominator), mask=rows < N)
+    if draw == 0:
+        tl.store(logits_ptr + outputs, attended + constant, mask=rows < N)
+        tl.store(attended_ptr + outputs, attended, mask=rows < N)
+        tl.store(lse_ptr + outputs, running_max + tl.log2(denominator), mask=rows < N)
+    else:
+        tl.store(others_ptr + (draw - 1) * batch * N + outputs, attended + constant, mask=rows < N)
 
 
 @triton.jit
@@ -224,6 +250,7 @@ def _backward_kernel(
     D: tl.constexpr,
     STRIDE_N: tl.constexpr,
     STRIDE_VALUE_N: tl.constexpr,
+    STRIDE_LAMBDA: tl.constexpr,
     HAS_LAMBDA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_UNIT: tl.constexpr,
@@ -317,7 +344,9 @@ def _backward_kernel(
                 query = _load_rows(query_base, queries, columns, N, D, STRIDE_N, EVEN)  # [BLOCK_N, BLOCK_D]
                 product = tl.dot(grad_scores, query, input_precision=PRECISION) * unit
                 if HAS_OFFSET:
-                    offset = _query_offset(query_lambda_ptr, query_bias_ptr, lam, columns, D, HAS_LAMBDA, HAS_BIAS)
+                    offset = _query_offset(
+                        query_lambda_ptr, query_bias_ptr, lam, columns, D, STRIDE_LAMBDA, HAS_LAMBDA, HAS_BIAS
+                    )  # fmt: skip
                     product += offset_weight[:, None] * offset[None, :]
                 pointers = output_base + rows[:, None] * D + columns[None, :]
                 mask = row_mask[:, None] & (columns < D)[None, :]
@@ -435,8 +464,9 @@ def mix_attention(
     query_bias: Tensor | None,
     value_lambda: Tensor | None,
     value_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, and for the backward: m, the base-2 log of the softmax's denominator, u; each [B, N] float32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For partners and lambdas [B] or [R, B]: logits [B, N] of the first draw and [R - 1, B, N] of the others, and for
+    the first one's backward m and the base-2 log of the softmax's denominator [B, N], and u [R * B, N]; float32.
 
     u is empty where neither lambda nor a bias enters the query.
     """
@@ -454,19 +484,19 @@ def launch_forward(
     value_lambda: Tensor | None,
     value_bias: Tensor | None,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mix_attention` with a tile of one's choice."""
     projection = _rows_are_contiguous(projection)
     batch, positions, channels = projection.shape
     architecture = _architecture(projection.device)
     tile = tile or forward_tile(architecture, projection.element_size(), positions, channels)
-    logits, attended, lse = (value.new_empty(batch, positions, dtype=torch.float32) for _ in range(3))
-    has_offset = query_lambda is not None or query_bias is not None
-    key_offset = logits.new_empty(batch if has_offset else 0, positions)
+    logits, others, attended, lse, key_offset = _empty_outputs(projection, partner, query_lambda, query_bias)
+    pairs = partner.numel()
+    has_offset = len(key_offset) > 0
     if has_offset:
         block_d = max(16, triton.next_power_of_2(channels))
         block_m = max(1, 4096 // block_d)
-        _key_offset_kernel[(triton.cdiv(positions, block_m), batch)](
+        _key_offset_kernel[(triton.cdiv(positions, block_m), pairs)](
             projection_ptr=projection,
             partner_ptr=partner,
             lam_ptr=lam,
@@ -477,13 +507,14 @@ def launch_forward(
             N=positions,
             D=channels,
             STRIDE_N=projection.stride(1),
+            STRIDE_LAMBDA=_element_stride(query_lambda),
             HAS_LAMBDA=query_lambda is not None,
             HAS_BIAS=query_bias is not None,
             BLOCK_M=block_m,
             BLOCK_D=block_d,
             num_warps=4,
         )
-    _forward_kernel[(triton.cdiv(positions, tile.rows), batch)](
+    _forward_kernel[(triton.cdiv(positions, tile.rows), pairs)](
         projection_ptr=projection,
         value_ptr=value,
         partner_ptr=partner,
@@ -492,13 +523,16 @@ def launch_forward(
         value_lambda_ptr=value_lambda,
         value_bias_ptr=value_bias,
         logits_ptr=logits,
+        others_ptr=others,
         attended_ptr=attended,
         lse_ptr=lse,
         stride_b=projection.stride(0),
         stride_value_b=value.stride(0),
         scale=1 / math.sqrt(channels),
+        batch=batch,
         N=positions,
         D=channels,
+        DRAWS=pairs // batch,
         STRIDE_N=projection.stride(1),
         STRIDE_VALUE_N=value.stride(1),
         HAS_OFFSET=has_offset,
@@ -511,15 +545,32 @@ def launch_forward(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return logits, attended, lse, key_offset
+    return logits, others, attended, lse, key_offset
+
+
+def _empty_outputs(
+    projection: Tensor, partner: Tensor, query_lambda: Tensor | None, query_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, positions, _ = projection.shape
+    pairs = partner.numel()
+    has_offset = query_lambda is not None or query_bias is not None
+    shapes = (
+        (batch, positions),
+        (pairs // batch - 1, batch, positions),
+        (batch, positions),
+        (batch, positions),
+        (pairs if has_offset else 0, positions),
+    )
+    return tuple(projection.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _element_stride(vector: Tensor | None) -> int:
+    return 1 if vector is None else vector.stride(0)
 
 
 @mix_attention.register_fake
 def _(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias):
-    batch, positions, _ = projection.shape
-    logits, attended, lse = (value.new_empty(batch, positions, dtype=torch.float32) for _ in range(3))
-    has_offset = query_lambda is not None or query_bias is not None
-    return logits, attended, lse, logits.new_empty(batch if has_offset else 0, positions)
+    return _empty_outputs(projection, partner, query_lambda, query_bias)
 
 
 @torch.library.custom_op("automix::mix_attention_backward", mutates_args=(), device_types="cuda")
@@ -537,7 +588,8 @@ def mix_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
 
-    The third is empty where neither lambda nor a bias enters the query.
+    Of one draw, with its partner, lam, attended, lse and key_offset alone. The third is empty where neither lambda nor
+    a bias enters the query.
     """
     with torch.cuda.device_of(projection):
         return launch_backward(
@@ -605,6 +657,7 @@ def launch_backward(
         D=channels,
         STRIDE_N=projection.stride(1),
         STRIDE_VALUE_N=value.stride(1),
+        STRIDE_LAMBDA=_element_stride(query_lambda),
         HAS_LAMBDA=query_lambda is not None,
         HAS_BIAS=query_bias is not None,
         HAS_UNIT=unit is not None,
@@ -647,13 +700,18 @@ def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, at
 
 def _save_for_backward(ctx, inputs, output):
     projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias = inputs
-    _, attended, lse, key_offset = output
-    ctx.mark_non_differentiable(attended, lse, key_offset)
+    _, others, attended, lse, key_offset = output
+    ctx.mark_non_differentiable(others, attended, lse, key_offset)
+    ctx.set_materialize_grads(False)
+    if partner.dim() == 2:
+        partner, lam, key_offset = partner[0], lam[0], key_offset[: len(attended)]
     ctx.save_for_backward(projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset)
     ctx.value_dtypes = [None if p is None else p.dtype for p in (value_lambda, value_bias)]
 
 
 def _backward(ctx, grad_logits, *_):
+    if grad_logits is None:
+        return (None,) * 8
     grad_projection, grad_value, grad_query, grad_constant = mix_attention_backward(grad_logits, *ctx.saved_tensors)
     query_parameters = ctx.saved_tensors[4:6]
     grad_query = [None if p is None else grad_query[i].to(p.dtype) for i, p in enumerate(query_parameters)]

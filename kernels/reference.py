@@ -26,7 +26,7 @@ def mix_attention(
     query_bias: Tensor | None = None,
     value_lambda: Tensor | None = None,
     value_bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, ...]:
     """Mask logits of each image with its partner, before upsampling and sigmoid.
 
     With y = projection, v = value, p = partner[b] and l = lam[b]:
@@ -37,16 +37,25 @@ def mix_attention(
     Args:
         projection: [B, N, D], the features times the shared query/key weight, without lambda and bias.
         value: [B, N], the features times the value weight, without lambda and bias.
-        partner: [B] int64, the partner of each image.
-        lam: [B] float32, the share of each image in its pair.
+        partner: [B] or [R, B] int64, the partner of each image in each draw.
+        lam: [B] or [R, B] float32, the share of each image in its pair.
         query_lambda: [D], the projection's weight for the lambda channel; None without lambda embedding.
         query_bias: [D] or None.
         value_lambda: [1], the value's weight for the lambda channel, or None.
         value_bias: [1] or None.
 
     Returns:
-        [B, N] float32. Products are accumulated in float32 (float64 for float64 inputs) whatever the input's dtype.
+        [B, N] float32, or for [R, B] a tuple of R such tensors, of which the first alone carries a gradient. Products
+        are accumulated in float32 (float64 for float64 inputs) whatever the input's dtype.
     """
+    if partner.dim() == 2:
+        parameters = (query_lambda, query_bias, value_lambda, value_bias)
+        first = mix_attention(projection, value, partner[0], lam[0], *parameters)
+        with torch.no_grad():
+            others = [
+                mix_attention(projection, value, *draw, *parameters) for draw in zip(partner[1:], lam[1:], strict=True)
+            ]
+        return first, *others
     accumulate = _accumulate_dtype(projection)
     with torch.autocast(projection.device.type, enabled=False):
         lam = lam.to(accumulate)
@@ -87,12 +96,22 @@ def mix_attention_forward(
     query_bias: Tensor | None,
     value_lambda: Tensor | None,
     value_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`mix_attention`, and what its backward needs: m, lse and u, each [B, N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`mix_attention`, and what the first draw's backward needs.
 
-    m is the softmax-weighted value before the constants, lse the base-2 logarithm of the softmax's denominator,
-    u[b, j] = (lam[b] * query_lambda + query_bias) . y[p, j], empty without lambda and bias.
+    Returns:
+        logits [B, N] of the first draw and [R - 1, B, N] of the others; m [B, N], the softmax-weighted value before the
+        constants; lse [B, N], the base-2 logarithm of the softmax's denominator; u [R * B, N], u[b, j] = (lam[b] *
+        query_lambda + query_bias) . y[p, j], empty without lambda and bias.
     """
+    if partner.dim() == 2:
+        parameters = (query_lambda, query_bias, value_lambda, value_bias)
+        draws = [
+            mix_attention_forward(projection, value, *draw, *parameters) for draw in zip(partner, lam, strict=True)
+        ]
+        logits, others, attended, lse, _ = draws[0]
+        others = torch.stack([draw[0] for draw in draws[1:]]) if len(draws) > 1 else others
+        return logits, others, attended, lse, torch.cat([draw[4] for draw in draws])
     accumulate = _accumulate_dtype(projection)
     lam = lam.to(accumulate)
     own = projection.to(accumulate)
@@ -103,7 +122,7 @@ def mix_attention_forward(
     lse = torch.logsumexp(scores / LOG2_E, dim=2) * LOG2_E
     attended = torch.einsum("bij,bj->bi", torch.exp2(scores - lse.unsqueeze(2)), value.to(accumulate)[partner])
     logits = _add_constants(attended.clone(), lam, value_lambda, value_bias)
-    return logits, attended, lse, key_offset
+    return logits, logits.new_empty(0, *logits.shape), attended, lse, key_offset
 
 
 def _base2_scores(own: Tensor, keys: Tensor, key_offset: Tensor) -> Tensor:
@@ -167,7 +186,8 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = to
     if images.is_floating_point():
         return images.to(dtype)
     scale = 1 / (255 * std)
-    return (images.permute(0, 3, 1, 2) * scale[:, None, None] - (mean / std)[:, None, None]).to(dtype)
+    images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return (images * scale[:, None, None] - (mean / std)[:, None, None]).to(dtype)
 
 
 def upsample_mask(logits: Tensor, size: tuple[int, int], mode: str) -> Tensor:
@@ -195,6 +215,7 @@ def mask_blend(
     mode: str,
     lam_margin: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    blended: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with its partner under the upsampled mask m: x + (x[partner] - x) * m.
 
@@ -209,14 +230,16 @@ def mask_blend(
         mode: "nearest" or "bilinear".
         lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup; 0 = never.
         dtype: of the mixed images.
+        blended: mix only so many images, the first ones; None = all.
 
     Returns:
-        mixed [B, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in float32 (float64
-        for float64 logits).
+        mixed [B or blended, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in
+        float32 (float64 for float64 logits).
     """
     normalized = normalize(images, mean, std, torch.promote_types(dtype, torch.float32))
     mask = _mask(logits, lam, tuple(normalized.shape[2:]), mode, lam_margin)
-    mixed = torch.lerp(normalized, normalized[partner], mask.unsqueeze(1).to(normalized.dtype))
+    weight = mask[:blended].unsqueeze(1).to(normalized.dtype)
+    mixed = torch.lerp(normalized[:blended], normalized[partner[:blended]], weight)
     mixed = mixed.to(dtype).contiguous(memory_format=torch.channels_last)
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
 
@@ -244,7 +267,7 @@ def mask_blend_backward(
     mode: str,
     lam_margin: float,
 ) -> Tensor:
-    """The logits' gradient; an output that nothing depends on brings None.
+    """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images only.
 
     Each pixel has dm = sum_c grad_mixed[c] * (x[partner, c] - x[c]) + (grad_mean + 2 * m * grad_square_mean) / pixels,
     and the logits get the adjoint of the upsampling of dm * m * (1 - m), or zero where the mask is constant.
@@ -254,7 +277,9 @@ def mask_blend_backward(
     mask = upsample_mask(logits.to(normalized.dtype), size, mode)
     grad_mask = torch.zeros_like(mask)
     if grad_mixed is not None:
-        grad_mask += (grad_mixed * (normalized[partner] - normalized)).sum(dim=1)
+        blended = len(grad_mixed)
+        difference = normalized[partner[:blended]] - normalized[:blended]
+        grad_mask[:blended] += (grad_mixed * difference).sum(dim=1)
     if grad_mean is not None:
         grad_mask += grad_mean[:, None, None] / (size[0] * size[1])
     if grad_square_mean is not None:

@@ -10,7 +10,7 @@ from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.classifier import build_model
 from automix_dist.config import AutoMixConfig
-from automix_dist.draws import MixDraw
+from automix_dist.draws import Draws, MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
 from automix_dist.momentum import MomentumUpdate
 
@@ -51,7 +51,8 @@ def test_mix_block_is_the_published_attention(norm, lam_concat):
             parameter.normal_(std=0.4)
     features = torch.randn(6, 10, 4, 5)
     draws = [MixDraw(torch.rand(6), torch.randperm(6), "nearest") for _ in range(2)]
-    logits = block(features, *draws)
+    both = Draws.of(*draws)
+    logits = block(features, both.partner, both.lam)
     assert logits[0].requires_grad and not logits[1].requires_grad
     for got, draw in zip(logits, draws, strict=True):
         expected = mask_by_definition(block, features.double(), draw)
@@ -62,8 +63,8 @@ def test_mix_block_is_the_published_attention(norm, lam_concat):
 def test_a_new_mix_block_mixes_evenly():
     torch.manual_seed(0)
     block = MixBlock(64, AutoMixConfig())
-    draw = MixDraw(torch.full((4,), 0.3), torch.tensor([1, 0, 3, 2]), "nearest")
-    masks = torch.sigmoid(block(torch.randn(4, 64, 7, 7), draw, draw)[0])
+    partner, lam = torch.tensor([[1, 0, 3, 2]]), torch.full((1, 4), 0.3)
+    masks = torch.sigmoid(block(torch.randn(4, 64, 7, 7), partner, lam)[0])
     assert (masks - 0.5).abs().max() < 0.05
     assert sum(p.numel() for p in MixBlock(256, AutoMixConfig()).parameters()) == 33_282
     assert sum(p.numel() for p in MixBlock(1024, AutoMixConfig()).parameters()) == 526_338
@@ -127,6 +128,25 @@ def test_switched_off_branch_still_trains_the_mix_block_on_its_masks():
     assert model.mix_block.value_bias.grad.abs() > 0
 
 
+@pytest.mark.parametrize(("share", "judged", "mixed"), [(1.0, True, 16), (0.3, True, 5), (1.0, False, 0)])
+def test_only_what_is_judged_is_mixed(share, judged, mixed):
+    """The mask loss is that of the whole batch."""
+    config = tiny_config(automix={"generator_share": share, "mask_loss_margin": 0.0})
+    model, whole = tiny_model(config), tiny_model(tiny_config(automix={"mask_loss_margin": 0.0}))
+    sizes, blend = [], model._blend
+    model._blend = lambda *arguments, **options: note(sizes, blend(*arguments, **options))
+    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=judged)
+    losses = model(*micro_batch(0, 0, 16), draws, 0.1)
+    assert sizes == [mixed, 16]
+    expected = step(whole, config)
+    assert torch.equal(losses.mask, expected.mask) and torch.equal(losses.mask_area, expected.mask_area)
+
+
+def note(sizes: list[int], blended: tuple) -> tuple:
+    sizes.append(len(blended[0]))
+    return blended
+
+
 def test_mixed_loss_uses_the_drawn_lambda_and_both_labels():
     config = tiny_config(loss={"label_smoothing": 0.1})
     model = tiny_model(config)
@@ -156,7 +176,7 @@ def test_mask_adjustment_aims_at_the_lambda_it_is_told(whose):
     model = tiny_model(tiny_config())
     model.config = config
     draws = rank_draws(tiny_config(), 0, 0, 4)
-    draws = draws._replace(
+    draws = Draws.of(
         mix_block=draws.mix_block._replace(lam=torch.full((4,), 0.9)),
         classifier=MixDraw(torch.full((4,), 0.2), torch.tensor([1, 0, 3, 2]), "nearest"),
     )

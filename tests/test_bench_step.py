@@ -197,6 +197,9 @@ def test_the_fused_attention_counts_as_its_definition():
     fused = bench.counted_flops(lambda: operator(*block, None, None, None, None)[0].sum().backward())
     scores = 2 * 3 * 16 * 16 * 8
     assert fused == pytest.approx(4 * scores, rel=0.01)
+    block[2:] = torch.stack([block[2], block[2]]), torch.rand(2, 3)
+    both = bench.counted_flops(lambda: operator(*block, None, None, None, None)[0].sum().backward())
+    assert both == pytest.approx(5 * scores, rel=0.01)
 
 
 def test_the_published_step_is_the_same_method():
@@ -221,8 +224,7 @@ def test_the_published_step_is_the_same_method():
     pixels = ((images / 255 - ours.mean) / ours.std).permute(0, 3, 1, 2).contiguous()
     for step in range(3):
         draws = draw_step(config.automix, 6, seed=1, step=step)
-        lams = [float(draw.lam[0]) for draw in draws[:2]]
-        loss = theirs(pixels, labels, lams, torch.stack([draw.partner for draw in draws[:2]]))
+        loss = theirs(pixels, labels, draws.lam[:, 0].tolist(), draws.partner)
         expected = ours(images, labels, draws, config.automix.mask_loss_weight).total
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     loss.backward()

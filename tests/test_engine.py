@@ -157,7 +157,7 @@ def test_two_ranks_equal_one_batch_of_both_without_batchnorm():
         first, second = (getattr(draws, which) for _, _, draws in parts)
         return MixDraw(torch.cat([first.lam, second.lam]), torch.cat([first.partner, second.partner + size]), "nearest")
 
-    draws = Draws(joined("mix_block"), joined("classifier"), False, True)
+    draws = Draws.of(joined("mix_block"), joined("classifier"))
     together(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), draws, 0.0).total.backward()
     assert_same(
         {n: p.grad for n, p in together.named_parameters() if p.requires_grad},

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from automix_kernels import api as kernels
 from safetensors.torch import save_file
 from tiny import tiny_config
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -18,8 +19,10 @@ from torch.utils._pytree import tree_leaves
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.classifier import build_model
-from automix_dist.config import POLICIES, Config, ModelConfig
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, AutoMixConfig, Config, ModelConfig
+from automix_dist.draws import draw_step
 from automix_dist.engines import Engine
+from automix_dist.mix_block import MixBlock
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
 from automix_dist.trainer import Tally
@@ -168,11 +171,58 @@ def test_no_setting_of_automix_waits_for_the_gpu(sections, gpu):
     trace(gpu, "automix", **sections)
 
 
+KERNELS = {
+    "automix::mix_attention": 2,
+    "automix::mix_attention_backward": 2,
+    "aten::slice_backward": 2,
+    "aten::select_backward": 2,
+}
+"""Launches of operators that take more than one."""
+
+
+def launches(operators: Operators) -> int:
+    """As a GPU would count them: views and new memory launch nothing."""
+    count = 0
+    for name, args, result in operators.ran:
+        read, written = (
+            {each.untyped_storage()._cdata for each in tree_leaves(tensors) if isinstance(each, torch.Tensor)}
+            for tensors in (args, result)
+        )
+        is_view = written <= read and not name.endswith("_")
+        if not is_view and "empty" not in name:
+            count += KERNELS.get(name, 1)
+    return count
+
+
+def test_the_block_takes_few_launches(monkeypatch):
+    """Both draws' masks and mixed images and the gradients, under autocast, with the operators' definitions."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(kernels, "_takes_triton", lambda *_: True)
+    config, mean, std = AutoMixConfig(), torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    block, draws = MixBlock(16, config), draw_step(config, 4, seed=0, step=0)
+    features = torch.randn(4, 16, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (4, 6, 6, 3), dtype=torch.uint8)
+    grads = [torch.randn(4, 3, 6, 6).bfloat16(), *torch.randn(2, 4)]
+    with Operators() as forward, torch.autocast("cpu", torch.bfloat16):
+        logits = block(features, draws.partner, draws.lam)
+        outputs, _ = (
+            kernels.mask_blend(each, images, draw.partner, draw.lam, mean, std, "nearest", 0.0, torch.bfloat16)
+            for each, draw in zip(logits, (draws.mix_block, draws.classifier), strict=True)
+        )
+    with Operators() as backward:
+        torch.autograd.grad(outputs, list(block.parameters()), grads)
+    # Two casts of weights, two products, two of attention, two blends.
+    assert launches(forward) <= 8, [name for name, *_ in forward.ran]
+    # The blend, two of attention, two products; a cast and a concatenation for each weight.
+    assert launches(backward) <= 9, [name for name, *_ in backward.ran]
+
+
 def test_automix_runs_its_kernels_on_the_gpu(gpu):
     operators = trace(gpu, "automix")
     ran = [(operator, args, result) for operator, args, result in operators.ran if operator.startswith("automix::")]
     names = [name.removeprefix("automix::") for name, *_ in ran]
-    assert names == ["mix_attention"] * 2 + ["mask_blend"] * 2 + ["momentum_update"]
-    projection, mixed = ran[0][1][0], ran[2][2][0]
+    assert names == ["normalize", "mix_attention", "mask_blend", "mask_blend", "momentum_update", "normalize"]
+    clean, projection, mixed = ran[0][2], ran[1][1][0], ran[2][2][0]
+    assert clean.dtype == torch.bfloat16 and clean.is_contiguous(memory_format=torch.channels_last)
     assert projection.dtype == torch.bfloat16
     assert mixed.dtype == torch.bfloat16 and mixed.is_contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from automix_kernels import mask_blend, mix_attention, momentum  # noqa: E402
+from automix_kernels import mask_blend, mix_attention, momentum, normalize  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -132,8 +132,10 @@ ATTENTION_CASES = [
 
 @pytest.mark.parametrize(("architecture", "batch", "positions", "channels", "dtype"), ATTENTION_CASES)
 def test_mix_attention(record, tmp_path, architecture, batch, positions, channels, dtype):
-    query, constant = (meta(channels), meta(channels)), (meta(1), meta(1))
-    check_attention(record, tmp_path, architecture, meta(batch, positions, channels, dtype=dtype), query, constant)
+    query = meta(channels, 2 * channels + 1)[:, -1], meta(channels)
+    check_attention(
+        record, tmp_path, architecture, meta(batch, positions, channels, dtype=dtype), query, (meta(1), meta(1))
+    )
 
 
 def test_mix_attention_with_a_bias_alone(record, tmp_path):
@@ -146,9 +148,9 @@ def check_attention(record, tmp_path, architecture, projection, query, constant)
     launches = record(mix_attention, architecture)
     batch, positions, _ = projection.shape
     value = meta(batch, positions, dtype=projection.dtype)
-    partner, lam = meta(batch, dtype=torch.int64), meta(batch)
-    logits, *saved = mix_attention.launch_forward(projection, value, partner, lam, *query, *constant)
-    mix_attention.launch_backward(logits, projection, value, partner, lam, *query, *saved)
+    partner, lam = meta(2, batch, dtype=torch.int64), meta(2, batch)
+    logits, _, *saved = mix_attention.launch_forward(projection, value, partner, lam, *query, *constant)
+    mix_attention.launch_backward(logits, projection, value, partner[0], lam[0], *query, *saved)
     assert [kernel.__name__ for kernel, _ in launches] == [
         "_key_offset_kernel", "_forward_kernel", "_backward_kernel", "_parameter_grad_kernel"
     ]  # fmt: skip
@@ -184,6 +186,17 @@ def test_mask_blend(record, tmp_path, architecture, cells, factor, kind, mode):
     mask_blend.launch_backward(mixed, *means, *arguments, meta(3), mode, 0.08)
     assert len(launches) == (3 if mode == "bilinear" else 2)
     assert_fits(launches, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_normalize(record, tmp_path, architecture):
+    launches = record(normalize, architecture)
+    normalize.launch(meta(64, 224, 224, 3, dtype=torch.uint8), meta(3), meta(3), torch.bfloat16)
+    assert_fits(launches, architecture, tmp_path)
+    if architecture != "hip":
+        ((kernel, arguments),) = launches
+        code = compile_launch(kernel, dict(arguments), architecture).asm["ptx"]
+        assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
 
 
 @pytest.mark.parametrize("architecture", TARGETS)

@@ -73,6 +73,7 @@ def test_mix_attention_refuses(change, error, message):
         ({"mode": "bicubic"}, ValueError, "mode must be 'nearest' or 'bilinear', got 'bicubic'"),
         ({"lam_margin": 0.6}, ValueError, r"lam_margin must lie in \[0, 0.5\], got 0.6"),
         ({"dtype": torch.uint8}, TypeError, "dtype must be a floating-point type"),
+        ({"blended": 4}, ValueError, r"blended must lie in 0..3, the number of images, got 4"),
         ({"std": torch.ones(1)}, ValueError, r"std must have shape \[3\]"),
         ({"implementation": "triton"}, RuntimeError, "tensors are on cpu"),
     ],
@@ -95,6 +96,21 @@ def test_momentum_update_refuses(arguments, error, message):
         api.momentum_update(*arguments)
     with pytest.raises(RuntimeError, match="tensors are on cpu"):
         api.momentum_update([torch.zeros(2)], [torch.zeros(2)], 0.9, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 6, 8, dtype=torch.uint8)}, ValueError, r"images must have shape .*, 3\]"),
+        ({"images": torch.zeros(2, 6, 8, 3, dtype=torch.int64)}, TypeError, "images must be torch.uint8"),
+        ({"mean": torch.zeros(1)}, ValueError, r"mean must have shape \[3\]"),
+        ({"implementation": "triton"}, RuntimeError, "tensors are on cpu"),
+    ],
+)
+def test_normalize_refuses(change, error, message):
+    arguments = {"images": blend_arguments()["images"], "mean": MEAN, "std": STD}
+    with pytest.raises(error, match=message):
+        api.normalize(**{**arguments, **change})
 
 
 def test_momentum_update_of_two_layouts_is_not_for_the_kernel():
@@ -123,6 +139,26 @@ def test_cpu_tensors_take_the_definitions(implementation):
 def test_float64_stays_in_plain_pytorch():
     arguments = {k: v.double() if v.is_floating_point() else v for k, v in attention_arguments().items()}
     assert api.mix_attention(**arguments).dtype == torch.float64
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_operator_of_several_draws_differentiates_in_the_first(draws, compiled):
+    arguments = attention_arguments()
+    names = ("projection", "value", "query_bias", "value_lambda", "value_bias")
+    projection, value, *rest = leaves = [arguments[name].requires_grad_() for name in names]
+    weight = torch.randn(8, 9, requires_grad=True)
+    partner, lam = torch.stack([torch.randperm(3) for _ in range(draws)]), torch.rand(draws, 3)
+    first, *others = api.mix_attention(projection, value, partner, lam, weight[:, -1], *rest)
+    expected = torch.autograd.grad(first.square().sum(), [*leaves, weight])
+
+    def block():
+        logits, others, *_ = mix_attention.mix_attention(projection, value, partner, lam, weight[:, -1], *rest)
+        return logits.square().sum() + others.square().sum(), others
+
+    total, found = torch.compile(block, fullgraph=True, backend="aot_eager")() if compiled else block()
+    torch.testing.assert_close(list(found), others)
+    torch.testing.assert_close(torch.autograd.grad(total, [*leaves, weight]), expected, rtol=1e-4, atol=1e-5)
 
 
 def block(operators, projection, value, partner, lam, parameters, images):

@@ -244,6 +244,26 @@ def test_attention_reads_slices_in_place():
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("parameters", [(1, 1, 1, 1), (0, 0, 0, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_draws_side_by_side_have_the_bits_of_draws_apart(dtype, parameters):
+    """And only the first one has a gradient."""
+    tensors = attention_tensors(4, 70, 24, dtype, parameters=parameters)
+    partner = torch.tensor([[1, 0, 3, 2], [1, 1, 0, 2], [0, 1, 2, 3]], device=DEVICE)
+    lam = torch.rand(3, 4, device=DEVICE, generator=generator(4))
+    grad = torch.randn(4, 70, device=DEVICE, generator=generator(3))
+    leaves = [t for t in tensors if t is not None and t.requires_grad]
+    together = api.mix_attention(*tensors[:2], partner, lam, *tensors[4:], implementation="triton")
+    gradients = torch.autograd.grad(together[0], leaves, grad)
+    assert [each.requires_grad for each in together] == [True, False, False]
+    for i, (each, *draw) in enumerate(zip(together, partner, lam, strict=True)):
+        apart = api.mix_attention(*tensors[:2], *draw, *tensors[4:], implementation="triton")
+        assert torch.equal(each, apart)
+        if i == 0:
+            for ours, expected in zip(gradients, torch.autograd.grad(apart, leaves, grad), strict=True):
+                assert torch.equal(ours, expected)
+
+
 @pytest.mark.skipif(api.INTERPRETED, reason="the interpreter has one order of doing things")
 def test_attention_gives_the_same_bits_twice():
     for dtype in DTYPES:
@@ -354,6 +374,25 @@ def test_blend_margin(mode):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("blended", [0, 2])
+@pytest.mark.parametrize("kind", ["uint8", "planar"])
+def test_blend_of_the_first_images_has_the_bits_of_all(mode, blended, kind):
+    """And the gradient of a mean over the batch, which is one number for all images, is read in place."""
+    logits, images, partner, lam = blend_inputs(4, (3, 2), (4, 5), kind)
+    arguments = (logits, images, partner, lam, MEAN, STD, mode, 0.0, torch.float32)
+    mixed, *means = api.mask_blend(*arguments, blended, implementation="triton")
+    whole, *expected_means = api.mask_blend(*arguments, implementation="triton")
+    assert mixed.isfinite().all() and torch.equal(mixed, whole[:blended])
+    assert all(map(torch.equal, means, expected_means))
+    grad = torch.randn(mixed.shape, device=DEVICE, generator=generator(3))
+    (ours,) = torch.autograd.grad([mixed, *(each.mean() for each in means)], logits, [grad, None, None])
+    padded = torch.cat([grad, torch.zeros_like(whole[blended:])])
+    quarter = torch.full((4,), 0.25, device=DEVICE)
+    (expected,) = torch.autograd.grad([whole, *expected_means], logits, [padded, quarter, quarter])
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_blend_extreme_logits(mode):
     logits, *rest = blend_inputs(2, (3, 3), (4, 4), "uint8")
     check_blend((1e4 * logits.detach().sign()).requires_grad_(), *rest, mode)
@@ -399,6 +438,19 @@ def test_a_gradient_in_another_layout():
     assert torch.equal(planar, channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (3, 5, 7), (2, 64, 96), (1, 13, 157)])
+def test_normalize(batch, height, width, dtype):
+    shape = (batch, height, width, 3)
+    images = torch.randint(0, 256, shape, device=DEVICE, generator=generator(), dtype=torch.uint8)
+    exact = (images.double() / 255 - MEAN.double()) / STD.double()
+    for each in (images, images.transpose(1, 2).contiguous().transpose(1, 2)):
+        ours = api.normalize(each, MEAN, STD, dtype, implementation="triton")
+        assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+        eager = reference.normalize(each, MEAN, STD, dtype)
+        assert_within_budget(ours, eager, exact.permute(0, 3, 1, 2), "normalised")
+
+
 @pytest.mark.parametrize("skip", [None, 0.0])
 @pytest.mark.parametrize("coefficient", [0.999, 0.3, 0.0, 1.0])
 def test_momentum(coefficient, skip):
@@ -437,18 +489,20 @@ def test_momentum_skips():
 
 @pytest.mark.skipif(api.INTERPRETED, reason="the interpreter is no GPU")
 def test_capture_in_a_cuda_graph():
-    """Forward and backward of the block, replayed on new inputs, without a wait for the host."""
+    """Forward of two draws and backward of the block, replayed on new inputs, without a wait for the host."""
     projection, value, partner, lam, *parameters = attention_tensors(4, 49, 64, torch.bfloat16)
+    partner, lam = torch.stack([partner, partner.roll(1)]), torch.stack([lam, 1 - lam])
     _, images, _, _ = blend_inputs(4, (7, 7), (4, 4), "uint8")
     leaves = [projection, value, *parameters]
 
     def step():
-        logits = api.mix_attention(projection, value, partner, lam, *parameters, implementation="triton")
+        logits, other = api.mix_attention(projection, value, partner, lam, *parameters, implementation="triton")
         mixed, mean, _ = api.mask_blend(
-            logits.view(4, 7, 7), images, partner, lam, MEAN, STD, "nearest", 0.08, torch.bfloat16,
+            logits.view(4, 7, 7), images, partner[0], lam[0], MEAN, STD, "nearest", 0.08, torch.bfloat16, 3,
             implementation="triton",
         )  # fmt: skip
-        return [mixed, *torch.autograd.grad(mixed.float().square().mean() + mean.sum(), leaves)]
+        clean = api.normalize(images, MEAN, STD, torch.bfloat16, implementation="triton")
+        return [clean, other, mixed, *torch.autograd.grad(mixed.float().square().mean() + mean.sum(), leaves)]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -459,7 +513,7 @@ def test_capture_in_a_cuda_graph():
         replayed = step()
     with torch.no_grad():
         projection.copy_(torch.randn_like(projection))
-        partner.copy_(partner.roll(1))
+        partner.copy_(partner.roll(1, dims=1))
     graph.replay()
     for ours, expected in zip(replayed, step(), strict=True):
         assert torch.equal(ours, expected)

@@ -7,7 +7,7 @@ import torch
 from test_kernels_api import attention_arguments, blend_arguments
 
 pytest.importorskip("triton")
-from automix_kernels import mask_blend, mix_attention, momentum
+from automix_kernels import mask_blend, mix_attention, momentum, normalize, reference
 from torch.library import opcheck
 
 pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -25,18 +25,33 @@ def test_attention(with_offset, device):
     leaves = [a.requires_grad_() if i in (0, 1, 4, 5, 6, 7) and a is not None else a for i, a in enumerate(arguments)]
     opcheck(mix_attention.mix_attention, leaves)
     detached = [None if a is None else a.detach() for a in leaves]
-    logits, *saved = mix_attention.mix_attention(*detached)
+    logits, _, *saved = mix_attention.mix_attention(*detached)
     opcheck(mix_attention.mix_attention_backward, (logits, *detached[:6], *saved))
+    leaves[2:4] = torch.stack([leaves[2], leaves[2].roll(1)]), torch.rand(2, 2, device=device)
+    opcheck(mix_attention.mix_attention, leaves)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_blend(mode, device):
     logits, *rest = on(device, blend_arguments(2, mode, 1, 2).values())
     opcheck(mask_blend.mask_blend, (logits.requires_grad_(), *rest, 0.1, torch.bfloat16))
+    opcheck(mask_blend.mask_blend, (logits, *rest, 0.1, torch.bfloat16, 1))
     images, partner, lam, _, std, mode = rest
-    for grads in ((torch.randn(2, 3, 2, 8), torch.randn(2), torch.randn(2)), (None, torch.randn(2), None)):
+    for grads in (
+        (torch.randn(2, 3, 2, 8), torch.randn(2), torch.randn(2)), (None, torch.ones(()).expand(2), None),
+        (torch.randn(1, 3, 2, 8), None, None)
+    ):  # fmt: skip
         arguments = (*on(device, grads), logits.detach(), images, partner, lam, std, mode, 0.1)
         opcheck(mask_blend.mask_blend_backward, arguments)
+
+
+def test_normalize(device):
+    images, _, _, mean, std = on(device, list(blend_arguments(2, "nearest", 1, 2).values())[1:6])
+    for each in (images, images.transpose(1, 2)):
+        opcheck(normalize.normalize, (each, mean, std, torch.bfloat16))
+    compiled = torch.compile(normalize.normalize, fullgraph=True, backend="aot_eager")
+    expected = reference.normalize(images, mean, std, torch.float16)
+    torch.testing.assert_close(compiled(images, mean, std, torch.float16), expected)
 
 
 def test_momentum(device):

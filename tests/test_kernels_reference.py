@@ -54,7 +54,7 @@ def test_gradcheck_of_blend(mode, kind):
 @pytest.mark.parametrize("offsets", [True, False])
 def test_attention_backward_as_written_out(partner, offsets):
     projection, value, partner, lam, *parameters = attention_inputs(4, 7, 6, partner, offsets)
-    logits, *saved = reference.mix_attention_forward(projection, value, partner, lam, *parameters)
+    logits, _, *saved = reference.mix_attention_forward(projection, value, partner, lam, *parameters)
     grad_logits = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     grads = reference.mix_attention_backward(grad_logits, projection, value, partner, lam, *parameters[:2], *saved)
     leaves = [t for t in require_grads([projection, value, *parameters]) if t is not None]
@@ -65,6 +65,27 @@ def test_attention_backward_as_written_out(partner, offsets):
     if offsets:
         torch.testing.assert_close(grads[2], torch.stack(expected[2:4]), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grads[3], torch.cat(expected[4:6]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("blended", [0, 2])
+def test_a_blend_of_the_first_images_is_that_of_all_cut_off(mode, blended):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    images = torch.randint(0, 256, (4, 6, 8, 3), generator=generator, dtype=torch.uint8)
+    partner, lam = torch.tensor([3, 2, 0, 1]), torch.full((4,), 0.5)
+    arguments = (logits, images, partner, lam, torch.zeros(3), torch.ones(3), mode, 0.0, torch.float64)
+    mixed, *means = reference.mask_blend(*arguments, blended)
+    whole, *expected_means = reference.mask_blend(*arguments)
+    assert torch.equal(mixed, whole[:blended]) and all(map(torch.equal, means, expected_means))
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in (mixed, *means)]
+    (expected,) = torch.autograd.grad([whole[:blended], *expected_means], logits, grads)
+    (actual,) = torch.autograd.grad([mixed, *means], logits, grads)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    written_out = reference.mask_blend_backward(
+        *grads, logits.detach(), images, partner, lam, torch.ones(3), mode, 0.0
+    )  # fmt: skip
+    torch.testing.assert_close(written_out, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
@@ -97,6 +118,27 @@ def test_key_side_lambda_and_bias_cancel():
     expected = (weights @ values.unsqueeze(2)).squeeze(2)
     actual = reference.mix_attention(projection, value, partner, lam, *parameters)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+def test_draws_side_by_side_are_draws_apart(offsets):
+    """Only the first has a gradient; and so in what the kernels compute."""
+    projection, value, _, _, *parameters = attention_inputs(3, 5, 4, [0, 1, 2], offsets)
+    partner, lam = torch.tensor([[1, 2, 0], [1, 1, 0], [0, 2, 1]]), torch.rand(3, 3, dtype=torch.float64)
+    leaves = [t for t in require_grads([projection, value, *parameters]) if t is not None]
+    together = reference.mix_attention(projection, value, partner, lam, *parameters)
+    apart = [reference.mix_attention(projection, value, *draw, *parameters) for draw in zip(partner, lam, strict=True)]
+    assert [each.requires_grad for each in together] == [True, False, False]
+    for ours, expected in zip(together, apart, strict=True):
+        assert torch.equal(ours, expected)
+    grads = [torch.autograd.grad(each.square().sum(), leaves) for each in (together[0], apart[0])]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    first, others, *saved = reference.mix_attention_forward(projection, value, partner, lam, *parameters)
+    torch.testing.assert_close([first, *others], apart, rtol=1e-12, atol=1e-12)
+    alone = reference.mix_attention_forward(projection, value, partner[0], lam[0], *parameters)
+    assert alone[1].shape == (0, 3, 5)
+    for ours, expected in zip(saved, alone[2:], strict=True):
+        assert torch.equal(ours[: len(expected)], expected)
 
 
 def test_attention_ignores_autocast():

@@ -36,7 +36,7 @@ from automix_dist.config import (
     PolicyConfig,
     load_config,
 )
-from automix_dist.draws import MixDraw, draw_step, seed_torch, shared_generator, step_generator
+from automix_dist.draws import Draws, MixDraw, draw_step, seed_torch, shared_generator, step_generator
 from automix_dist.engines import build_engine
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.momentum import MomentumUpdate
@@ -563,7 +563,8 @@ def test_samix_block_is_the_published_attention(k):
         torch.randn(6, 10, 4, 5),
         [MixDraw(torch.rand(6), torch.randperm(6), "bilinear") for _ in range(2)],
     )
-    logits = block(features, *draws)
+    both = Draws.of(*draws)
+    logits = block(features, both.partner, both.lam)
     assert logits[0].requires_grad and not logits[1].requires_grad
     assert block.hidden_norm.num_batches_tracked == 2
     block.double()

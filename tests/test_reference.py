@@ -101,11 +101,11 @@ def test_mix_block(mix_block_recording):
     block.load_state_dict({k: v.reshape(own[k].shape) for k, v in weights.items()})
 
     mode = "nearest" if is_nearest(recording["mask"], scale) else "bilinear"
-    draw = MixDraw(recording["lam"].float().expand(batch), recording["index"], mode)
-    logits, _ = block(features, draw, draw)
+    lam = recording["lam"].float().expand(batch)
+    (logits,) = block(features, recording["index"][None], lam[None])
     mask = kernels.upsample_mask(logits, (h * scale, w * scale), mode)
     both = torch.stack([1 - mask, mask], dim=1)
-    loss = mask_loss("l1", mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2)), draw.lam, margin=0.1)
+    loss = mask_loss("l1", mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2)), lam, margin=0.1)
     ((both * recording["upstream"]).sum() + loss).backward()
 
     assert (both - recording["mask"]).abs().max() <= VALUE_TOLERANCE
@@ -137,7 +137,7 @@ def train_step_model(path, recording) -> AutoMix:
 def recorded_draws(recording: dict, step: int, mode: str) -> Draws:
     lams = recording[f"step{step}.lam_mb_bb"].float()
     batch = recording[f"step{step}.y"].shape[0]
-    return Draws(
+    return Draws.of(
         mix_block=MixDraw(lams[0].expand(batch), recording[f"step{step}.index_mb"], mode),
         classifier=MixDraw(lams[1].expand(batch), recording[f"step{step}.index_bb"], mode),
         adjust_mask=False,

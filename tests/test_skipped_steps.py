@@ -20,7 +20,7 @@ def inputs(config, step: int, rank: int, size: int):
     """A micro batch whose lambda is not a number on rank 1 in the bad steps."""
     draws = rank_draws(config, step, rank, size)
     if step in BAD_STEPS and rank == 1:
-        draws = draws._replace(classifier=draws.classifier._replace(lam=draws.classifier.lam * torch.nan))
+        draws = draws._replace(lam=torch.stack([draws.lam[0], draws.lam[1] * torch.nan]))
     return *micro_batch(step, rank, size), draws
 
 

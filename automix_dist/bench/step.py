@@ -235,8 +235,7 @@ def published(case: Case, *, autocast: bool = False) -> Trained:
 
     def loss(step: int) -> Tensor:
         draws = draw_step(config.automix, case.batch, seed=0, step=step)
-        lams = [float(draws.mix_block.lam[0]), float(draws.classifier.lam[0])]
-        partners = torch.stack([draws.mix_block.partner, draws.classifier.partner])
+        lams, partners = draws.lam[:, 0].tolist(), draws.partner
         images = case.normalized(step, torch.float32).contiguous()
         with case.autocast(autocast):
             return model(images, case.labels[step % POOL], lams, partners)
@@ -339,15 +338,15 @@ class HostReads(TorchDispatchMode):
         return result
 
 
-def attention_flops(projection, *args, out_shape=None, **kwargs) -> int:
-    """Products of the fused attention: scores."""
-    batch, positions, channels = projection
-    return 2 * batch * positions**2 * channels
+def attention_flops(projection, value, partner, *args, out_shape=None, **kwargs) -> int:
+    """Products of the fused attention: the scores of every pair."""
+    _, positions, channels = projection
+    return 2 * math.prod(partner) * positions**2 * channels
 
 
-def attention_backward_flops(grad, projection, *args, out_shape=None, **kwargs) -> int:
+def attention_backward_flops(grad, *args, out_shape=None, **kwargs) -> int:
     """Scores again, and the gradients of queries and keys."""
-    return 3 * attention_flops(projection)
+    return 3 * attention_flops(*args)
 
 
 def convolution_backward_flops(grad, images, weight, *args, out_shape=None, **kwargs) -> int:
@@ -558,7 +557,7 @@ def measure_parts(case: Case, rounds: int) -> dict[str, float]:
         with contextlib.ExitStack() as stack:
             for context in (
                 marked(model.momentum.backbone, "features", ("normalise", "feature pass")),
-                marked(kernels, "mix_attention", attention, attention),
+                marked(kernels, "mix_attention", attention),
                 marked(kernels, "mask_blend", blend, blend),
                 marked(model.momentum, "forward", ("mask loss", "mixed momentum, forward")),
                 marked(

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from automix_kernels import api as kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -133,7 +132,7 @@ class Model(AutoMix):
         return Draws(draw, draw, False, True)
 
     def _losses(self, images: Tensor, clean: Tensor, labels: Tensor, draws: Draws, mask_loss_weight: float) -> Losses:
-        images = kernels.normalize(images, self.mean, self.std)
+        images = self._normalized(images)
         with torch.no_grad():
             features, embedding = self.momentum.backbone.features_and_embedding(clean)
             answers = self.momentum.head_mix(embedding).float()

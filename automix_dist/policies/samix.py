@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from automix_dist.automix import AutoMix
 from automix_dist.config import AutoMixConfig, ConfigError
-from automix_dist.draws import MixDraw
-from automix_dist.mix_block import reset_projections
+from automix_dist.mix_block import attend_each, reset_projections
 from automix_dist.policy import require
 
 
@@ -65,29 +64,27 @@ class SAMixBlock(nn.Module):
         self.value_weight = nn.Parameter(torch.empty(1, hidden))
         reset_projections(self)
 
-    def forward(self, features: Tensor, train_draw: MixDraw, classifier_draw: MixDraw) -> tuple[Tensor, Tensor]:
-        """As MixBlock's: mask logits [B, h, w] of both draws; only the first carries a gradient."""
-        batch, channels, h, w = features.shape
+    def forward(self, features: Tensor, partner: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
+        """As MixBlock's: mask logits [B, h, w] of each draw; only the first carries a gradient."""
+        channels, h, w = features.shape[1:]
         tokens = features.flatten(2).transpose(1, 2)
-        own, partner = (weight.unflatten(1, (2, channels)).unbind(1) for weight in (self.query_weight, self.key_weight))
+        query, key = (weight.unflatten(1, (2, channels)).unbind(1) for weight in (self.query_weight, self.key_weight))
         # Scaling and projecting commute: one projection serves both draws and both roles of an image in a pair.
-        weights = torch.cat([own[0], own[1], partner[0], partner[1], self.hidden_weight])
+        weights = torch.cat([*query, *key, self.hidden_weight])
         projected = F.linear(tokens, weights)
-        train = self._attend(projected, train_draw)
-        with torch.no_grad():
-            classifier = self._attend(projected.detach(), classifier_draw)
-        return train.view(batch, h, w), classifier.view(batch, h, w)
+        logits = attend_each(lambda *draw: self._attend(projected, *draw), partner, lam)
+        return tuple(each.unflatten(1, (h, w)) for each in logits)
 
-    def _attend(self, projected: Tensor, draw: MixDraw) -> Tensor:
-        """[B, N, 4 D + hidden] -> [B, N] logits."""
-        lam = lam_curve(draw.lam, self.settings.lam_curve)[:, None, None]
-        own, partner = (1 + lam), (2 - lam)
+    def _attend(self, projected: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
+        """[B, N, 4 D + hidden] -> [B, N] logits of one draw."""
+        lam = lam_curve(lam, self.settings.lam_curve)[:, None, None]
+        of_own, of_partner = (1 + lam), (2 - lam)
         with torch.autocast(projected.device.type, enabled=False):
             *parts, hidden = projected.float().split([self.width] * 4 + [len(self.hidden_weight)], dim=2)
             query_own, query_partner, key_own, key_partner = parts
-            queries = own * query_own + partner * query_partner[draw.partner] + self.query_bias
-            keys = own * key_own + partner * key_partner[draw.partner] + self.key_bias
-            hidden = self.hidden_norm((partner * hidden[draw.partner]).transpose(1, 2)).transpose(1, 2)
+            queries = of_own * query_own + of_partner * query_partner[partner] + self.query_bias
+            keys = of_own * key_own + of_partner * key_partner[partner] + self.key_bias
+            hidden = self.hidden_norm((of_partner * hidden[partner]).transpose(1, 2)).transpose(1, 2)
             value = F.dropout(F.elu(hidden) @ self.value_weight.T, self.settings.value_dropout, self.training)
             attention = torch.softmax(torch.bmm(queries, keys.transpose(1, 2)) / math.sqrt(self.width), dim=2)
             return torch.bmm(attention, value).squeeze(2)
