@@ -8,8 +8,10 @@ With y = projection, v = value, p = partner[b], a = lam[b] * query_lambda + quer
 
 u comes from a small kernel of its own, so that every operand of a matrix product goes from memory to the matrix units
 untouched, and the backward's transposed product sees the very same scores. Saved for the backward: the inputs, u, m and
-the base-2 logarithm of the softmax's denominator, [B, N] each. The backward recomputes the probabilities P; as the
-value has one channel, its gradient of the scores needs neither a product nor a pass of its own (g = grad_logits):
+lse = log(sum_j exp(S[b, i, j])) * sqrt(D), [B, N] each. The backward recomputes the probabilities P, and subtracts lse
+before it divides by sqrt(D): the other way round, a fused multiply-add would leave out the rounding of one side only, and
+a lone score of 1e4 would not get the probability 1. As the value has one channel, the gradient of the scores needs
+neither a product nor a pass of its own (g = grad_logits):
 
     dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - m[b, i]) / sqrt(D)
     dv[p, j]    = sum_b sum_i P[b, i, j] * g[b, i]                         over every b whose partner is p
@@ -191,13 +193,13 @@ def _forward_kernel(
         keys = start_n + tl.arange(0, BLOCK_N)
         key_mask = keys < N
         scores = _scores(own_base, rows, key_base, keys, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        scores = _mask_keys(scores, key_offset_ptr + pair * N, keys, N, HAS_OFFSET) * (scale * LOG2_E)
+        scores = _mask_keys(scores, key_offset_ptr + pair * N, keys, N, HAS_OFFSET)
         value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
         value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)  # [BLOCK_N]
 
         new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-        decay = tl.exp2(running_max - new_max)
-        weights = tl.exp2(scores - new_max[:, None])
+        decay = tl.exp2((running_max - new_max) * (scale * LOG2_E))
+        weights = tl.exp2((scores - new_max[:, None]) * (scale * LOG2_E))
         denominator = denominator * decay + tl.sum(weights, axis=1)
         numerator = numerator * decay + tl.sum(weights * value[None, :], axis=1)
         running_max = new_max
@@ -212,7 +214,7 @@ def _forward_kernel(
     if draw == 0:
         tl.store(logits_ptr + outputs, attended + constant, mask=rows < N)
         tl.store(attended_ptr + outputs, attended, mask=rows < N)
-        tl.store(lse_ptr + outputs, running_max + tl.log2(denominator), mask=rows < N)
+        tl.store(lse_ptr + outputs, running_max + tl.log2(denominator) / (scale * LOG2_E), mask=rows < N)
     else:
         tl.store(others_ptr + (draw - 1) * batch * N + outputs, attended + constant, mask=rows < N)
 
@@ -294,7 +296,7 @@ def _backward_kernel(
         scores = _mask_keys(scores, key_offset_ptr + image * N, keys, N, HAS_OFFSET)
         value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
         value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)
-        probability = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
+        probability = tl.exp2((scores - lse[:, None]) * (scale * LOG2_E))
         grad_scores = probability * (value[None, :] - attended[:, None]) * (grad * (scale / unit))[:, None]
         grad_scores = grad_scores.to(projection_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N]
         for start_d in range(0, D, BLOCK_D):
@@ -333,7 +335,7 @@ def _backward_kernel(
             query_lse = tl.load(lse_ptr + pair * N + queries, mask=query_mask, other=float("inf"))
             query_attended = tl.load(attended_ptr + pair * N + queries, mask=query_mask, other=0.0)
             query_grad = tl.load(grad_ptr + pair * N + queries, mask=query_mask, other=0.0)
-            probability = tl.exp2(scores * (scale * LOG2_E) - query_lse[None, :])
+            probability = tl.exp2((scores - query_lse[None, :]) * (scale * LOG2_E))
             weighted = probability * query_grad[None, :]
             grad_value += tl.sum(weighted, axis=1)
             grad_scores = weighted * ((own_value[:, None] - query_attended[None, :]) * (scale / unit))

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOG2_E = math.log2(math.e)
-
 
 def mix_attention(
     projection: Tensor,
@@ -101,8 +99,8 @@ def mix_attention_forward(
 
     Returns:
         logits [B, N] of the first draw and [R - 1, B, N] of the others; m [B, N], the softmax-weighted value before the
-        constants; lse [B, N], the base-2 logarithm of the softmax's denominator; u [R * B, N], u[b, j] = (lam[b] *
-        query_lambda + query_bias) . y[p, j], empty without lambda and bias.
+        constants; lse [B, N], sqrt(D) times the logarithm of the softmax's denominator; u [R * B, N], empty without
+        lambda and bias: u[b, j] = (lam[b] * query_lambda + query_bias) . y[p, j].
     """
     if partner.dim() == 2:
         parameters = (query_lambda, query_bias, value_lambda, value_bias)
@@ -118,18 +116,18 @@ def mix_attention_forward(
     keys = own[partner]
     offset = _query_offset(lam, query_lambda, query_bias)
     key_offset = own.new_empty(0, own.shape[1]) if offset is None else torch.einsum("bd,bjd->bj", offset, keys)
-    scores = _base2_scores(own, keys, key_offset)
-    lse = torch.logsumexp(scores / LOG2_E, dim=2) * LOG2_E
-    attended = torch.einsum("bij,bj->bi", torch.exp2(scores - lse.unsqueeze(2)), value.to(accumulate)[partner])
+    scores = _unscaled_scores(own, keys, key_offset)
+    scale = 1 / math.sqrt(own.shape[2])
+    lse = torch.logsumexp(scores * scale, dim=2) / scale
+    probability = torch.exp((scores - lse.unsqueeze(2)) * scale)
+    attended = torch.einsum("bij,bj->bi", probability, value.to(accumulate)[partner])
     logits = _add_constants(attended.clone(), lam, value_lambda, value_bias)
     return logits, logits.new_empty(0, *logits.shape), attended, lse, key_offset
 
 
-def _base2_scores(own: Tensor, keys: Tensor, key_offset: Tensor) -> Tensor:
+def _unscaled_scores(own: Tensor, keys: Tensor, key_offset: Tensor) -> Tensor:
     scores = torch.bmm(own, keys.transpose(1, 2))
-    if key_offset.shape[0] > 0:
-        scores = scores + key_offset.unsqueeze(1)
-    return scores * (LOG2_E / math.sqrt(own.shape[2]))
+    return scores + key_offset.unsqueeze(1) if key_offset.shape[0] > 0 else scores
 
 
 def mix_attention_backward(
@@ -158,7 +156,8 @@ def mix_attention_backward(
     own = projection.to(accumulate)
     keys = own[partner]
     values = value.to(accumulate)
-    probability = torch.exp2(_base2_scores(own, keys, key_offset) - lse.unsqueeze(2))
+    scores = _unscaled_scores(own, keys, key_offset)
+    probability = torch.exp((scores - lse.unsqueeze(2)) / math.sqrt(own.shape[2]))
     weighted = probability * grad_logits.unsqueeze(2)
     grad_scores = weighted * (values[partner].unsqueeze(1) - attended.unsqueeze(2)) / math.sqrt(own.shape[2])
 
