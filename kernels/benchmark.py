@@ -225,7 +225,7 @@ def measure_case(case: Case, names: list[str], machine: Machine, budget_s: float
             if row.direction == "both" and row.ms is not None:
                 measured.append(row)
             yield row
-    if machine.copy_bytes_per_s is not None:
+    if measured and torch.cuda.is_available():
         for row in measured:
             try:
                 row.launches = count_launches(prepare(case, case.candidates[row.candidate], sets[:1], True)[0])
