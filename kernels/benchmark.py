@@ -265,12 +265,11 @@ def measure(
     except Exception as error:  # any library may refuse a shape in its own way; the table says which and why
         yield Row(case.operation, case.shape.label, name, direction, note=brief(error), failed=True)
         return
-    backward.ms = both.ms - forward.ms
-    if both.graph_ms and forward.graph_ms:
-        backward.graph_ms = both.graph_ms - forward.graph_ms
-    if min(backward.ms, backward.graph_ms or backward.ms) <= 0:
-        backward.ms = backward.graph_ms = None
-        backward.note = "lost in the noise"
+    for name in ("ms", "graph_ms"):
+        if getattr(both, name) and getattr(forward, name):
+            difference = getattr(both, name) - getattr(forward, name)
+            setattr(backward, name, difference if difference > 0 else None)
+    backward.note = "" if backward.ms else "lost in the noise"
     yield backward
 
 
@@ -316,7 +315,7 @@ def measure_momentum(
 
 
 def tune(shape: Shape, dtype: torch.dtype, machine: Machine, budget_s: float, deadline: float) -> None:
-    """Prints times of candidate tiles of both attention kernels, the default first."""
+    """Prints times of candidate tiles of both attention passes, small kernels included, the default first."""
     from automix_kernels import mix_attention as kernels
 
     sets, _ = buffer_sets(benchmark_cases.attention_case(shape, "cuda", dtype), machine.cache_bytes)
@@ -458,7 +457,7 @@ def run(argv: list[str] | None = None) -> int:
         )
         torch.set_num_threads(1)  # threads that wait for a busy core would be most of what is measured
         shapes = list({s.name: replace(s, batch=CPU_BATCH) for s in shapes}.values())
-    print(report.TABLE_HEAD)
+    print(report.TABLE_HEAD, flush=True)
     for measurement in plan(shapes, "cuda" if on_gpu else "cpu", dtype, options):
         for row in measurement(machine, options.seconds, deadline):
             machine.rows.append(row)

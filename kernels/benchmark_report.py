@@ -147,12 +147,13 @@ TABLE_HEAD = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
 def table_line(row: Row, own: Row | None) -> str:
     """`own`: ours of the same operation, shape and direction, if it was measured."""
     ratio = "" if own is None or row is own else _ratio(row, own)
-    times = graph = floor = ""
-    if row.ms is not None:
-        times = f"{row.ms:.4f}" + (f" ({row.ms_20:.4f} to {row.ms_80:.4f})" if row.ms_20 is not None else "")
-        graph = "" if row.graph_ms is None else f"{row.graph_ms:.4f}"
-        floor = "" if row.floor_ms is None else f"{100 * row.floor_ms / (row.graph_ms or row.ms):.0f} %"
-        floor += " as launched" if floor and row.graph_ms is None else ""
+    times = "" if row.ms is None else f"{row.ms:.4f}"
+    if row.ms_20 is not None:
+        times += f" ({row.ms_20:.4f} to {row.ms_80:.4f})"
+    graph = "" if row.graph_ms is None else f"{row.graph_ms:.4f}"
+    floor, best = "", row.graph_ms or row.ms
+    if row.floor_ms and best:
+        floor = f"{100 * row.floor_ms / best:.0f} %" + ("" if row.graph_ms else " as launched")
     memory = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
     launches = "" if row.launches is None else str(row.launches)
     cells = (
