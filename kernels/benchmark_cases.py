@@ -337,15 +337,16 @@ def block(
     """One projection for both draws. `attend_both`: `mix_attention` of partners and lams [2, B] to two logits."""
 
     def call(inputs: Inputs) -> list[Tensor]:
-        query_weight, value_weight = inputs["query_weight"], inputs["value_weight"]
+        query_weight, query_lambda = inputs["query_weight"].split([shape.channels, 1], dim=1)
+        value_weight, value_lambda = inputs["value_weight"].split([shape.channels, 1], dim=1)
         logits = attend_both(
-            F.linear(inputs["features"], query_weight[:, :-1].to(dtype)),
-            F.linear(inputs["features"], value_weight[:, :-1].to(dtype)).squeeze(2),
+            F.linear(inputs["features"], query_weight.to(dtype)),
+            F.linear(inputs["features"], value_weight.to(dtype)).squeeze(2),
             inputs["partners"],
             inputs["lams"],
-            query_weight[:, -1],
+            query_lambda.squeeze(1),
             inputs["query_bias"],
-            value_weight[:, -1],
+            value_lambda.squeeze(1),
             inputs["value_bias"],
         )
         outputs = []
