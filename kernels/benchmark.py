@@ -51,6 +51,8 @@ BACKWARD_TILES = [
 def outputs_and_grads(case: Case, function: Candidate, inputs: Inputs) -> list[Tensor]:
     """Outputs, then the leaves' gradients of their sum weighted with fixed random numbers."""
     outputs = function(inputs)
+    if not case.leaves:
+        return outputs
     leaves = [inputs[name] for name in case.leaves]
     with_graph = [output for output in outputs if output.requires_grad]
     gradients = torch.autograd.grad(with_graph, leaves, _weights(with_graph))
@@ -253,7 +255,7 @@ def measure(
     direction = "all"
     try:
         check(case, function, sets[0], exact)
-        for row in (forward, both):
+        for row in (forward, both) if case.leaves else (forward,):
             direction = row.direction
             calls = prepare(case, function, sets, backward=row is both)
             if torch.cuda.is_available():
@@ -264,6 +266,8 @@ def measure(
             yield row
     except Exception as error:  # any library may refuse a shape in its own way; the table says which and why
         yield Row(case.operation, case.shape.label, name, direction, note=brief(error), failed=True)
+        return
+    if not case.leaves:
         return
     for name in ("ms", "graph_ms"):
         if getattr(both, name) and getattr(forward, name):
@@ -365,8 +369,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = sorted({shape.name for shape in SHAPES} | {shape.label for shape in SHAPES} | set(benchmark_cases.ALIASES))
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of: {', '.join(names)} (default: all)")
     parser.add_argument(
-        "--operations", nargs="+", choices=["block", "attention", "blend", "momentum"],
-        default=["block", "attention", "blend", "momentum"],
+        "--operations", nargs="+", choices=["block", "attention", "blend", "normalize", "momentum"],
+        default=["block", "attention", "blend", "normalize", "momentum"],
     )  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=["nearest", "bilinear"], default=["nearest", "bilinear"])
     parser.add_argument(
@@ -418,6 +422,8 @@ def plan(
                 yield benchmark_cases.attention_case(shape, device, dtype)
             if "blend" in options.operations:
                 yield benchmark_cases.blend_case(shape, device, dtype, mode)
+        if "normalize" in options.operations:
+            yield benchmark_cases.normalize_case(shape, device, dtype)
 
     groups = [[s for s in shapes if s.label in FIRST], [s for s in shapes if s.label not in FIRST]]
     for number, group in enumerate(filter(None, groups)):

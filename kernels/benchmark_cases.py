@@ -87,7 +87,7 @@ class Case:
     dtype: torch.dtype
     draw: Callable[[int], Inputs]
     leaves: tuple[str, ...]
-    """Inputs that get gradients; one of a single number stands behind the tensor that it belongs to."""
+    """Inputs that get gradients, if any do; one of a single number stands behind the tensor that it belongs to."""
     oracle: Candidate
     candidates: dict[str, Candidate]
     forward: list[Work]
@@ -264,6 +264,44 @@ def attention_case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+# Normalisation: uint8 images to what the network reads.
+
+
+def normalize_published(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    return ((images.permute(0, 3, 1, 2) / 255 - mean[:, None, None]) / std[:, None, None]).to(dtype)
+
+
+def normalize_case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
+    def draw(seed: int) -> Inputs:
+        return _images(shape, device, torch.Generator(device).manual_seed(seed))
+
+    def bound(function: Callable, dtype: torch.dtype = dtype) -> Candidate:
+        return takes(lambda *tensors: function(*tensors, dtype), ("images", "mean", "std"))
+
+    candidates = {"ours": bound(api.normalize), "published": bound(normalize_published)}
+    if device == "cuda":
+        candidates |= {
+            "definition": bound(reference.normalize),
+            "definition-compiled": compiled(bound(reference.normalize)),
+            "definition-max-autotune": max_autotuned(bound(reference.normalize)),
+        }
+    elements = 3 * shape.batch * shape.image_size**2
+    return Case(
+        "normalize", shape, dtype, draw, (), bound(reference.normalize, torch.float64), candidates,
+        forward=[Work("normalize", 2 * elements, (1 + dtype.itemsize) * elements)],
+        backward=[],
+    )  # fmt: skip
+
+
+def _images(shape: Shape, device: str, g: torch.Generator) -> Inputs:
+    size = (shape.batch, shape.image_size, shape.image_size, 3)
+    return {
+        "images": torch.randint(0, 256, size, device=device, generator=g, dtype=torch.uint8),
+        "mean": torch.tensor(MEAN, device=device),
+        "std": torch.tensor(STD, device=device),
+    }
+
+
 # Blend: logits at the map's resolution and uint8 images to mixed images and the mask's two means.
 
 BLEND = ("logits", "images", "partner", "lam", "mean", "std")
@@ -275,7 +313,7 @@ def blend_published(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Upsample, sigmoid, both masks side by side, and the blend of float32 images."""
     if images.dtype == torch.uint8:
-        images = normalize_published(images, mean, std)
+        images = normalize_published(images, mean, std, mean.dtype)
     corners = {} if mode == "nearest" else {"align_corners": False}
     mask = torch.sigmoid(F.interpolate(logits.unsqueeze(1), size=images.shape[2:], mode=mode, **corners))
     if lam_margin > 0:
@@ -286,21 +324,15 @@ def blend_published(
     return mixed.to(dtype), mask.mean(dim=(1, 2, 3)), mask.square().mean(dim=(1, 2, 3))
 
 
-def normalize_published(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    return (images.permute(0, 3, 1, 2) / 255 - mean[:, None, None]) / std[:, None, None]
-
-
 def blend_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case:
     def draw(seed: int) -> Inputs:
         g = torch.Generator(device).manual_seed(seed)
         logits = torch.randn(shape.batch, shape.cells, shape.cells, device=device, generator=g)
         return {
+            **_images(shape, device, g),
             "logits": logits.requires_grad_(),
-            "images": _images(shape, device, g),
             "partner": torch.randperm(shape.batch, device=device, generator=g),
             "lam": torch.rand(shape.batch, device=device, generator=g),
-            "mean": torch.tensor(MEAN, device=device),
-            "std": torch.tensor(STD, device=device),
         }
 
     def bound(function: Callable, dtype: torch.dtype = dtype) -> Candidate:
@@ -319,11 +351,6 @@ def blend_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
         forward=[blend_work(shape, dtype, draws=1)],
         backward=[blend_backward_work(shape, dtype)],
     )  # fmt: skip
-
-
-def _images(shape: Shape, device: str, g: torch.Generator) -> Tensor:
-    size = (shape.batch, shape.image_size, shape.image_size, 3)
-    return torch.randint(0, 256, size, device=device, generator=g, dtype=torch.uint8)
 
 
 # The whole block: features to the mixed images of both draws, gradients of the Mix Block's weights. Only the first
@@ -392,7 +419,7 @@ def block_published(shape: Shape, dtype: torch.dtype, mode: str) -> Candidate:
         return torch.matmul(weights, value).view(-1, *side)
 
     def call(inputs: Inputs) -> list[Tensor]:
-        images = normalize_published(inputs["images"], inputs["mean"], inputs["std"])
+        images = normalize_published(inputs["images"], inputs["mean"], inputs["std"], torch.float32)
         outputs = []
         for draw, lam_margin in enumerate((0.0, LAM_MARGIN)):
             with torch.set_grad_enabled(draw == 0):
@@ -417,12 +444,10 @@ def block_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
             "value_bias": normal(1, device=device, generator=g),
         }
         plain = {
+            **_images(shape, device, g),
             "features": normal(batch, shape.positions, shape.channels, device=device, generator=g).to(dtype),
-            "images": _images(shape, device, g),
             "partners": torch.stack([torch.randperm(batch, device=device, generator=g) for _ in range(2)]),
             "lams": torch.rand(2, batch, device=device, generator=g),
-            "mean": torch.tensor(MEAN, device=device),
-            "std": torch.tensor(STD, device=device),
         }
         return {**{name: tensor.requires_grad_() for name, tensor in leaf.items()}, **plain}
 
