@@ -5,11 +5,12 @@
 On a GPU each candidate is first compared with float64; only then is it timed, on random inputs in rotating buffers that
 together exceed the cache, as a median with its 20 and 80 % quantiles: once as it is launched from Python, once replayed
 in a CUDA graph, where launches cost next to nothing. Floors come from a copy and a matrix product measured in the same
-run. The shapes that decide come first, and of these what needs no compiler; each line is printed and saved at once.
+run. The shapes that decide come first, and of these our own times; each line is printed and saved at once.
 Without a GPU the checks run at a small batch, and the plain definitions are compared with the published way on the CPU.
 """
 
 import argparse
+import contextlib
 import math
 import platform
 import statistics
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from automix_kernels import api, benchmark_cases
 from automix_kernels import benchmark_report as report
-from automix_kernels.benchmark_cases import COMPILED, EAGER, SHAPES, Candidate, Case, Inputs, Shape, Work
+from automix_kernels.benchmark_cases import SHAPES, STAGES, Candidate, Case, Inputs, Shape, Work
 from automix_kernels.benchmark_report import Machine, Row
 from torch import Tensor
 
@@ -203,7 +204,7 @@ def count_launches(call: Callable[[], object]) -> int | None:
 
 
 def measure_case(case: Case, names: list[str], machine: Machine, budget_s: float, deadline: float) -> Iterator[Row]:
-    """Rows of these candidates as they are measured; the launches are added at the end, as a profiler slows others."""
+    """Rows of these candidates as they are measured; their launches are counted at the end."""
     blank = Row(case.operation, case.shape.label, ", ".join(names), "all")
     if time.monotonic() > deadline:
         yield replace(blank, note="not reached")
@@ -278,6 +279,8 @@ def measure(
 
 
 def measure_ceilings(machine: Machine) -> None:
+    with contextlib.suppress(Exception):  # what a profiler's first use leaves behind is to slow all candidates alike
+        count_launches(lambda: torch.zeros(1, device="cuda"))
     source = torch.randn(2**28, device="cuda")  # 1 GiB
     target = torch.empty_like(source)
     copy_ms, _, _ = time_launched([lambda: target.copy_(source)], budget_s=0.5)
@@ -366,6 +369,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m automix_kernels.benchmark" if argv is None else "automix bench kernels",
         description=__doc__.splitlines()[0],
     )
+    candidates = [name for stage in STAGES for name in stage]
     names = sorted({shape.name for shape in SHAPES} | {shape.label for shape in SHAPES} | set(benchmark_cases.ALIASES))
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of: {', '.join(names)} (default: all)")
     parser.add_argument(
@@ -374,8 +378,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=["nearest", "bilinear"], default=["nearest", "bilinear"])
     parser.add_argument(
-        "--candidates", nargs="+", choices=[*EAGER, *COMPILED], metavar="NAME",
-        help=f"of: {', '.join([*EAGER, *COMPILED])} (default: all without max-autotune)",
+        "--candidates", nargs="+", choices=candidates, metavar="NAME",
+        help=f"of: {', '.join(candidates)} (default: all without max-autotune)",
     )  # fmt: skip
     parser.add_argument("--max-autotune", action="store_true", help="compile in this mode too, which takes minutes")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
@@ -407,7 +411,7 @@ def describe_machine(dtype: str) -> Machine:
 def plan(
     shapes: list[Shape], device: str, dtype: torch.dtype, options: argparse.Namespace
 ) -> Iterator[Callable[[Machine, float, float], Iterator[Row]]]:
-    """What is measured, in order: FIRST before other shapes, and of each what needs no compiler first."""
+    """What is measured, in order: FIRST before other shapes, and of each one stage of candidates after the other."""
 
     def wanted(name: str) -> bool:
         if name.endswith("max-autotune") and options.max_autotune:
@@ -427,13 +431,13 @@ def plan(
 
     groups = [[s for s in shapes if s.label in FIRST], [s for s in shapes if s.label not in FIRST]]
     for number, group in enumerate(filter(None, groups)):
-        for names in (EAGER, COMPILED):
+        for stage, names in enumerate(STAGES):
             for shape in group:
                 for case in cases(shape):
                     chosen = [name for name in names if name in case.candidates and wanted(name)]
                     if chosen:
                         yield partial(measure_case, case, chosen)
-            if number == 0 and names is EAGER and "momentum" in options.operations:
+            if number == stage == 0 and "momentum" in options.operations:
                 yield partial(measure_momentum, wanted, device)
 
 

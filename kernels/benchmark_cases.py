@@ -12,17 +12,22 @@ from torch import Tensor
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAM_MARGIN = 0.08  # the classifier's, in the published recipes
 
-EAGER = (
-    "ours", "published", "definition", "rearranged", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math",
-    "ours-without-skip", "foreach-lerp-without-skip", "loop-without-skip",
+STAGES = (
+    ("ours",),
+    (
+        "published", "definition", "rearranged", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math",
+        "ours-without-skip", "foreach-lerp-without-skip", "loop-without-skip",
+    ),
+    (
+        "rearranged-compiled", "flex-attention", "definition-compiled", "published-compiled",
+        "rearranged-max-autotune", "definition-max-autotune",
+    ),
 )  # fmt: skip
-COMPILED = (
-    "rearranged-compiled", "flex-attention", "definition-compiled", "published-compiled", "rearranged-max-autotune",
-    "definition-max-autotune",
-)  # fmt: skip
-"""Names of candidates in the order in which they are measured. published: the published implementation, restated.
-definition: reference.py. rearranged: the definition with the attention's products in the features' type. compiled:
-torch.compile in its default mode."""
+"""Names of candidates in the order in which they are measured: ours, what needs no compiler, what is compiled.
+
+published: the published implementation, restated. definition: reference.py. rearranged: the definition with the
+attention's products in the features' type. compiled: torch.compile in its default mode.
+"""
 
 Inputs = dict[str, Tensor]
 Candidate = Callable[[Inputs], list[Tensor]]

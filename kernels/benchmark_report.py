@@ -153,7 +153,7 @@ def table_line(row: Row, own: Row | None) -> str:
     graph = "" if row.graph_ms is None else f"{row.graph_ms:.4f}"
     floor, best = "", row.graph_ms or row.ms
     if row.floor_ms and best:
-        floor = f"{100 * row.floor_ms / best:.0f} %" + ("" if row.graph_ms else " as launched")
+        floor = f"{100 * row.floor_ms / best:.0f} %" + ("" if row.graph_ms else ", launched")
     memory = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
     launches = "" if row.launches is None else str(row.launches)
     cells = (
@@ -168,7 +168,7 @@ def _ratio(row: Row, own: Row) -> str:
     if row.graph_ms and own.graph_ms:
         return f"{row.graph_ms / own.graph_ms:.2f}x as fast"
     if row.ms and own.ms:
-        return f"{row.ms / own.ms:.2f}x as fast" + (" as launched" if row.graph_ms or own.graph_ms else "")
+        return f"{row.ms / own.ms:.2f}x as fast" + (", launched" if row.graph_ms or own.graph_ms else "")
     return ""
 
 
@@ -202,10 +202,11 @@ def markdown(machine: Machine) -> str:
         ceilings(machine),
         "The whole block: projection, attention and blend of two draws, forward, and backward of the first. `both`: "
         "forward and backward; `backward`: its time without the forward's. `compiled`: torch.compile in its default "
-        "mode. Launches: of one forward and backward.",
+        "mode. `launched`: compared as launched from Python, as a time in a graph is missing. Launches: of one forward "
+        "and backward.",
         machine.failed_capture and f"No CUDA graph after {machine.failed_capture}, which could not be captured.",
         "## Targets",
-        "In a CUDA graph; the milliseconds are those aimed at on an H200.",
+        "By times in a CUDA graph; the milliseconds are those aimed at on an H200.",
         targets_table(machine),
         "## All measurements",
         "\n".join([TABLE_HEAD, *lines]),
