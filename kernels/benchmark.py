@@ -348,17 +348,18 @@ def tune(shape: Shape, dtype: torch.dtype, machine: Machine, budget_s: float, de
             chosen = default(architecture, dtype.itemsize, shape.positions, shape.width)
             fitted = [kernels._fit(kernels.Tile(*tile), shape.positions, shape.width) for tile in others]
             for tile in dict.fromkeys([chosen, *fitted]):
-                label = f"{shape.label} {name} {tuple(tile)}{' (default)' if tile == chosen else ''}"
-                trials.append((label, calls_of(tile), pool.submit(calls_of(tile)[0])))
-    for label, calls, compiled in trials:
-        row = Row("tile", shape.label, label, "")
+                label = f"{tuple(tile)}{' (default)' if tile == chosen else ''}"
+                row = Row("mix attention", shape.label, label, name)
+                trials.append((row, calls_of(tile), pool.submit(calls_of(tile)[0])))
+    for row, calls, compiled in trials:
         if time.monotonic() > deadline:
             row.note = "not reached"
         elif compiled.exception():  # more shared memory than there is, mostly: such a tile is no candidate
             row.note = brief(compiled.exception())
         else:
             add_graph_time(row, calls, machine, budget_s)
-        print(f"{label}: {row.note or f'{row.graph_ms:.4f} ms'}", flush=True)
+        time_or_note = row.note or f"{row.graph_ms:.4f} ms"
+        print(f"{row.shape} {row.direction} {row.candidate}: {time_or_note}", flush=True)
 
 
 # The command.
