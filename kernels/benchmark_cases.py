@@ -461,7 +461,7 @@ def block_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
 
     published = block_published(shape, dtype, mode)
     candidates = {
-        "ours": block(shape, dtype, mode, one_by_one(api.mix_attention), api.mask_blend),
+        "ours": block(shape, dtype, mode, api.mix_attention, api.mask_blend),
         "published": published,
         "rearranged": plain(attention_rearranged),
     }
