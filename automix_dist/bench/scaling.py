@@ -12,10 +12,10 @@ The prediction is the model with the figures of a link that is given, not measur
 
 all-gather and reduce-scatter take half. Its form is that of Thakur, Rabenseifner and Gropp (2005); start = 20 us, and
 17 us more for a second host, fit the 46-48 us of small all-reduces on two hosts in NCCL issue 1244. What can hide
-behind computing does (a third of a step, with ZeRO 3 0.9 of it, with ZeRO 0 and FSDP2 nothing), the last bucket never
-(nor any with engine.compile or engine.cuda_graph, which are not predicted);
-skew adds 50 us times log2 of the GPUs. Such a model gives 0.97 from 64 to 768 GPUs of MLPerf v3.0, where 0.90 was
-measured: quote efficiencies with at least 3 points of doubt.
+behind computing does (a third of a step, with ZeRO 3 0.9 of it, with ZeRO 0 and FSDP2 nothing), the last bucket never,
+and hardly any with engine.compile or engine.cuda_graph, which are not predicted; skew adds 50 us times log2 of GPUs.
+Such a model gives 0.97 from 64 to 768 GPUs of MLPerf v3.0, where 0.90 was measured: quote efficiencies with at least 3
+points of doubt.
 """
 
 import argparse
