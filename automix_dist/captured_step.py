@@ -42,15 +42,33 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> Recording:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        """Raises ConfigError if the function cannot be recorded, though it runs."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 function()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # The loader's and the collectives' threads go on allocating and asking for events.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            outputs = function()
+        reason = None
+        try:
+            # The loader's and the collectives' threads go on allocating and asking for events.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                try:
+                    outputs = function()
+                except Exception as error:  # the end of a broken capture raises an error of its own
+                    reason = error
+                    raise
+        except Exception as error:
+            reason = reason or error
+            # Before PyTorch 2.15 a failed capture leaves its stream current, and the generator at recording.
+            torch.cuda.set_stream(current)
+            generator = torch.cuda.default_generators[current.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            why = f"{type(reason).__name__}: {reason}".splitlines()[0]
+            raise ConfigError(
+                f"engine.cuda_graph: the step cannot be recorded ({why}): set engine.cuda_graph=false"
+            ) from reason
         return _Recorded(outputs, graph.replay)
 
 
@@ -91,7 +109,8 @@ class CapturedStep:
     ) -> Any:
         """The arguments and results of the model's own forward.
 
-        Raises ConfigError if a policy decides so many things on the host that graphs are of no use.
+        Raises ConfigError if a policy decides so many things on the host that graphs are of no use, or if a step
+        cannot be recorded.
         """
         if labels is None or draws is None or not self.model.training:
             return self.plain(images, labels, draws, mask_loss_weight)

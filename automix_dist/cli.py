@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     options = _parse(arguments)
     # OpenMP's threads spin while they wait; on cores that are shared with anything, long spinning costs tenfold.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # Image sizes that change must not fragment GPU memory; the older name, if a user has set it, says it all.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
     try:
         sys.exit(options.run(options))

@@ -195,6 +195,8 @@ class DDPEngine(Engine):
 
     def __init__(self, module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         super().__init__(module, optimizer, config, process)
+        if config.engine.compile:
+            torch._dynamo.config.optimize_ddp = False  # it would split the compiled regions where buckets end
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the key's new name is too new
             self.ddp = nn.parallel.DistributedDataParallel(
                 module,
@@ -420,15 +422,24 @@ def describe(config: Config, world_size: int, device: torch.device) -> list[str]
             f"engine: DeepSpeed ZeRO {engine.zero_stage}, sharding {sharded}"
             f"{', optimizer state in host memory' if engine.offload_optimizer else ''}",
             f"reduction: buckets of {bucket:.0f} MiB x {2 if overlap else 1}, "
-            f"{'overlapping' if overlap else 'not overlapping'} with the backward pass",
+            f"{_when_reduced(config) if overlap else 'not overlapping with the backward pass'}",
         ]
     elif engine.name == "ddp":
-        lines += ["engine: DDP, sharding nothing", f"reduction: buckets of {bucket:.0f} MiB, overlapping"]
+        reduction = f"reduction: buckets of {bucket:.0f} MiB, {_when_reduced(config)}"
+        lines += ["engine: DDP, sharding nothing", reduction]
     else:
         lines += ["engine: FSDP2, sharding everything", "reduction: one bucket, after the backward pass"]
     horizon = f"{config.epochs} epochs, cosine per {optimizer.update} from {optimizer.lr:g} to {optimizer.min_lr:g}"
     warmup = f", after {optimizer.warmup_epochs:g} epochs of warm-up" if optimizer.warmup_epochs else ""
     return [*lines, f"learning rate: {horizon}{warmup}"]
+
+
+def _when_reduced(config: Config) -> str:
+    """Of buckets that are sent as soon as they are full: a graph hands over all gradients at once, and a compiled
+    region its own at its end."""
+    if config.engine.cuda_graph:
+        return "after the backward pass"
+    return f"overlapping with the backward pass{', after each compiled region' if config.engine.compile else ''}"
 
 
 def autocast_name(config: Config, device: torch.device) -> str:

@@ -86,7 +86,7 @@ def corrupt(images: Tensor, name: str, severity: int, samples: Tensor, seed: int
     size = published_size(images.shape[2])
     strength = STRENGTHS[name][size][severity - 1]
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    generators = [generator(seed, int(sample), 1 + list(STRENGTHS).index(name), severity) for sample in samples]
+    generators = [generator(seed, sample, 1 + list(STRENGTHS).index(name), severity) for sample in samples.tolist()]
     if name in LENGTHS:
         strength = np.multiply(strength, images.shape[2] / size)
     pixels = _CORRUPTIONS[name](pixels, strength, generators)
@@ -102,7 +102,7 @@ def occlude(images: Tensor, share: float, samples: Tensor, seed: int, color: tup
     """uint8 [B, H, W, 3] with `share` of its grid's cells, drawn for each sample, in `color` (on the [0, 1] scale)."""
     height, width = images.shape[1:3]
     cells = OCCLUSION_GRID**2
-    order = np.stack([generator(seed, int(sample), 0, 0).permutation(cells) for sample in samples])
+    order = np.stack([generator(seed, sample, 0, 0).permutation(cells) for sample in samples.tolist()])
     hidden = torch.from_numpy(order < round(share * cells)).to(images.device).view(-1, OCCLUSION_GRID, OCCLUSION_GRID)
     rows, columns = (torch.arange(n, device=images.device) * OCCLUSION_GRID // n for n in (height, width))
     fill = (torch.tensor(color, device=images.device) * 255).round().byte()
@@ -142,7 +142,7 @@ def attack(
 
 def random_start(pixels: Tensor, samples: Tensor, seed: int, epsilon: float) -> Tensor:
     """Uniform displacements in [-epsilon, epsilon], like `pixels`."""
-    generators = [generator(seed, int(sample), 100, 0) for sample in samples]
+    generators = [generator(seed, sample, 100, 0) for sample in samples.tolist()]
     return (2 * _draw(pixels, generators, "random") - 1) * epsilon
 
 

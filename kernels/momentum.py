@@ -2,11 +2,13 @@
 
     target <- target + (1 - coefficient) * (source - target)        float32, in place; nothing where `skip` is not 0
 
-Every program takes one chunk of one tensor and finds both by reading the table, which stays on the device from one step
-to the next: pointers of parameters do not change while training. A CUDA graph must be captured after the first call.
+Every program takes one chunk of one tensor and finds both by reading tables, which stay on the device from one step to
+the next. Where pointers change, as those of what ZeRO 3 gathers do, theirs is sent again, without waiting. A CUDA graph
+must be captured after the first call.
 """
 
-from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -15,7 +17,6 @@ from torch import Tensor
 
 CHUNK = 8192
 _TABLES_KEPT = 8
-_tables: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 @triton.jit
@@ -80,7 +81,9 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, ski
         pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype and t.numel()]
         if not pairs:
             continue
-        tensors, chunks = _table(pairs)
+        device = pairs[0][0].device
+        tensors = _pointers(device, tuple((t.data_ptr(), s.data_ptr(), t.numel()) for t, s in pairs))
+        chunks = _chunks(device, tuple(t.numel() for t, _ in pairs))
         _lerp_kernel[(len(chunks),)](
             tensors_ptr=tensors,
             chunks_ptr=chunks,
@@ -95,18 +98,22 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, ski
         )
 
 
-def _table(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(tensors [n, 3], chunks [c, 2]) int64 on the device, made once for the same pointers and sizes."""
-    rows = tuple((target.data_ptr(), source.data_ptr(), target.numel()) for target, source in pairs)
-    key = (pairs[0][0].device, rows)
-    if key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key]
-    chunks = [(i, start) for i, (_, _, elements) in enumerate(rows) for start in range(0, elements, CHUNK)]
-    _tables[key] = tuple(torch.tensor(table, dtype=torch.int64, device=key[0]) for table in (rows, chunks))
-    if len(_tables) > _TABLES_KEPT:
-        _tables.popitem(last=False)
-    return _tables[key]
+@lru_cache(_TABLES_KEPT)
+def _pointers(device: torch.device, rows: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """tensors [n, 3] on the device."""
+    return _send(rows, device)
+
+
+@lru_cache(_TABLES_KEPT)
+def _chunks(device: torch.device, sizes: tuple[int, ...]) -> Tensor:
+    """chunks [c, 2] on the device."""
+    return _send([(i, start) for i, elements in enumerate(sizes) for start in range(0, elements, CHUNK)], device)
+
+
+def _send(table: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """int64 on the device, by way of pinned memory, which torch does not use anew before the copy is done."""
+    pinned = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
 
 
 @momentum_update.register_fake

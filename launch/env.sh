@@ -20,7 +20,8 @@ fabric_settings() { # needs MASTER_ADDR, LOCAL_RANK, LOCAL_WORLD_SIZE
     fi
     setting NCCL_DEBUG WARN "NCCL keeps its own errors to itself otherwise"
     setting TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC 300 "a rank that is stuck inside the driver is given up after 5 minutes, not 8"
-    setting PYTORCH_ALLOC_CONF expandable_segments:True "image sizes that change must not fragment GPU memory"
+    [ -n "${PYTORCH_CUDA_ALLOC_CONF+set}" ] || # the older name, if a user has set it, says it all
+        setting PYTORCH_ALLOC_CONF expandable_segments:True "image sizes that change must not fragment GPU memory"
     setting TRITON_CACHE_DIR "${TMPDIR:-/tmp}/automix-triton-$(id -u)" "on the node's own disk: a home folder on a network stalls hundreds of ranks"
     setting PYTHONUNBUFFERED 1 "a rank that is killed has said all it had to say"
     setting AUTOMIX_BIND auto "each rank of a node gets cores of its own, NUMA node by NUMA node; none = all share all"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from automix_dist import distributed
-from automix_dist.bench import scaling
+from automix_dist.bench import checkpoint, memory, scaling
 from automix_dist.bench.scaling import ENGINES, Link, Sizes, Work, collective_seconds, fit, predict, sent, traffic
 from automix_dist.config import EngineConfig
 
@@ -142,3 +142,27 @@ def test_mistakes_are_told(capsys):
         with pytest.raises(SystemExit):
             scaling.parse(arguments)
         assert "expected 2 or more" in (errors := capsys.readouterr().err) or "needs --step-ms" in errors
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "message"),
+    [
+        (scaling.run, [], "CUDA_VISIBLE_DEVICES= automix bench scaling --ranks 2"),
+        (checkpoint.run, ["--ranks", "3"], "CUDA_VISIBLE_DEVICES= automix bench checkpoint --ranks 3"),
+        (checkpoint.run, ["--ranks", "0"], "--ranks 0: expected 1 or more"),
+        (checkpoint.run, ["--rounds", "0"], "--rounds 0: expected 1 or more"),
+        (memory.run, ["--batch-size", "0"], "--batch-size 0: expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_measured_beside_one_gpu_is_refused(run, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit):
+        run(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_one_gpu_is_enough_for_the_benchmark_of_saving(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    started = []
+    monkeypatch.setattr(checkpoint, "_measure_on_ranks", lambda config, ranks, *_: started.append(ranks) or [])
+    assert checkpoint.run([]) == 0 and started == [1]

@@ -2,6 +2,7 @@
 its memory and everything that Python decided; on a GPU by the CUDA graph itself."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from automix_dist import captured_step
 from automix_dist.batchnorm import RunningStatistics
-from automix_dist.captured_step import CapturedStep
+from automix_dist.captured_step import CapturedStep, CudaGraphs
 from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError, from_dict
 from automix_dist.draws import seed_torch
@@ -229,6 +230,29 @@ def test_a_cuda_graph_trains_as_steps_do(compiled):
             torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4)
     for (name, got), expected in zip(recorded.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_a_recording_that_fails_says_why(monkeypatch):
+    """The end of a broken capture raises an error of its own, and leaves its stream current before PyTorch 2.15."""
+    torch = mock.MagicMock()
+    torch.cuda.graph.return_value.__exit__.side_effect = RuntimeError("capture invalidated")
+    monkeypatch.setattr(captured_step, "torch", torch)
+    passes = [None] * captured_step.WARM_UP + [ValueError("not permitted while capturing\nat some place")]
+    with pytest.raises(ConfigError, match=r"engine\.cuda_graph.*ValueError: not permitted while capturing\): set"):
+        CudaGraphs()(mock.Mock(side_effect=passes))
+    torch.cuda.set_stream.assert_called_once_with(torch.cuda.current_stream.return_value)
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_recorded_leaves_the_gpu_usable():
+    stream, number = torch.cuda.current_stream(), torch.ones((), device="cuda")
+    with pytest.raises(ConfigError, match=r"engine\.cuda_graph: the step cannot be recorded"):
+        CudaGraphs()(lambda: (torch.rand_like(number) * number).item())
+    assert torch.cuda.current_stream() == stream
+    assert 0 <= torch.rand_like(number).item() <= 1
+    recording = CudaGraphs()(lambda: number + torch.rand_like(number))
+    recording.replay()
+    assert 1 <= recording.outputs.item() <= 2
 
 
 @pytest.mark.gpu

@@ -114,6 +114,17 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
     assert distributed.resolve_device(auto) == "cpu"
 
 
+@pytest.mark.parametrize("engine", [{"name": "ddp"}, {"zero_stage": 2}])
+def test_the_linter_says_when_gradients_are_reduced(engine):
+    def reduction(**settings):
+        config = tiny_config(engine={"device": "cuda", "precision": "bfloat16", **engine, **settings})
+        return next(line for line in describe(config, 4, torch.device("cuda")) if line.startswith("reduction:"))
+
+    assert reduction().endswith("overlapping with the backward pass")
+    assert reduction(compile=True).endswith("overlapping with the backward pass, after each compiled region")
+    assert reduction(compile=True, cuda_graph=True).endswith(", after the backward pass")
+
+
 def effective_deepspeed(config):
     """What DeepSpeed itself says that it does."""
     engine = start_engine(config)[2].deepspeed

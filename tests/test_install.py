@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 TOOLS = ["bash", "dirname", "id", "sha256sum", "cat", "apt-get", "sh"]
 
@@ -99,3 +100,20 @@ def test_an_old_python_is_refused(open_folder):
 def test_unknown_options_are_refused(open_folder):
     result = install(open_folder, "--devel", tools=TOOLS)
     assert result.returncode == 1 and "unknown option --devel" in result.stderr
+
+
+@pytest.mark.parametrize(("arguments", "errors"), [(["-m", "gpu"], 1), (["-m", "gpu or not gpu"], 2)])
+def test_gpu_tests_need_no_more_than_they_import(arguments, errors, pytester):
+    """What else is missing is named, and is an error in a whole run; a mistake of ours is one in both."""
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile(
+        test_one="import a_package_that_is_not_here",
+        test_two="import automix_dist.a_file_that_is_not_here",
+        test_three="import pytest\n\n@pytest.mark.gpu\ndef test_three():\n    pass",
+    )
+    found = pytester.runpytest_inprocess("--collect-only", "--strict-markers", "-o", "markers=gpu", *arguments)
+    found.stdout.fnmatch_lines(["*ModuleNotFoundError: No module named 'automix_dist.a_file_that_is_not_here'"])
+    found.stdout.fnmatch_lines([f"*{errors} error*"])
+    assert ("left out 1 file(s) of tests: No module named 'a_package_that_is_not_here'" in found.outlines) == (
+        errors == 1
+    )

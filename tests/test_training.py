@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from ranks import ROOT, Command
 
-from automix_dist import beton
+from automix_dist import cli
 from automix_dist.checkpoint import newest
 from automix_dist.cli import EXIT_STOPPED, main
 
@@ -217,6 +218,8 @@ def test_mistakes_in_the_config_are_one_line(settings, capsys):
 
 
 def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
+    from automix_dist import beton  # here, for other files take fixtures from this one without the JPEG decoder
+
     missing = tmp_path / "no.beton"
     assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
     torn = tmp_path / "torn.beton"
@@ -285,6 +288,20 @@ def test_settings_written_as_options(arguments, command, said, capsys):
         main(arguments.split())
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and errors.startswith(f"usage: automix {command} ") and said in errors
+
+
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_is_allocated_as_launchers_say_unless_the_user_says_otherwise(name, monkeypatch):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    users, found = {name: "backend:native"} if name else {}, {}
+    with mock.patch.dict(os.environ, users):
+        for other in set(names) - set(users):
+            os.environ.pop(other, None)
+        monkeypatch.setattr(cli, "_prepare", lambda options: found.update(os.environ) or 0)
+        with pytest.raises(SystemExit):
+            main(["prepare", "digits", "x.beton"])
+    told = {each: found[each] for each in names if each in found}
+    assert told == (users or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 @pytest.mark.slow

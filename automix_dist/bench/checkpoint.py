@@ -30,6 +30,7 @@ from torch import Tensor
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
+from automix_dist.bench import check_counts
 from automix_dist.checkpoint import Checkpoints, verify
 from automix_dist.config import CheckpointConfig, Config, from_dict
 from automix_dist.engine_state import pieces
@@ -46,16 +47,13 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--backbone", default="resnet50", help="a timm model (default: resnet50)")
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd")
     parser.add_argument("--engine", choices=ENGINES, default="zero2")
-    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default: 2)")
+    ranks = torch.cuda.device_count() or 2
+    parser.add_argument("--ranks", type=int, default=ranks, help="processes (default: one per GPU; two on the CPU)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="folder for checkpoint.json and checkpoint.md")
     options = parser.parse_args(arguments)
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < options.ranks:
-        parser.error(
-            f"--ranks {options.ranks}: one GPU each, and there are {gpus}; CUDA_VISIBLE_DEVICES= runs on the CPU"
-        )
+    check_counts(parser, options, ranks=1, rounds=1)
     config = from_dict(
         {
             "batch_size": 2 * options.ranks,

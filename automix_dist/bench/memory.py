@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
+from automix_dist.bench import check_counts
 from automix_dist.config import from_dict
 from automix_dist.draws import draw_step
 
@@ -37,6 +38,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--out", type=Path, help="folder for memory.json and memory.md")
     options = parser.parse_args(arguments)
+    check_counts(parser, options, batch_size=1)
     for network in options.networks:
         if not re.fullmatch(r".+:-?\d+", network):
             parser.error(f"--networks {network}: expected BACKBONE:FEATURE, as resnet50:-2")
