@@ -9,7 +9,7 @@ With y = projection, v = value, p = partner[b], a = lam[b] * query_lambda + quer
 u comes from a small kernel of its own, so that every operand of a matrix product goes from memory to the matrix units
 untouched, and the backward's transposed product sees the very same scores. Saved for the backward: the inputs, u, m and
 lse = log(sum_j exp(S[b, i, j])) * sqrt(D), [B, N] each. The backward recomputes the probabilities P, and subtracts lse
-before it divides by sqrt(D): the other way round, a fused multiply-add would leave out the rounding of one side only, and
+before it divides by sqrt(D): the other way round, a fused multiply-add would leave out one of two roundings, and
 a lone score of 1e4 would not get the probability 1. As the value has one channel, the gradient of the scores needs
 neither a product nor a pass of its own (g = grad_logits):
 
