@@ -391,7 +391,7 @@ class EngineConfig:
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU that can run it (compute
-    capability 8.0 or higher)."""
+    capability 8.0 or higher), but for what has no kernel: automix.norm, automix.mask_adjust, SAMix and AdAutoMix."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto = the GPU if there is one; one that torch cannot use is an error."""
     bucket_size: int = 8_000_000
@@ -545,6 +545,16 @@ class Config:
                 "engine.joint_query reads clean and mixed images together, but automix.feature_source = 'query' needs "
                 "the clean ones first: set one of them back"
             )
+        for key, differs in (
+            ("policy.name", self.policy.name in ("samix", "adautomix")),
+            ("automix.norm", self.policy.name == "automix" and self.automix.norm != "none"),
+            ("automix.mask_adjust", self.policy.name == "automix" and self.automix.mask_adjust > 0),
+        ):
+            if self.engine.kernels == "triton" and differs:
+                raise ConfigError(
+                    f"engine.kernels = 'triton', but with {key} = {flatten(to_dict(self))[key]!r} the Mix Block runs, in "
+                    "part, in plain PyTorch: set engine.kernels=auto to allow that"
+                )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Images per rank and forward pass.
