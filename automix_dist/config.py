@@ -552,8 +552,8 @@ class Config:
         ):
             if self.engine.kernels == "triton" and differs:
                 raise ConfigError(
-                    f"engine.kernels = 'triton', but with {key} = {flatten(to_dict(self))[key]!r} the Mix Block runs, in "
-                    "part, in plain PyTorch: set engine.kernels=auto to allow that"
+                    f"engine.kernels = 'triton', but with {key} = {flatten(to_dict(self))[key]!r} the Mix Block runs "
+                    "in part in plain PyTorch: set engine.kernels=auto to allow that"
                 )
 
     def micro_batch_size(self, world_size: int) -> int:
