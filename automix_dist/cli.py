@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from automix_dist.config import Config, ConfigError, flatten, keys_named, load_config, to_dict, to_yaml
+from automix_dist.whole_file import write_whole
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -550,8 +551,8 @@ def _store_settings(run: Path, config: Config, about: dict) -> str | None:
     """Keep config and environment in the run's folder; a reason if that cannot be done."""
     environment = about["environment"] | {"classes": about["classes"]}
     try:
-        (run / "config.yaml").write_text(to_yaml(config))
-        (run / "environment.json").write_text(json.dumps(environment, indent=1))
+        write_whole(run / "config.yaml", to_yaml(config))
+        write_whole(run / "environment.json", json.dumps(environment, indent=1))
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None

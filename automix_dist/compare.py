@@ -36,6 +36,7 @@ from automix_dist.config import Config, ConfigError, flatten, load_config, to_di
 from automix_dist.policy import load_run_config, needed_feature
 from automix_dist.report import percent_or_nothing, table, ticks, write_page
 from automix_dist.run_log import METRICS, read_metrics
+from automix_dist.whole_file import write_whole
 
 BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
 """What is the same in all runs of a fair comparison."""
@@ -250,14 +251,14 @@ def write_table(comparison: Comparison) -> Path:
     about = {"metric": comparison.metric, "seeds": list(comparison.seeds), "reference": next(iter(found))}
     about["date"] = datetime.now(UTC).date().isoformat()
     about["environment"] = {k: v for k, v in provenance.environment().items() if k != "command"}
-    (comparison.output / "compare.json").write_text(json.dumps(about | {"policies": rows}, indent=1))
+    write_whole(comparison.output / "compare.json", json.dumps(about | {"policies": rows}, indent=1))
     cells = [_cells(row, len(comparison.seeds)) for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *cells)]
     hint = (
         f"{comparison.metric} of the last step. Difference: from {about['reference']}, paired by seed; p: two-sided, "
         f"of the paired t-test, not corrected for the number of policies. {_made_with(about)}"
     )
-    (comparison.output / "compare.md").write_text("\n".join([*lines, "", hint, ""]))
+    write_whole(comparison.output / "compare.md", "\n".join([*lines, "", hint, ""]))
     sections = {"Policies": f'{table(cells, HEAD, "figures")}<p class="hint">{hint}</p>'}
     if any(found.values()):
         sections["Every run"] = _strip_chart(rows)

@@ -21,6 +21,7 @@ from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
 from automix_dist.report import figures, mask_uri, percent_or_nothing, picture_uri, reliability, table, write_page
 from automix_dist.run_log import IMAGE_COLOR, PARTNER_COLOR
+from automix_dist.whole_file import write_whole
 
 BINS = 15
 """Of confidence, equally wide, as in arXiv 1706.04599."""
@@ -262,7 +263,7 @@ def write_examination(result: dict[str, Any], folder: Path, title: str, views: V
     Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "eval.json").write_text(json.dumps(result, indent=1))
+    write_whole(folder / "eval.json", json.dumps(result, indent=1))
     answer = result["answer"]
     answers = [key.removeprefix("top1_") for key in result if key.startswith("top1_")]
     keys = ("top1", "top5", "ece", "loss")

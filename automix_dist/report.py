@@ -38,8 +38,8 @@ from automix_dist.run_log import (
     mask_colors,
     percent,
     read_metrics,
-    whole_file,
 )
+from automix_dist.whole_file import whole_file, write_whole
 
 MAX_POINTS = 1500  # of a curve; more records are averaged in groups, which a screen cannot tell apart
 MAX_FRAMES = 24  # steps of the gallery's slider
@@ -91,8 +91,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = _page(_load(run))
     path = run / "report.html" if out is None else Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(page.encode(errors="replace"))  # a class may be named by bytes that are no text
+    write_whole(path, page)
     return path
 
 
@@ -115,8 +114,7 @@ def write_page(path: Path, overline: str, title: str, sections: dict[str, str]) 
     page = string.Template(_PLAIN_PAGE).substitute(
         style=_style(), overline=html.escape(overline), title=html.escape(title), body=body
     )
-    with whole_file(path) as file:
-        file.write(page.encode(errors="replace"))
+    write_whole(path, page)
     return path
 
 

@@ -8,21 +8,20 @@ Accuracies are fractions in [0, 1] and have "top1" or "top5" in their name.
 
 import json
 import math
-import os
 import resource
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from automix_dist.trackers import LABELS, Tracker, forget_runs, open_tracker
+from automix_dist.whole_file import whole_file
 
 METRICS = "metrics.jsonl"
 GALLERY = "gallery"
@@ -400,21 +399,6 @@ def gallery_files(run: Path) -> list[Path]:
 
 def gallery_step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends; if it fails, what was there stays."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

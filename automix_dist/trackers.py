@@ -21,6 +21,7 @@ import numpy as np
 import yaml
 
 from automix_dist.config import ConfigError, LogConfig, flatten
+from automix_dist.whole_file import write_whole
 
 PROJECT = "automix-dist"
 """Of W&B, and experiment of MLflow, where the environment names no other."""
@@ -69,7 +70,7 @@ def open_tracker(name: str, folder: Path, start_step: int, config: dict[str, Any
     ids = _run_ids(folder)
     tracker = kind(folder, ids.get(name), config)
     if tracker.run_id != ids.get(name):
-        _write_whole(folder / RUN_IDS, json.dumps(ids | {name: tracker.run_id}) + "\n")
+        write_whole(folder / RUN_IDS, json.dumps(ids | {name: tracker.run_id}) + "\n")
     return tracker
 
 
@@ -244,12 +245,6 @@ def _is_installed(package: str) -> bool:
 def _run_ids(folder: Path) -> dict[str, str]:
     path = folder / RUN_IDS
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _silence_writer_thread() -> None:

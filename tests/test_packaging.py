@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = {
     0: [
         "config", "cores", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress", "sources",
-        "datasets", "jpeg", "robustness",
+        "datasets", "jpeg", "robustness", "whole_file",
     ],
     1: [
         "backbone", "mix_block", "loss", "policy", "distributed", "batchnorm", "activation_checkpointing", "beton",
@@ -37,6 +37,7 @@ ROWS = {
 # Files in one row that stand on each other, in this order.
 SAME_ROW = {
     ("schedules", "config"), ("draws", "config"), ("run_log", "trackers"), ("trackers", "config"),
+    ("trackers", "whole_file"), ("run_log", "whole_file"),
     ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("captured_step", "automix"),
     ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "evaluate"), ("trainer", "replay"), ("engine_state", "engines"), ("engines", "automix"),

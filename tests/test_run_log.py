@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, Event
 
 from automix_dist import run_log
 from automix_dist.run_log import RunLog
+from automix_dist.whole_file import whole_file
 
 
 @pytest.fixture(autouse=True)
@@ -333,7 +334,7 @@ def test_gallery_file_holds_what_it_was_given(tmp_path):
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with pytest.raises(OSError, match="full"), run_log.whole_file(path) as file:
+    with pytest.raises(OSError, match="full"), whole_file(path) as file:
         file.write(b"half of it")
         raise OSError("disk full")
     assert path.read_bytes() == b"before"

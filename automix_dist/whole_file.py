@@ -1,0 +1,28 @@
+"""Files of which nobody ever sees half, neither after a crash nor while they are written."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends; if it fails, what was there stays. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text as such a file. Raises OSError."""
+    with whole_file(path) as file:
+        file.write(text.encode(errors="replace"))  # a class may be named by bytes that are no text
