@@ -74,11 +74,12 @@ def test_bundle_and_installation(tmp_path):
     offline("bash", INSTALL, bundle, venv)
     (tmp_path / "config.yaml").write_text(
         f"output: {tmp_path}/run\nepochs: 1\nbatch_size: 8\n"
-        f"data: {{train: {tmp_path}/data.beton, val: {tmp_path}/data.beton, image_size: 64}}\n"
+        f"data: {{train: {tmp_path}/train.beton, val: {tmp_path}/val.beton, image_size: 64}}\n"
         "model: {backbone: resnet10t}\nengine: {device: cpu}\n"
     )
     automix = [venv / "bin" / "python", "-m", "automix_dist"]
-    offline(*automix, "prepare", "synthetic:16x64@4", tmp_path / "data.beton")
+    for source, split in (("synthetic:16x64@4", "train"), ("synthetic:8x64@4", "val")):
+        offline(*automix, "prepare", source, tmp_path / f"{split}.beton")
     offline(*automix, "train", tmp_path / "config.yaml")
     assert (tmp_path / "run" / "checkpoints").is_dir()
 

@@ -405,7 +405,7 @@ def test_a_teacher_without_weights_and_network_fails_at_once(tmp_path):
     command = [sys.executable, "-c", code]
     error = subprocess.run(command, capture_output=True, text=True, env=os.environ | nobody).stderr
     assert re.search(r"attentivemix: policy.settings.weights: no weights for 'test_resnet' in timm's cache", error)
-    assert "set policy.settings.weights to it" in error and "Retry" not in error
+    assert "set policy.settings.weights to a file with a timm state dict" in error and "Retry" not in error
 
 
 def test_transmix_weighs_labels_by_the_class_token_s_attention():

@@ -123,7 +123,7 @@ def test_pixelate_is_pillows():
     (image,) = pictures(1)
     picture = Image.fromarray(image.numpy())
     theirs = np.asarray(picture.resize((28, 28), Image.Resampling.BOX).resize((32, 32), Image.Resampling.BOX))
-    ours = corrupt(image[None], "pixelate", 2, torch.zeros(1), 0)[0].numpy()
+    ours = corrupt(image[None], "pixelate", 2, torch.tensor([0]), 0)[0].numpy()
     assert np.array_equal(ours, theirs)
 
 
@@ -132,7 +132,7 @@ def test_jpeg_has_the_quality_of_its_severity():
     stored = io.BytesIO()
     Image.fromarray(image.numpy()).save(stored, format="jpeg", quality=65)
     theirs = np.asarray(Image.open(stored)).astype(int)
-    ours = corrupt(image[None], "jpeg_compression", 2, torch.zeros(1), 0)[0].numpy()
+    ours = corrupt(image[None], "jpeg_compression", 2, torch.tensor([0]), 0)[0].numpy()
     assert np.array_equal(ours, theirs)
 
 

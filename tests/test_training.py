@@ -308,7 +308,7 @@ def test_memory_is_allocated_as_launchers_say_unless_the_user_says_otherwise(nam
 def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
     told = run("train", settings, "epochs=1", "optimizer.warmup_epochs=0", "engine.accumulation_steps=2").stderr
     expected = (
-        "training on 1 rank(s) on the CPU, 48 images x 2 micro batch(es) each, DeepSpeed ZeRO 0, float32, kernels"
+        "training on 1 rank(s) on the CPU, 16 images x 2 micro batch(es) each, DeepSpeed ZeRO 0, float32, kernels"
     )
     assert told.splitlines()[0] == f"{expected} reference"
     assert told.splitlines()[1] == "resnet18: the Mix Block reads layer1 (automix.feature 1 of 0 to 4), 8 x 8 x 8"
