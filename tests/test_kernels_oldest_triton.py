@@ -12,7 +12,7 @@ from test_kernels_interpreter import passed_in_the_interpreter
 OLDEST = "3.6"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def path():
     """A search path on which the oldest Triton comes first; its 640 MB are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
@@ -30,14 +30,10 @@ def path():
 
 
 @pytest.mark.slow
-def test_it_compiles_for_sm_90(path):
+def test_it_compiles_for_sm_90_and_agrees_with_float64_in_bfloat16(path):
     file = Path(__file__).with_name("test_kernels_aot.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     command += [file, "-k", "sm90 and (196 or momentum)"]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_its_interpreter_agrees_with_float64_in_bfloat16(path):
     assert passed_in_the_interpreter("-k", "bfloat16 or momentum or margin", PYTHONPATH=path) > 20
