@@ -379,7 +379,8 @@ def test_the_kubernetes_manifest_fits_the_published_schema():
 
 def test_an_image_leaves_out_what_git_ignores():
     ignored = set((ROOT / ".dockerignore").read_text().splitlines())
-    assert {".git", *(f"**/{line.rstrip('/')}" for line in (ROOT / ".gitignore").read_text().split())} <= ignored
+    lines = (line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split())
+    assert {".git", *(line[1:] if line.startswith("/") else f"**/{line}" for line in lines)} <= ignored
 
 
 def test_the_pods_command_starts_what_the_trainer_asks_for():

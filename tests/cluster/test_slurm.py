@@ -1,5 +1,6 @@
 """launch/slurm.sbatch on a real Slurm of two hosts."""
 
+import re
 import time
 from pathlib import Path
 
@@ -68,4 +69,5 @@ def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, se
 
     job = slurm.submit("--nodes=2", output, SCRIPT, settings, "optimizer.lrr=1", cwd=ROOT)
     slurm.wait(job, "FAILED 0", 60)
-    assert "0: automix [rank 0]: error: " in (tmp_path / f"{job}.log").read_text()
+    said = (tmp_path / f"{job}.log").read_text()
+    assert re.search(r"(\d): automix \[rank \1\]: error: .*optimizer\.lr\?", said), said  # Slurm ends who is slower
