@@ -216,9 +216,10 @@ def shard(parameter: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_momentum_encoder_follows_a_float64_restatement_for_200_steps(engine):
+def test_the_momentum_encoder_follows_a_float64_restatement(engine):
+    steps = 60 if engine in ("zero3", "offload3") else 200  # stage 3 gathers every weight in every pass: slow on gloo
     config = tiny_config(epochs=100, engine=ENGINES[engine], automix={"momentum": 0.99, "momentum_end": 0.999})
-    for parameters in run_ranks(2, momentum_after, config, 200):
+    for parameters in run_ranks(2, momentum_after, config, steps):
         assert sum(got.numel() for got, _ in parameters) > 1000
         for got, expected in parameters:
             torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)

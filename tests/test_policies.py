@@ -909,7 +909,7 @@ def test_a_hand_made_policy_from_the_command_line(settings, tmp_path, capsys):  
 
 
 EXAMPLES = {
-    "add_automix_to_a_loop.py": ("3",),
+    "add_automix_to_a_loop.py": ("2",),
     "timm_style_train.py": ("test_resnet", "--policy", "samix", "--epochs", "2"),
 }
 
