@@ -7,8 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh --dev
 pytest=(.venv/bin/python -m pytest)
 (($#)) && exec "${pytest[@]}" "$@"
-# Clusters, faults and heartbeats have time limits, so they get the machine for themselves.
-alone=(tests/cluster tests/faults tests/test_heartbeat.py)
+# Clusters, faults and heartbeats have time limits, the quickstart takes all cores: they get the machine for themselves.
+alone=(tests/cluster tests/faults tests/test_heartbeat.py tests/test_quickstart.py)
 failed=0
 "${pytest[@]}" -n logical --maxprocesses 8 --dist worksteal "${alone[@]/#/--ignore=}" || failed=$?
 "${pytest[@]}" "${alone[@]}" || failed=$?
