@@ -287,11 +287,12 @@ def _what_it_comes_to(config: Config) -> str:
 
 
 def _load_config(options: argparse.Namespace) -> Config:
-    load_config(options.config, options.overrides)  # mistakes in the file answer before torch is imported
+    """The resolved config, with the settings of its policy written out."""
+    config = load_config(options.config, options.overrides)
 
-    from automix_dist.policy import load_run_config
+    from automix_dist.policy import complete
 
-    return load_run_config(options.config, options.overrides)
+    return complete(config)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:

@@ -33,7 +33,7 @@ from automix_dist.backbone import create_backbone
 from automix_dist.checkpoint import committed
 from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict
-from automix_dist.policy import load_run_config, needed_feature
+from automix_dist.policy import complete, needed_feature
 from automix_dist.report import percent_or_nothing, table, ticks, write_page
 from automix_dist.run_log import METRICS, read_metrics
 from automix_dist.whole_file import write_whole
@@ -198,8 +198,8 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     run = comparison.run(policy, seed)
     if not (run / METRICS).is_file() or not (run / "config.yaml").is_file():
         return None
-    wanted = flatten(to_dict(load_run_config(comparison.base, comparison.overrides(policy, seed))))
-    trained = flatten(to_dict(load_run_config(run / "config.yaml")))
+    wanted = flatten(to_dict(complete(load_config(comparison.base, comparison.overrides(policy, seed)))))
+    trained = flatten(to_dict(complete(load_config(run / "config.yaml"))))
     for key in sorted(wanted.keys() | trained.keys()):
         matters = key in MEANINGFUL or key.partition(".")[0] not in MEANINGLESS
         if matters and wanted.get(key) != trained.get(key):

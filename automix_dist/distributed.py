@@ -103,17 +103,15 @@ def resolve_device(engine: EngineConfig) -> str:
     device = "cuda" if engine.device != "cpu" and torch.cuda.is_available() else "cpu"
     if engine.kernels == "triton" and device == "cpu":
         raise ConfigError("engine.kernels = 'triton' needs a GPU and there is none here: set engine.kernels=reference")
-    if engine.kernels == "triton" and not runs_triton():
-        raise ConfigError(
-            f"engine.kernels = 'triton' needs a GPU of compute capability 8.0 or higher, which "
-            f"{torch.cuda.get_device_name()} has not: set engine.kernels=auto"
-        )
+    if engine.kernels == "triton":
+        from automix_kernels.api import is_too_old  # slow to import, and few ask for it by name
+
+        if is_too_old(torch.device(device)):
+            raise ConfigError(
+                f"engine.kernels = 'triton' needs a GPU of compute capability 8.0 or higher, which "
+                f"{torch.cuda.get_device_name()} has not: set engine.kernels=auto"
+            )
     return device
-
-
-def runs_triton() -> bool:
-    """Whether the GPU can run the Triton kernels."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:

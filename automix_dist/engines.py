@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from automix_kernels.api import is_too_old
 from torch import Tensor, nn
 
 from automix_dist.automix import AutoMix
 from automix_dist.config import Config, ConfigError
-from automix_dist.distributed import Process, autocast_dtype, runs_triton
+from automix_dist.distributed import Process, autocast_dtype
 
 
 class Engine:
@@ -391,7 +392,8 @@ def summary(config: Config, world_size: int, device: torch.device) -> list[str]:
     engine = config.engine
     name = f"DeepSpeed ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else engine.name.upper()
     on_gpu = device.type == "cuda"
-    kernels = engine.kernels if engine.kernels != "auto" else "triton" if on_gpu and runs_triton() else "reference"
+    automatic = "triton" if on_gpu and not is_too_old(device) else "reference"
+    kernels = automatic if engine.kernels == "auto" else engine.kernels
     return [
         f"{world_size} rank(s) on {torch.cuda.get_device_name(device) if on_gpu else 'the CPU'}",
         f"{config.micro_batch_size(world_size)} images x {engine.accumulation_steps} micro batch(es) each",

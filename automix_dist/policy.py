@@ -6,9 +6,7 @@ Each file there has a frozen dataclass `Settings`, and one of two classes (docs/
 """
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,7 +21,6 @@ from automix_dist.config import (
     ConfigError,
     PolicyConfig,
     build_section,
-    load_config,
 )
 from automix_dist.draws import on_device
 
@@ -165,15 +162,9 @@ def needed_feature(config: Config) -> int | None:
     return config.automix.feature if hasattr(load(config.policy)[0], "Model") else None
 
 
-def load_run_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """`load_config`, with every setting of the policy written out. Raises ConfigError as that and `load` do."""
-    config = load_config(path, overrides)
-    return replace(config, policy=complete(config.policy))
-
-
-def complete(config: PolicyConfig) -> PolicyConfig:
-    """The same with every setting written out. Raises ConfigError as `load` does."""
-    return replace(config, settings=asdict(load(config)[1]))
+def complete(config: Config) -> Config:
+    """The same with every setting of its policy written out. Raises ConfigError as `load` does."""
+    return replace(config, policy=replace(config.policy, settings=asdict(load(config.policy)[1])))
 
 
 def require(condition: bool, setting: str, value: object, expected: str) -> None:

@@ -313,7 +313,7 @@ def _takes_triton(implementation: str, device: torch.device, obstacle: str | Non
         obstacle = "the package triton is not installed"
     elif device.type != "cuda" and not (INTERPRETED and device.type == "cpu" and implementation == "triton"):
         obstacle = f"the tensors are on {device}, and it needs a GPU (or TRITON_INTERPRET=1 when the process starts)"
-    elif device.type == "cuda" and _is_too_old(device):
+    elif device.type == "cuda" and is_too_old(device):
         obstacle = f"it needs compute capability 8.0 or higher, which {torch.cuda.get_device_name(device)} has not"
     if obstacle is not None and implementation == "triton":
         raise RuntimeError(
@@ -324,7 +324,8 @@ def _takes_triton(implementation: str, device: torch.device, obstacle: str | Non
 
 
 @torch.compiler.assume_constant_result
-def _is_too_old(device: torch.device) -> bool:
+def is_too_old(device: torch.device) -> bool:
+    """Whether a GPU lacks what the Triton kernels need: compute capability 8.0, or AMD's."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 

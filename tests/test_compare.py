@@ -13,7 +13,7 @@ from test_training import digits, run  # noqa: F401 - one of them is a fixture
 
 from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize
 from automix_dist.config import POLICIES, ConfigError, load_config, to_yaml
-from automix_dist.policy import load_run_config
+from automix_dist.policy import complete
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +109,7 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path):
         run = comparison.run("mixup", 0)
         if not run.exists():
             run.mkdir(parents=True)
-            config = load_run_config(comparison.base, comparison.overrides("mixup", 0))
+            config = complete(load_config(comparison.base, comparison.overrides("mixup", 0)))
             (run / "config.yaml").write_text(to_yaml(config))
             (run / "metrics.jsonl").write_text("")
         return result(comparison, "mixup", 0)

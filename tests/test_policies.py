@@ -926,6 +926,6 @@ def test_examples_learn(name):
 
 def test_settings_are_written_out():
     config = load_config(None, ["policy.name=gridmixup", "policy.settings.alpha=0.5"])
-    full = policy.complete(config.policy)
+    full = policy.complete(config).policy
     assert full.settings["alpha"] == 0.5 and full.settings["holes"] == (2, 6)
-    assert policy.complete(dataclasses.replace(full)) == full
+    assert policy.complete(dataclasses.replace(config, policy=full)).policy == full

@@ -317,8 +317,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> int:
     """Runs the job, measures and prints; returns the job's exit code."""
     options = parse(argv)
-    recipe = load_config(options.config, options.overrides)
-    recipe = dataclasses.replace(recipe, policy=policy.complete(recipe.policy))
+    recipe = policy.complete(load_config(options.config, options.overrides))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with contextlib.ExitStack() as stack:
         folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="automix-bench-")))
