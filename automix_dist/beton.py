@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from automix_dist import datasets  # noqa: F401 - enters the published datasets in the table of sources
 from automix_dist.cores import usable_cores
+from automix_dist.errors import AutomixError
 from automix_dist.jpeg import decodes, restart_interval
 from automix_dist.sources import Source, SourceError, Split, open_source
 
@@ -73,7 +74,7 @@ SMART_RATIO = 4
 WriteMode = Literal["raw", "jpg", "proportion", "smart"]
 
 
-class BetonError(ValueError):
+class BetonError(AutomixError, ValueError):
     """A source, a .beton file or a manifest that cannot be used; the message says which, why and what to do."""
 
 

@@ -34,12 +34,13 @@ from automix_dist.config import CheckpointConfig
 from automix_dist.distributed import Process
 from automix_dist.engine_state import Piece, after_loading, optimizer_scalars, pieces
 from automix_dist.engines import Engine
+from automix_dist.errors import AutomixError
 
 FORMAT = 1
 _FOLDER = re.compile(r"step_(\d{8,})")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(AutomixError, ValueError):
     """A checkpoint that cannot be used or written; the message names the file and what to do."""
 
 
@@ -370,6 +371,36 @@ def newest(run: Path, say: Callable[[str], None] = _warn) -> Saved | None:
             f"read, or discard the run with --overwrite"
         )
     return None
+
+
+def saved_steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, in order. Raises CheckpointError without a run folder or a checkpoint."""
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: no such run folder")
+    steps = sorted(committed(run / "checkpoints"))
+    if not steps:
+        raise CheckpointError(f"{run} has no checkpoint")
+    return steps
+
+
+def chosen(run: Path, step: int | None = None, best: bool = False) -> Saved:
+    """A run's checkpoint of this step, or with the best validation top-1, or else the newest that is whole.
+
+    Raises CheckpointError if there is none, or it is damaged.
+    """
+    steps = saved_steps(run)
+    if step is None:
+        saved = newest(run)
+        if saved is None:
+            raise CheckpointError(f"{run} has no whole checkpoint")
+        if not best:
+            return saved
+        step = saved.manifest["state"].get("best_step")
+        if step is None:
+            raise CheckpointError(f"{run} has no best checkpoint: no evaluation up to step {saved.step}; omit --best")
+    if step not in steps:
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {steps}")
+    return verify(run / "checkpoints" / f"step_{step:08d}")
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Saved:

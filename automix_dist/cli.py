@@ -4,16 +4,10 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 """
 
 import argparse
-import contextlib
-import dataclasses
-import fcntl
-import hashlib
 import importlib
 import json
 import os
-import platform
 import shlex
-import shutil
 import signal
 import sys
 import traceback
@@ -21,17 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from automix_dist.config import Config, ConfigError, flatten, keys_named, load_config, to_dict, to_yaml
-from automix_dist.whole_file import write_whole
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_STOPPED = 75
-"""Stopped by a signal after saving: start again with --resume (EX_TEMPFAIL of sysexits.h)."""
-
-
-class CommandError(ValueError):
-    """A command that cannot do what was asked; one message for the user."""
+from automix_dist.config import Config, ConfigError, keys_named, load_config, to_yaml
+from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -66,23 +51,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _explain(error: Exception) -> str | None:
     """The one message for a mistake or mishap that is not a defect of this program; None for a defect."""
-    # Told by name, so that explaining an error imports nothing.
-    known = {
-        "ConfigError",
-        "CommandError",
-        "BetonError",
-        "DecoderError",
-        "LoaderError",
-        "CheckpointError",
-        "TrainingError",
-        "ReportError",
-        "CompareError",
-        "PeerError",
-        "PreflightError",
-    }
-    if any(cls.__name__ in known for cls in type(error).__mro__):
+    if isinstance(error, AutomixError):
         return str(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, told by name: explaining an error imports nothing
         reason = str(error).splitlines()[0]
         return (
             f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size (eval: --batch-size) ({reason})"
@@ -159,10 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
-    train.add_argument(
+    start = train.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"
     )
-    train.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
+    start.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
     train.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
 
     evaluate = command(
@@ -170,8 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("run_folder", type=Path, metavar="RUN")
     evaluate.add_argument("--data", help="another .beton file than the run's validation set")
-    evaluate.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    evaluate.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
     evaluate.add_argument("--batch-size", type=int, help="images per rank and batch")
     evaluate.add_argument("--out", type=Path, help="a folder for eval.json and eval.html, with all classes")
     evaluate.add_argument(
@@ -191,8 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, metavar="OUT.safetensors")
     export.add_argument("--encoder", choices=["query", "momentum"], default="query")
     export.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
-    export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    export.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
 
     replay = command("replay", _replay, "compute a step again that was skipped, and say where it went wrong")
     replay.add_argument("dump", type=Path, metavar="RUN/dumps/STEP")
@@ -269,8 +243,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(to_yaml(config) + _what_it_comes_to(config), end="")
         return 0
-    if options.resume and options.overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other")
+
+    from automix_dist.run import train
+
     return train(config, resume=options.resume, overwrite=options.overwrite)
 
 
@@ -295,381 +270,17 @@ def _load_config(options: argparse.Namespace) -> Config:
     return complete(config)
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
-    """One run, from the resolved config to its end; the exit code of `automix train`."""
-    run = Path(config.output)
-    manifest, val, model, lacking = _check(config, run if resume else None)
-
-    from automix_dist import distributed, provenance
-    from automix_dist.heartbeat import Heartbeat
-    from automix_dist.rank_log import RankLog
-
-    process = distributed.start(config.engine)
-    about = {
-        "config": to_dict(config),
-        "environment": provenance.environment(),
-        "classes": manifest.classes,
-        "index_checksum": manifest.index_checksum,
-    }
-    indices = {"the index of data.train": manifest.index_checksum, "the index of data.val": val.index_checksum}
-    _agree(process, flatten(about["config"]) | indices)
-    problem = process.broadcast(_open_run(run, resume, overwrite) if process.is_main else None)
-    if problem:
-        raise CommandError(problem)
-    with Heartbeat(process, config.engine, RankLog(run, process.rank)):
-        code = _run(config, process, run, model, lacking, about, resume)
-    distributed.finish()
-    return code
-
-
-def _run(config: Config, process, run: Path, model, lacking: ConfigError | None, about: dict, resume: bool) -> int:
-    """Build the parts of a run and train. `lacking`: why the model has no weights but those of a checkpoint."""
-    from automix_dist import distributed
-    from automix_dist.activation_checkpointing import checkpoint_blocks
-    from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
-    from automix_dist.captured_step import CapturedStep
-    from automix_dist.checkpoint import Checkpoints, committed
-    from automix_dist.data import EvalLoader, TrainLoader
-    from automix_dist.engines import build_engine, summary
-    from automix_dist.optimizer import build_optimizer
-    from automix_dist.run_log import RunLog, set_aside
-    from automix_dist.trainer import Position, Trainer
-
-    def say(text: str) -> None:
-        if process.is_main:
-            # RuntimeError: a signal came in the middle of another line. OSError, ValueError: the console is gone, as in
-            # a pipe to tee after Ctrl-C, and what is to be said must not stop what is to be saved.
-            with contextlib.suppress(OSError, RuntimeError, ValueError):
-                print(text, file=sys.stderr, flush=True)
-
-    # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
-    stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
-    backbone = model.query.backbone
-    say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
-    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
-    say(f"{config.model.backbone}{feature}")
-    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
-        say(f"warning: {note}")
-    checkpoints = Checkpoints(run, config.checkpoint, process, say)
-    saved = checkpoints.agree_on_newest() if resume else None
-    if saved is None and lacking is not None:
-        raise lacking
-    if saved is not None:
-        _compare_settings(saved.manifest["config"], to_dict(config), say)
-        if saved.manifest.get("index_checksum", about["index_checksum"]) != about["index_checksum"]:
-            raise ConfigError(
-                f"data.train = {config.data.train!r} has other images than those that {saved.folder} was trained with: "
-                f"give the same file, at any path, or train anew in another output"
-            )
-    problem = process.broadcast(_store_settings(run, config, about) if process.is_main else None)
-    if problem:
-        raise CommandError(problem)
-
-    share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
-    train_loader = TrainLoader(
-        config.data.train,
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accumulation_steps=config.engine.accumulation_steps,
-        **share,
-    )
-    say(train_loader.storage_note)
-    eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
-    val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
-    model.to(process.device)
-    if config.engine.sync_batchnorm:
-        model = synchronize_batchnorm(model)
-    if config.engine.activation_checkpointing:
-        checkpoint_blocks(model.query)
-    if config.engine.compile:
-        model.compile_regions()
-    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
-    if config.engine.cuda_graph:
-        CapturedStep(model)
-
-    position = Position()
-    if saved is not None:
-        position = Position(**checkpoints.load(engine, saved))
-        say(f"resuming from {saved.folder}, step {position.step}")
-    elif resume:
-        say(f"nothing to resume in {run}: starting from the beginning")
-        if process.is_main and committed(checkpoints.root):
-            set_aside(run)
-    log = RunLog(
-        run,
-        is_main=process.is_main,
-        tensorboard=config.log.tensorboard,
-        trackers=config.log.trackers,
-        start_step=position.step,
-        config=about["config"],
-    )
-    trainer = Trainer(config, process, model, engine, train_loader, val_loader, checkpoints, log, stop, about)
-    try:
-        stopped = trainer.train(position)
-    finally:
-        train_loader.close()
-        val_loader.close()
-    if stopped:
-        kept = "saved" if position.step else "nothing to save yet"
-        say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, {kept}; continue with --resume")
-        return EXIT_STOPPED
-    best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
-    say(f"done: {position.step} steps{best}; results in {run}")
-    return 0
-
-
-def _check(config: Config, resumed: Path | None):
-    """All that can be wrong with a config, before any process group, folder or file exists.
-
-    Returns:
-        the manifests of data.train and data.val; the model, whose construction is a check of its own; and, where the
-        weights to begin with are not to be had but the resumed run has checkpoints, the error that this would be.
-    """
-    from automix_dist import beton
-    from automix_dist.sources import some
-    from automix_dist.trackers import check_installed
-
-    check_installed(config.log)
-    for key in ("train", "val"):
-        path = getattr(config.data, key)
-        if not path:
-            raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
-        if not Path(path).is_file():
-            raise beton.BetonError(
-                f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
-                f"data.{key}), or set data.{key} to another file"
-            )
-    config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
-    train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
-    if config.batch_size > train.count:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
-            f"{config.data.train!r}: expected {train.count} or less"
-        )
-    if train.index_checksum == val.index_checksum:
-        raise ConfigError(
-            f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
-            f"validation images, with automix prepare --split val or from their own folder"
-        )
-    if train.classes != val.classes:
-        missing = [name for name in train.classes if name not in val.classes]
-        foreign = [name for name in val.classes if name not in train.classes]
-        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(foreign)} besides"] * bool(foreign)
-        raise ConfigError(
-            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
-            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
-        )
-
-    import torch
-
-    from automix_dist.checkpoint import committed
-    from automix_dist.distributed import resolve_device
-    from automix_dist.engines import deepspeed_settings
-
-    device = torch.device(resolve_device(config.engine))
-    for key in ("sync_batchnorm", "cuda_graph"):
-        if getattr(config.engine, key) and device.type == "cpu":
-            raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
-    deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
-
-    try:
-        return train, val, _build_model(config, len(train.classes), device), None
-    except ConfigError as error:
-        if resumed is None or not committed(resumed / "checkpoints"):
-            raise
-        return train, val, _build_model(_without_weights(config), len(train.classes), device), error
-
-
-def _build_model(config: Config, num_classes: int, device):
-    """The model of the config's policy and backbone, on the CPU, to train on `device`."""
-    import torch
-
-    from automix_dist import policy
-    from automix_dist.backbone import create_backbone
-    from automix_dist.classifier import build_model
-    from automix_dist.distributed import autocast_dtype
-
-    torch.manual_seed(config.seed)
-    other_sizes = [size for _, size in config.data.resolution_schedule]
-    backbone = create_backbone(config.model, policy.needed_feature(config), config.data.image_size, other_sizes)
-    torch.manual_seed(config.seed)
-    return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
-
-
-def _agree(process, settings: dict) -> None:
-    """Raise ConfigError unless all ranks have the same settings: they may have read different files."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    if len(set(process.gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
-        return
-    first, *others = process.gather(settings)
-    for rank, other in enumerate(others, 1):
-        for key in sorted(first.keys() | other.keys()):
-            if first.get(key) != other.get(key):
-                values = f"{other.get(key)!r} and rank 0 {first.get(key)!r}"
-                raise ConfigError(f"rank {rank} has {key} = {values}: give all nodes the same config and data")
-
-
-def _open_run(run: Path, resume: bool, overwrite: bool) -> str | None:
-    """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
-    from automix_dist.checkpoint import committed
-    from automix_dist.run_log import METRICS
-
-    try:
-        steps = committed(run / "checkpoints")
-        if steps and not (resume or overwrite):
-            return (
-                f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
-                f"with --overwrite, or choose another folder with output=..."
-            )
-        run.mkdir(parents=True, exist_ok=True)
-        holder = _lock(run)
-        if holder is not None:
-            return (
-                f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=...; if "
-                f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
-            )
-        if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
-            for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
-                _clear(run / name)
-            if steps := committed(run / "checkpoints"):
-                return f"{run}/checkpoints: steps {sorted(steps)} could not be deleted: delete them, or set output=..."
-    except OSError as error:
-        return f"cannot write to output = {str(run)!r}: {error.strerror}"
-    return None
-
-
-def _clear(folder: Path) -> None:
-    """Delete a folder as far as it can be; of a link, as to a scratch disk, what is in the folder."""
-    for path in folder.glob("*") if folder.is_symlink() else [folder]:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _store_settings(run: Path, config: Config, about: dict) -> str | None:
-    """Keep config and environment in the run's folder; a reason if that cannot be done."""
-    environment = about["environment"] | {"classes": about["classes"]}
-    try:
-        write_whole(run / "config.yaml", to_yaml(config))
-        write_whole(run / "environment.json", json.dumps(environment, indent=1))
-    except OSError as error:
-        return f"cannot write to output = {str(run)!r}: {error.strerror}"
-    return None
-
-
-def _lock(run: Path) -> str | None:
-    """Take the run's lock until this process ends; who holds it if another does. Two would tear each other's files."""
-    file = open(run / "lock", "a+")  # noqa: SIM115 - closing it would release the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        return file.read().strip()
-    except OSError:
-        pass  # a file system without locks: better to train unguarded than not at all
-    file.truncate(0)
-    file.write(f"{platform.node()}, process {os.getpid()}\n")
-    file.flush()
-    _LOCKS.append(file)
-    return None
-
-
-_LOCKS: list = []  # open for as long as this process lives
-
-FIXED_ON_RESUME = (
-    "seed",
-    "batch_size",
-    "data.order",
-    "data.chunk_size",
-    "data.window_chunks",
-    "model",
-    "automix.reduction",
-    "automix.lam_concat",
-    "automix.norm",
-    "automix.feature",
-    "optimizer.name",
-    "policy.name",
-    "policy.average",
-)
-"""Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
-
-
-def _compare_settings(before: dict, now: dict, say) -> None:
-    """Tell what was changed since the checkpoint; refuse what a run cannot survive."""
-
-    old, new = flatten(before), flatten(now)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
-        change = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
-            raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
-        say(f"resuming with another setting: {change}")
-
-
-def _require_run(run: Path) -> None:
-    if not run.is_dir():
-        raise CommandError(f"{run}: no such run folder")
-
-
-def _find_checkpoint(run: Path, step: int | None, best: bool):
-    from automix_dist.checkpoint import CheckpointError, committed, newest, verify
-
-    if best and step is not None:
-        raise ConfigError("--best and --step exclude each other")
-    _require_run(run)
-    root = run / "checkpoints"
-    if step is None:
-        saved = newest(run)
-        if saved is None:
-            raise CheckpointError(f"{run} has no whole checkpoint")
-        if not best:
-            return saved
-        step = saved.manifest["state"].get("best_step")
-        if step is None:
-            raise CheckpointError(f"{run} has no best checkpoint: no evaluation up to step {saved.step}; omit --best")
-    if step not in committed(root):
-        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {sorted(committed(root))}")
-    return verify(root / f"step_{step:08d}")
-
-
-def _saved_model(saved, config: Config, device):
-    """The model of a checkpoint, with its weights, on a device."""
-    from automix_dist.checkpoint import load_module_state
-
-    model = _build_model(_without_weights(config), len(saved.manifest["classes"]), device).to(device)
-    model.load_state_dict(load_module_state(saved, ""))
-    return model
-
-
-def _without_weights(config: Config) -> Config:
-    """A run's settings where all weights come from a checkpoint."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
-
-
-def _anywhere(config: Config) -> Config:
-    """A run's settings for another machine, which may lack the GPU that the run asked for."""
-    device, kernels = config.engine.device, config.engine.kernels
-    engine = dataclasses.replace(
-        config.engine,
-        device="auto" if device == "cuda" else device,
-        kernels="auto" if kernels == "triton" else kernels,
-    )
-    return dataclasses.replace(config, engine=engine)
-
-
 def _replay(options: argparse.Namespace) -> int:
-    saved = _find_checkpoint(options.dump, None, best=False)
-
     from automix_dist import distributed
+    from automix_dist.checkpoint import chosen
     from automix_dist.config import from_dict
     from automix_dist.replay import replay
+    from automix_dist.run import anywhere, restored_model
 
-    config = _anywhere(from_dict(saved.manifest["config"]))
+    saved = chosen(options.dump)
+    config = anywhere(from_dict(saved.manifest["config"]))
     process = distributed.start(config.engine)
-    sound = replay(_saved_model(saved, config, process.device), config, saved, options.rank, print)
+    sound = replay(restored_model(saved, config, process.device), config, saved, options.rank, print)
     print("everything was finite this time" if sound else "not finite again")
     distributed.finish()
     return 0
@@ -703,22 +314,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size {options.batch_size}: expected 1 or more")
     if options.cam is not None and options.out is None:
         raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
-    saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
     import torch
 
     from automix_dist import beton, cam, distributed
+    from automix_dist.checkpoint import chosen
     from automix_dist.config import from_dict
     from automix_dist.data import EvalLoader
     from automix_dist.examine import examine, summary, write_examination
+    from automix_dist.run import anywhere, restored_model
 
-    config = _anywhere(from_dict(saved.manifest["config"]))
+    saved = chosen(options.run_folder, options.step, options.best)
+    config = anywhere(from_dict(saved.manifest["config"]))
     path = Path(options.data or config.data.val)
     manifest, classes = beton.check(path), saved.manifest["classes"]
     if len(manifest.classes) != len(classes):
-        raise CommandError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
+        raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
     process = distributed.start(config.engine)
-    model = _saved_model(saved, config, process.device)
+    model = restored_model(saved, config, process.device)
     if manifest.classes != classes and process.is_main:
         print(f"warning: {path} names its classes otherwise; they are compared by number", file=sys.stderr)
     ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
@@ -754,35 +367,40 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"{options.out}: expected a file that ends in .safetensors, which is what it will hold")
-    saved = _find_checkpoint(options.run_folder, options.step, options.best)
 
+    from automix_dist.checkpoint import chosen
     from automix_dist.export import export_encoder
 
+    saved = chosen(options.run_folder, options.step, options.best)
     code = export_encoder(saved, options.out, options.encoder, options.head)
     print(f"# {options.encoder} encoder with head_{options.head} of step {saved.step}; load it with:\n{code}")
     return 0
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from automix_dist.checkpoint import CheckpointError, committed, export_tensors, load_module_state, reshard, verify
+    from automix_dist.checkpoint import (
+        CheckpointError,
+        chosen,
+        export_tensors,
+        load_module_state,
+        reshard,
+        saved_steps,
+        verify,
+    )
 
-    _require_run(options.run_folder)
-    root = options.run_folder / "checkpoints"
-    steps = sorted(committed(root))
-    if not steps:
-        raise CheckpointError(f"{options.run_folder} has no checkpoint")
+    steps = saved_steps(options.run_folder)
     if options.action == "reshard":
         if options.out is None:
             raise ConfigError("reshard needs --out, another run folder")
         if options.ranks < 1:
             raise ConfigError(f"--ranks {options.ranks}: expected 1 or more")
-        saved = _find_checkpoint(options.run_folder, options.step, best=False)
+        saved = chosen(options.run_folder, options.step)
         print(f"{reshard(saved, options.out, options.ranks)}: step {saved.step} in {options.ranks} shard(s)")
         return 0
     if options.action == "to-safetensors":
         if options.out is None:
             raise ConfigError("to-safetensors needs --out FILE.safetensors")
-        saved = _find_checkpoint(options.run_folder, options.step, best=False)
+        saved = chosen(options.run_folder, options.step)
         export_tensors(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
         print(
             f"{options.out}: weights and statistics of query encoder, momentum encoder and Mix Block, step {saved.step}"
@@ -791,7 +409,8 @@ def _checkpoint(options: argparse.Namespace) -> int:
     broken, best_step = 0, None
     for step in reversed(steps):
         try:
-            manifest = verify(root / f"step_{step:08d}", checksums=options.action == "verify").manifest
+            folder = options.run_folder / "checkpoints" / f"step_{step:08d}"
+            manifest = verify(folder, checksums=options.action == "verify").manifest
         except CheckpointError as error:
             broken += 1
             print(f"step {step}: broken: {error}")

@@ -33,8 +33,9 @@ from automix_dist.backbone import create_backbone
 from automix_dist.checkpoint import committed
 from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict
+from automix_dist.errors import AutomixError
+from automix_dist.page import percent_or_nothing, table, ticks, write_page
 from automix_dist.policy import complete, needed_feature
-from automix_dist.report import percent_or_nothing, table, ticks, write_page
 from automix_dist.run_log import METRICS, read_metrics
 from automix_dist.whole_file import write_whole
 
@@ -48,7 +49,7 @@ STOPPED = 75
 HEAD = ("Policy", "Runs", "Mean", "Standard deviation", "Difference", "p")
 
 
-class CompareError(RuntimeError):
+class CompareError(AutomixError, RuntimeError):
     """A run of a comparison failed; the message says which."""
 
 

@@ -18,11 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from automix_dist.errors import AutomixError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class ConfigError(ValueError):
+class ConfigError(AutomixError, ValueError):
     """A setting that cannot be used; the message names the key, the value and what would be valid."""
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from automix_dist import beton
 from automix_dist.config import ConfigError, DataConfig
 from automix_dist.cores import cores_of_rank
+from automix_dist.errors import AutomixError
 
 STALL_SECONDS = 300.0
 """A batch that takes longer than this (compilation included) is reported as a stall."""
@@ -44,7 +45,7 @@ _COMPILED_LOOPS = threading.Lock()
 """One loader at a time runs compiled loops: numba's simplest threading layer ends the process otherwise."""
 
 
-class LoaderError(RuntimeError):
+class LoaderError(AutomixError, RuntimeError):
     """A sample that cannot be decoded, or a loader that no longer delivers; the message names the sample or place."""
 
 

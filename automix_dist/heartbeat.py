@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from automix_dist.config import EngineConfig
 from automix_dist.distributed import Process
+from automix_dist.errors import AutomixError
 from automix_dist.rank_log import RankLog
 
 BEAT_SECONDS = 2.0
@@ -52,7 +53,7 @@ PACKAGE = f"{Path(__file__).parent}{os.sep}"
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
 
 
-class PeerError(RuntimeError):
+class PeerError(AutomixError, RuntimeError):
     """A collective failed because of another rank or the network; one message for the user."""
 
 

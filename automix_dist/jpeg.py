@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from automix_dist.errors import AutomixError
 
-class DecoderError(ImportError):
+
+class DecoderError(AutomixError, ImportError):
     """The compiled part is missing or does not load; the message says what to do."""
 
 

@@ -26,6 +26,7 @@ from automix_dist import distributed
 from automix_dist.config import Config, EngineConfig
 from automix_dist.distributed import Process
 from automix_dist.doctor import PACKAGES, Check, diagnose, print_table
+from automix_dist.errors import AutomixError
 
 PAYLOAD = {"cuda": 64 << 20, "cpu": 8 << 20}  # bytes
 MATMUL = {"cuda": 8192, "cpu": 768}
@@ -39,7 +40,7 @@ MOST_PAIRED = 64
 """Of more ranks than this, only one per host is paired."""
 
 
-class PreflightError(RuntimeError):
+class PreflightError(AutomixError, RuntimeError):
     """This rank cannot take part; one message for the user."""
 
 

@@ -7,14 +7,12 @@ forbids the browser every request and every script but its own. Text from a run 
 import base64
 import hashlib
 import html
-import io
 import json
 import math
 import re
 import statistics
 import string
 import zipfile
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +23,11 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from automix_dist.config import Config, flatten, to_dict
+from automix_dist.errors import AutomixError
+from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style, table, ticks
 from automix_dist.run_log import (
     GALLERY_ARRAYS,
-    IMAGE_COLOR,
     METRICS,
-    PARTNER_COLOR,
     SWEEP_ARRAYS,
     accuracy_name,
     gallery_files,
@@ -44,13 +42,10 @@ from automix_dist.whole_file import whole_file, write_whole
 MAX_POINTS = 1500  # of a curve; more records are averaged in groups, which a screen cannot tell apart
 MAX_FRAMES = 24  # steps of the gallery's slider
 MAX_PAIRS = 12
-MAX_SIDE = 160  # pixels of a picture in the page; larger ones are scaled down
-PNG_SIDE = 64  # pictures up to this side are kept exact, larger ones become JPEG
-_NOTHING = "\N{EN DASH}"
 CURVE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5568c", "#52565c", "#56b4e9", "#e69f00")
 
 
-class ReportError(ValueError):
+class ReportError(AutomixError, ValueError):
     """A folder that a report cannot be made of; the message says why."""
 
 
@@ -106,32 +101,6 @@ def write_picture(run: Path) -> Path:
     with whole_file(path) as file:
         picture.save(file, format="png", optimize=True)
     return path
-
-
-def write_page(path: Path, overline: str, title: str, sections: dict[str, str]) -> Path:
-    """Write a page of tables in the report's style: a section of HTML under each heading. Raises OSError."""
-    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{text}</section>" for heading, text in sections.items())
-    page = string.Template(_PLAIN_PAGE).substitute(
-        style=_style(), overline=html.escape(overline), title=html.escape(title), body=body
-    )
-    write_whole(path, page)
-    return path
-
-
-_PLAIN_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>$title · $overline</title>
-<style>$style</style>
-</head>
-<body><main><p class="overline">$overline</p><h1>$title</h1>$body</main></body>
-</html>
-"""
 
 
 # Reading a run
@@ -323,7 +292,7 @@ def _numbers(run: _Run) -> list[tuple[str, str, str]]:
     query = next((key for key in top1 if "momentum" not in key), None)
     numbers = []
     for name, key in (("Query top-1", query), ("Momentum top-1", momentum)):
-        last = (percent(top1[key][-1][0]), f"{key}, last") if key else (_NOTHING, "no evaluation yet")
+        last = (percent(top1[key][-1][0]), f"{key}, last") if key else (NOTHING, "no evaluation yet")
         numbers.append((name, *last))
     fixed = {"top1_query": top1["top1_query"]} if "top1_query" in top1 else top1  # no choosing among heads
     best = max(((value, -step, key) for key, values in fixed.items() for value, step in values), default=None)
@@ -332,10 +301,10 @@ def _numbers(run: _Run) -> list[tuple[str, str, str]]:
     total = run.started_with("total_steps")
     numbers.append(("Steps", f"{run.step:,}", f"of {total:,}" if total else ""))
     speeds = [value for r in run.of("train") if (value := _finite(r.get("images_per_second"))) is not None]
-    speed = f"{statistics.median(speeds):,.0f}" if speeds else _NOTHING
+    speed = f"{statistics.median(speeds):,.0f}" if speeds else NOTHING
     numbers.append(("Images per second", speed, "median while training"))
     seconds = _seconds(run.records)
-    numbers.append(("Time", _NOTHING if seconds is None else _duration(seconds), "evaluations included"))
+    numbers.append(("Time", NOTHING if seconds is None else _duration(seconds), "evaluations included"))
     return numbers
 
 
@@ -384,10 +353,10 @@ def _page(run: _Run) -> str:
         "gallery": _gallery(run),
     }
     state, status = _status(run)
-    script = _asset("report.js")
-    return string.Template(_asset("report.html")).substitute(
+    script = asset("report.js")
+    return string.Template(asset("report.html")).substitute(
         policy=_policy(script),
-        style=_style(),
+        style=style(),
         script=script,
         # In JSON a "<" can only stand in a string, so that no text of a run can end the script element.
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
@@ -401,7 +370,7 @@ def _page(run: _Run) -> str:
         sweep=_sweep_card(_most(run, "sweep_lam")),
         events=_events(run),
         config=_config(run.config),
-        environment=table(_flatten(run.environment)) or _empty("There is no environment.json."),
+        environment=table(_flatten(run.environment)) or empty("There is no environment.json."),
     )
 
 
@@ -414,10 +383,6 @@ def _policy(script: str) -> str:
 def _notes(notes: list[str]) -> str:
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     return f'<ul class="notes" aria-label="Notes">{items}</ul>' if items else ""
-
-
-def _empty(text: str) -> str:
-    return f'<p class="empty">{html.escape(text)}</p>'
 
 
 def _number_card(name: str, value: str, remark: str) -> str:
@@ -434,76 +399,9 @@ def _accuracy_table(run: _Run) -> str:
             best, step = max(values, key=lambda item: (item[0], -item[1]))
             top5 = found.get(key.replace("top1", "top5"))
             name = key.replace("top1", "").strip("_ ") or key
-            last5 = percent(top5[-1][0]) if top5 else _NOTHING
+            last5 = percent(top5[-1][0]) if top5 else NOTHING
             rows.append((name, percent(values[-1][0]), percent(best), f"{step:,}", last5))
     return table(rows, ("Head", "Top-1", "Best", "At step", "Top-5"), "figures")
-
-
-def table(rows: Iterable[Sequence[str]], head: Sequence[str] = (), style: str = "texts") -> str:
-    """An HTML table; the first cell of each row is its heading. Empty if there are no rows.
-
-    In the style "texts" the last column wraps; in "figures" none does.
-    """
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(first)}</th>'
-        + "".join(f"<td>{html.escape(c)}</td>" for c in cells)
-        + "</tr>"
-        for first, *cells in rows
-    )
-    if not body:
-        return ""
-    heads = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    head_row = f"<thead><tr>{heads}</tr></thead>" if head else ""
-    return f'<div class="scroll {style}"><table>{head_row}<tbody>{body}</tbody></table></div>'
-
-
-def figures(cards: Iterable[Sequence[tuple[str, str]]], side: int) -> str:
-    """Cards of pictures in a row, each a data URI and the words below it; `side` is of the pictures, in pixels."""
-    shown = "".join(
-        '<div class="card row">'
-        + "".join(
-            f'<figure><img src="{uri}" alt="{html.escape(text)}"><figcaption>{html.escape(text)}</figcaption></figure>'
-            for uri, text in card
-        )
-        + "</div>"
-        for card in cards
-    )
-    return f'<div class="rows{" small" if side <= PNG_SIDE else ""}">{shown}</div>'
-
-
-def reliability(bins: list[dict[str, Any]]) -> str:
-    """A diagram of accuracy over confidence: a bar for each bin, the more opaque the more images it has."""
-    total, side, left, bottom = sum(each["images"] for each in bins), 320, 44, 40
-    width = side / len(bins)
-    parts = []
-    for at in range(0, 101, 25):
-        x, y = left + side * at / 100, side - side * at / 100 + 8
-        parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{at} %</text>')
-        parts.append(f'<text x="{x}" y="{side + 24}" text-anchor="middle">{at} %</text>')
-    for i, each in enumerate(bins):
-        if each["images"]:
-            height = each["accuracy"] * side
-            text = (
-                f"{each['images']:,} images, confidence {percent_or_nothing(each['confidence'])}, "
-                f"accuracy {percent_or_nothing(each['accuracy'])}"
-            )
-            opacity = 0.3 + 0.7 * each["images"] / total
-            parts.append(
-                f'<rect x="{left + i * width:.1f}" y="{side - height + 8:.1f}" width="{width - 1:.1f}" '
-                f'height="{height:.1f}" fill="var(--accent)" opacity="{opacity:.2f}"><title>{text}</title></rect>'
-            )
-    parts.append(f'<line class="even" x1="{left}" y1="{side + 8}" x2="{left + side}" y2="8"/>')
-    parts.append(f'<text x="{left + side / 2}" y="{side + bottom + 2}" text-anchor="middle">confidence</text>')
-    hint = "Accuracy over confidence: on the dashed line a model is as often right as it is sure."
-    return (
-        f'<p class="hint">{hint}</p><svg class="card figure" viewBox="0 0 {left + side + 24} {side + bottom + 8}" '
-        f'width="{left + side + 24}" role="img" aria-label="Reliability diagram">{"".join(parts)}</svg>'
-    )
-
-
-def percent_or_nothing(fraction: float | None) -> str:
-    return _NOTHING if fraction is None else percent(fraction)
 
 
 def _flatten(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -522,7 +420,7 @@ def _text(value: Any) -> str:
 def _config(config: dict[str, Any]) -> str:
     """The settings by section; those that differ from the defaults are marked."""
     if not config:
-        return _empty("There is no config.yaml.")
+        return empty("There is no config.yaml.")
     defaults = dict(_flatten(to_dict(Config())))
     sections = {"run": {key: value for key, value in config.items() if not isinstance(value, dict)}}
     sections |= {str(key): value for key, value in config.items() if isinstance(value, dict)}
@@ -546,7 +444,7 @@ def _events(run: _Run) -> str:
             rows.append(
                 (f"{record['step']:,}", record["kind"], time, ", ".join(f"{k} {v}" for k, v in _flatten(details)))
             )
-    return table(rows, ("Step", "Event", "Time (UTC)", "Details")) or _empty("Nothing has been recorded yet.")
+    return table(rows, ("Step", "Event", "Time (UTC)", "Details")) or empty("Nothing has been recorded yet.")
 
 
 def _most(run: _Run, name: str) -> int:
@@ -612,41 +510,6 @@ def _gallery(run: _Run) -> dict[str, Any] | None:
 
 def _class_name(run: _Run, label: np.integer) -> str:
     return run.classes[label] if 0 <= label < len(run.classes) else f"class {label}"
-
-
-def picture_uri(pixels: np.ndarray) -> str:
-    """uint8 [H, W, 3] as a data URI: PNG if small, else JPEG."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return _encode(image, "png") if max(pixels.shape[:2]) <= PNG_SIDE else _encode(image, "jpeg", quality=90)
-
-
-def mask_uri(mask: np.ndarray) -> str:
-    """Float [H, W] in [0, 1] as a data URI: a PNG with a palette of 256 shades."""
-    levels = np.clip(np.nan_to_num(mask.astype(np.float32)) * 255, 0, 255).round().astype(np.uint8)
-    image = Image.fromarray(levels)
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.BOX)
-    image.putpalette(mask_colors(np.arange(256) / 255).tobytes())
-    return _encode(image, "png")
-
-
-def _encode(image: Image.Image, kind: str, **options: Any) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format=kind, optimize=True, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _asset(name: str) -> str:
-    """The text of a file of the page that lies beside this one."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-def _style() -> str:
-    colors = {"IMAGE_COLOR": IMAGE_COLOR, "PARTNER_COLOR": PARTNER_COLOR}
-    style = _asset("report.css")
-    for name, color in colors.items():
-        style = style.replace(name, " ".join(map(str, color)))
-    return style
 
 
 # The picture
@@ -739,14 +602,6 @@ def _plot(
         draw.line([(x * _SCALE, y * _SCALE), ((x + 16) * _SCALE, y * _SCALE)], fill=color, width=3 * _SCALE)
         _write(draw, x + 22, y, series["name"], anchor="lm")
         x += room + 18
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """About five round values between low and high."""
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
-    return [round(i * step, 12) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _smooth(curve: list[tuple[float, float]], amount: float = 0.6) -> list[tuple[float, float]]:

@@ -24,6 +24,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
+from automix_dist.errors import AutomixError
+
 Split = Literal["train", "val"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -38,7 +40,7 @@ ROWS_IN_MEMORY = 1024
 """Parquet row groups are kept until they have more rows than this; two are kept always."""
 
 
-class SourceError(ValueError):
+class SourceError(AutomixError, ValueError):
     """A source that is unknown, missing or laid out otherwise; the message says what was expected."""
 
 

@@ -19,6 +19,7 @@ from automix_dist.data import Batch, EvalLoader, TrainLoader
 from automix_dist.distributed import Process, StopRequest
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
+from automix_dist.errors import AutomixError
 from automix_dist.evaluate import evaluate
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
@@ -39,7 +40,7 @@ COMPILING_STEPS = 100
 """In so many first steps torch.compile may come upon a part of the model that earlier ones have left out."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(AutomixError, RuntimeError):
     """Training cannot go on; the message says at which step and why."""
 
 

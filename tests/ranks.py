@@ -24,7 +24,7 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 # DeepSpeed settles on its accelerator when it is imported, in the server.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "deepspeed", "timm", "accelerate", "automix_dist.trainer", "automix_dist.augment"]
+    ["torch", "torch._dynamo", "deepspeed", "timm", "accelerate", "automix_dist.run", "automix_dist.augment"]
 )
 
 

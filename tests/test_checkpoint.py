@@ -27,18 +27,19 @@ from test_engine import (
 )
 from tiny import tiny_config
 
-from automix_dist import checkpoint, cli, distributed
+from automix_dist import checkpoint, distributed
+from automix_dist import run as runs
 from automix_dist.checkpoint import (
     CheckpointError,
     Checkpoints,
     UnreadableError,
+    chosen,
     committed,
     load_module_state,
     newest,
     reshard,
     verify,
 )
-from automix_dist.config import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +93,10 @@ def test_what_is_passed_over_is_told_beside_the_output(two_steps, tmp_path, caps
 
 def test_the_best_checkpoint_is_asked_for(two_steps, tmp_path):
     with pytest.raises(CheckpointError, match="no evaluation up to step 4"):
-        cli._find_checkpoint(two_steps, None, best=True)
-    with pytest.raises(ConfigError, match="--best and --step exclude each other"):
-        cli._find_checkpoint(two_steps, 2, best=True)
-    assert cli._find_checkpoint(two_steps, 2, best=False).step == 2
+        chosen(two_steps, best=True)
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; it has \[2, 4\]"):
+        chosen(two_steps, 3)
+    assert chosen(two_steps, 2).step == 2
 
 
 @pytest.mark.parametrize(
@@ -451,11 +452,11 @@ def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, m
         (folder / "file").touch()
     (run / "checkpoints").symlink_to(scratch)
     (scratch / "link").symlink_to(other)
-    monkeypatch.setattr(cli, "_lock", lambda _: None)
+    monkeypatch.setattr(runs, "_lock", lambda _: None)
     with monkeypatch.context() as stubborn:
         stubborn.setattr(shutil, "rmtree", lambda *_, **__: None)
-        assert "steps [4] could not be deleted" in cli._open_run(run, resume=False, overwrite=True)
-    assert cli._open_run(run, resume=False, overwrite=True) is None
+        assert "steps [4] could not be deleted" in runs._open_folder(run, resume=False, overwrite=True)
+    assert runs._open_folder(run, resume=False, overwrite=True) is None
     assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and committed(other) == [1]
     assert not (run / "gallery").exists()
 

@@ -21,7 +21,8 @@ from PIL import Image
 from test_run_log import events, gallery_arrays, open_log, read_strictly
 from wandb.proto import wandb_internal_pb2
 
-from automix_dist import cli, trackers
+from automix_dist import run as runs
+from automix_dist import trackers
 from automix_dist.config import ConfigError, from_dict, load_config
 from automix_dist.run_log import gallery_picture
 
@@ -320,13 +321,13 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(tmp_path, mon
     config = from_dict({"output": str(tmp_path / "run"), "log": {"trackers": ["mlflow", "wandb"]}})
     monkeypatch.setattr(metadata, "version", without(package))
     with pytest.raises(ConfigError) as caught:
-        cli.train(config)
+        runs.train(config)
     install = f"{sys.executable} -m pip install {package}"
     assert str(caught.value).startswith(f"{setting}: {package} is not installed; {install}, or {remedy}")
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
     with pytest.raises(ConfigError, match=r"data\.train is not set"):  # the next check
-        cli.train(config)
+        runs.train(config)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("[tensorboard]", "wandb, mlflow"), ("[wandb, wandb]", "each once")])

@@ -16,13 +16,13 @@ from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
 from automix_dist import distributed
 from automix_dist.checkpoint import Checkpoints, committed, load_module_state, newest
-from automix_dist.cli import _agree
 from automix_dist.config import ConfigError
 from automix_dist.data import Batch
 from automix_dist.distributed import StopRequest
 from automix_dist.profiling import StepProfile
 from automix_dist.progress import Progress
 from automix_dist.replay import replay
+from automix_dist.run import _agree
 from automix_dist.run_log import RunLog
 from automix_dist.trainer import Position, Trainer, TrainingError
 

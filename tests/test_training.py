@@ -18,7 +18,8 @@ from ranks import ROOT, Command
 
 from automix_dist import cli
 from automix_dist.checkpoint import newest
-from automix_dist.cli import EXIT_STOPPED, main
+from automix_dist.cli import main
+from automix_dist.errors import EXIT_STOPPED
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
 
@@ -258,7 +259,7 @@ def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "no such run" in failing(capsys, "checkpoint", "list", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "has no checkpoint" in failing(capsys, "checkpoint", "list", tmp_path / "empty")
-    assert "no whole checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
+    assert "has no checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
     assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
 

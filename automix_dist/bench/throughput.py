@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from automix_dist import beton, cli, data, policy, trainer
+from automix_dist import beton, data, policy, trainer
 from automix_dist.bench.step import Clock, _replaced, describe_machine
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError, load_config
+from automix_dist.run import train
 
 IMAGENET = (1_281_167, 50_000)
 """Training and validation images that a recipe is extrapolated to where the config's files are not there."""
@@ -328,7 +329,7 @@ def run(argv: list[str]) -> int:
         config = job(recipe, folder, files, options.steps, options.warmup)
         machine, recorder = describe_machine(), Recorder(options.warmup, config.engine.accumulation_steps)
         with recorder.watching():
-            if code := cli.train(config, overwrite=True):
+            if code := train(config, overwrite=True):
                 return code
         measured = figures(recorder, config, world_size)
         alone = loader_alone(config, rank, world_size, recorder.clock.device, seconds=2.0)

@@ -10,7 +10,7 @@ import pytest
 from test_training import records
 
 from automix_dist.checkpoint import newest
-from automix_dist.cli import EXIT_STOPPED
+from automix_dist.errors import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent.parent
 DEEPSPEED = ROOT / "launch" / "deepspeed.sh"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from automix_dist.cli import EXIT_STOPPED, EXIT_USAGE
+from automix_dist.errors import EXIT_STOPPED, EXIT_USAGE
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"

@@ -1,0 +1,13 @@
+"""How the command ends: its exit codes, and what those errors have in common that a user can do something about."""
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+"""Stopped by a signal after saving: start again with --resume (EX_TEMPFAIL of sysexits.h)."""
+
+
+class AutomixError(Exception):
+    """A mistake of the user's or a mishap of the machine; the message says what, where and what to do.
+
+    The command shows the message alone; any other exception is a defect of this program and keeps its traceback.
+    """

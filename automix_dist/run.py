@@ -1,0 +1,368 @@
+"""One training run: what can be wrong with it, its folder, its parts, and the training itself."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from automix_dist import beton, distributed, policy, provenance
+from automix_dist.activation_checkpointing import checkpoint_blocks
+from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
+from automix_dist.captured_step import CapturedStep
+from automix_dist.checkpoint import Checkpoints, Saved, committed, load_module_state
+from automix_dist.classifier import build_model
+from automix_dist.config import Config, ConfigError, flatten, to_dict, to_yaml
+from automix_dist.data import EvalLoader, TrainLoader
+from automix_dist.distributed import Process, autocast_dtype, resolve_device
+from automix_dist.engines import build_engine, deepspeed_settings, summary
+from automix_dist.errors import EXIT_STOPPED, AutomixError
+from automix_dist.heartbeat import Heartbeat
+from automix_dist.optimizer import build_optimizer
+from automix_dist.rank_log import RankLog
+from automix_dist.run_log import METRICS, RunLog, set_aside
+from automix_dist.sources import some
+from automix_dist.trackers import check_installed
+from automix_dist.trainer import Position, Trainer
+from automix_dist.whole_file import write_whole
+
+FIXED_ON_RESUME = (
+    "seed",
+    "batch_size",
+    "data.order",
+    "data.chunk_size",
+    "data.window_chunks",
+    "model",
+    "automix.reduction",
+    "automix.lam_concat",
+    "automix.norm",
+    "automix.feature",
+    "optimizer.name",
+    "policy.name",
+    "policy.average",
+)
+"""Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
+
+Say = Callable[[str], None]
+
+
+class RunError(AutomixError):
+    """A run's folder that cannot be trained in; the message says why and what to do."""
+
+
+class _Checked(NamedTuple):
+    """What is known of a run before it begins."""
+
+    train: beton.Manifest
+    val: beton.Manifest
+    model: nn.Module
+    lacking: ConfigError | None
+    """Why the model has no weights but those of a checkpoint, if so."""
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
+    """One run, from the resolved config to its end; the exit code of `automix train`.
+
+    Args:
+        config: with its policy's settings written out (`policy.complete`).
+        resume: continue from the newest whole checkpoint, if there is one.
+        overwrite: discard the run that the output folder holds.
+
+    Raises:
+        AutomixError: in whatever form; the message is meant for the user.
+    """
+    run = Path(config.output)
+    checked = _check(config, run if resume else None)
+    process = distributed.start(config.engine)
+    about = {
+        "config": to_dict(config),
+        "environment": provenance.environment(),
+        "classes": checked.train.classes,
+        "index_checksum": checked.train.index_checksum,
+    }
+    indices = {
+        "the index of data.train": checked.train.index_checksum,
+        "the index of data.val": checked.val.index_checksum,
+    }
+    _agree(process, flatten(about["config"]) | indices)
+    _on_rank_0(process, lambda: _open_folder(run, resume, overwrite))
+    with Heartbeat(process, config.engine, RankLog(run, process.rank)):
+        code = _train(config, process, run, checked, about, resume)
+    distributed.finish()
+    return code
+
+
+def _on_rank_0(process: Process, write: Callable[[], str | None]) -> None:
+    """Let rank 0 write; if it returns a reason why it could not, every rank raises RunError."""
+    if problem := process.broadcast(write() if process.is_main else None):
+        raise RunError(problem)
+
+
+def _train(config: Config, process: Process, run: Path, checked: _Checked, about: dict[str, Any], resume: bool) -> int:
+    """Build the parts of a run and train."""
+
+    def say(text: str) -> None:
+        if process.is_main:
+            # RuntimeError: a signal came in the middle of another line. OSError, ValueError: the console is gone, as in
+            # a pipe to tee after Ctrl-C, and what is to be said must not stop what is to be saved.
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                print(text, file=sys.stderr, flush=True)
+
+    # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
+    stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
+    model, backbone = checked.model, checked.model.query.backbone
+    say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
+    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
+    say(f"{config.model.backbone}{feature}")
+    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
+        say(f"warning: {note}")
+    checkpoints = Checkpoints(run, config.checkpoint, process, say)
+    saved = checkpoints.agree_on_newest() if resume else None
+    if saved is not None:
+        _check_continuation(saved, config, about, say)
+    elif checked.lacking is not None:
+        raise checked.lacking
+    _on_rank_0(process, lambda: _store_settings(run, config, about))
+
+    share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
+    train_loader = TrainLoader(
+        config.data.train,
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        **share,
+    )
+    say(train_loader.storage_note)
+    eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
+    val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
+    model.to(process.device)
+    if config.engine.sync_batchnorm:
+        model = synchronize_batchnorm(model)
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(model.query)
+    if config.engine.compile:
+        model.compile_regions()
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    if config.engine.cuda_graph:
+        CapturedStep(model)
+
+    position = Position()
+    if saved is not None:
+        position = Position(**checkpoints.load(engine, saved))
+        say(f"resuming from {saved.folder}, step {position.step}")
+    elif resume:
+        say(f"nothing to resume in {run}: starting from the beginning")
+        if process.is_main and committed(checkpoints.root):
+            set_aside(run)
+    log = RunLog(
+        run,
+        is_main=process.is_main,
+        tensorboard=config.log.tensorboard,
+        trackers=config.log.trackers,
+        start_step=position.step,
+        config=about["config"],
+    )
+    trainer = Trainer(config, process, model, engine, train_loader, val_loader, checkpoints, log, stop, about)
+    try:
+        stopped = trainer.train(position)
+    finally:
+        train_loader.close()
+        val_loader.close()
+    if stopped:
+        kept = "saved" if position.step else "nothing to save yet"
+        say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, {kept}; continue with --resume")
+        return EXIT_STOPPED
+    best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
+    say(f"done: {position.step} steps{best}; results in {run}")
+    return 0
+
+
+def _check(config: Config, resumed: Path | None) -> _Checked:
+    """All that can be wrong with a config, before any process group, folder or file exists.
+
+    Constructing the model is a check of its own. A resumed run with checkpoints can do without the weights with which
+    it began.
+    """
+    check_installed(config.log)
+    for key in ("train", "val"):
+        path = getattr(config.data, key)
+        if not path:
+            raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+        if not Path(path).is_file():
+            raise beton.BetonError(
+                f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
+                f"data.{key}), or set data.{key} to another file"
+            )
+    config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
+    train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
+    if config.batch_size > train.count:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
+            f"{config.data.train!r}: expected {train.count} or less"
+        )
+    if train.index_checksum == val.index_checksum:
+        raise ConfigError(
+            f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
+            f"validation images, with automix prepare --split val or from their own folder"
+        )
+    if train.classes != val.classes:
+        missing = [name for name in train.classes if name not in val.classes]
+        foreign = [name for name in val.classes if name not in train.classes]
+        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(foreign)} besides"] * bool(foreign)
+        raise ConfigError(
+            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
+            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
+        )
+
+    device = torch.device(resolve_device(config.engine))
+    for key in ("sync_batchnorm", "cuda_graph"):
+        if getattr(config.engine, key) and device.type == "cpu":
+            raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
+    deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
+
+    try:
+        return _Checked(train, val, new_model(config, len(train.classes), device), None)
+    except ConfigError as error:
+        if resumed is None or not committed(resumed / "checkpoints"):
+            raise
+        return _Checked(train, val, new_model(_without_weights(config), len(train.classes), device), error)
+
+
+def new_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """The model of the config's policy and backbone, on the CPU, to train on `device`."""
+    torch.manual_seed(config.seed)
+    other_sizes = [size for _, size in config.data.resolution_schedule]
+    backbone = create_backbone(config.model, policy.needed_feature(config), config.data.image_size, other_sizes)
+    torch.manual_seed(config.seed)
+    return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
+
+
+def _agree(process: Process, settings: dict[str, Any]) -> None:
+    """Raise ConfigError unless all ranks have the same settings: they may have read different files."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    if len(set(process.gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    first, *others = process.gather(settings)
+    for rank, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                values = f"{other.get(key)!r} and rank 0 {first.get(key)!r}"
+                raise ConfigError(f"rank {rank} has {key} = {values}: give all nodes the same config and data")
+
+
+def _open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
+    """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
+    try:
+        steps = committed(run / "checkpoints")
+        if steps and not (resume or overwrite):
+            return (
+                f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
+                f"with --overwrite, or choose another folder with output=..."
+            )
+        run.mkdir(parents=True, exist_ok=True)
+        holder = _lock(run)
+        if holder is not None:
+            return (
+                f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=...; if "
+                f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
+            )
+        if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
+            for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
+                _clear(run / name)
+            if steps := committed(run / "checkpoints"):
+                return f"{run}/checkpoints: steps {sorted(steps)} could not be deleted: delete them, or set output=..."
+    except OSError as error:
+        return f"cannot write to output = {str(run)!r}: {error.strerror}"
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Delete a folder as far as it can be; of a link, as to a scratch disk, what is in the folder."""
+    for path in folder.glob("*") if folder.is_symlink() else [folder]:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _store_settings(run: Path, config: Config, about: dict[str, Any]) -> str | None:
+    """Keep config and environment in the run's folder; a reason if that cannot be done."""
+    environment = about["environment"] | {"classes": about["classes"]}
+    try:
+        write_whole(run / "config.yaml", to_yaml(config))
+        write_whole(run / "environment.json", json.dumps(environment, indent=1))
+    except OSError as error:
+        return f"cannot write to output = {str(run)!r}: {error.strerror}"
+    return None
+
+
+def _lock(run: Path) -> str | None:
+    """Take the run's lock until this process ends; who holds it if another does. Two would tear each other's files."""
+    file = open(run / "lock", "a+")  # noqa: SIM115 - closing it would release the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return file.read().strip()
+    except OSError:
+        pass  # a file system without locks: better to train unguarded than not at all
+    file.truncate(0)
+    file.write(f"{platform.node()}, process {os.getpid()}\n")
+    file.flush()
+    _LOCKS.append(file)
+    return None
+
+
+_LOCKS: list = []  # open for as long as this process lives
+
+
+def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], say: Say) -> None:
+    """Tell which settings were changed since the checkpoint; refuse what a run cannot survive."""
+    old, new = flatten(saved.manifest["config"]), flatten(about["config"])
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        change = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
+            raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
+        say(f"resuming with another setting: {change}")
+    if saved.manifest.get("index_checksum", about["index_checksum"]) != about["index_checksum"]:
+        raise ConfigError(
+            f"data.train = {config.data.train!r} has other images than those that {saved.folder} was trained with: "
+            f"give the same file, at any path, or train anew in another output"
+        )
+
+
+def restored_model(saved: Saved, config: Config, device: torch.device) -> nn.Module:
+    """The model of a checkpoint, with its weights, on a device."""
+    model = new_model(_without_weights(config), len(saved.manifest["classes"]), device).to(device)
+    model.load_state_dict(load_module_state(saved, ""))
+    return model
+
+
+def _without_weights(config: Config) -> Config:
+    """A run's settings where all weights come from a checkpoint."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
+
+
+def anywhere(config: Config) -> Config:
+    """A run's settings for another machine, which may lack the GPU that the run asked for."""
+    device, kernels = config.engine.device, config.engine.kernels
+    engine = dataclasses.replace(
+        config.engine,
+        device="auto" if device == "cuda" else device,
+        kernels="auto" if kernels == "triton" else kernels,
+    )
+    return dataclasses.replace(config, engine=engine)
