@@ -20,7 +20,7 @@ class MixBlock(nn.Module):
     Args:
         channels: C of the feature map.
         config: reduction, lam_concat and norm are read.
-        implementation: of the attention kernel: "auto", "triton" or "reference".
+        implementation: of the kernels: "auto", "triton" or "reference".
     """
 
     def __init__(self, channels: int, config: AutoMixConfig, implementation: str = "auto"):
@@ -50,8 +50,13 @@ class MixBlock(nn.Module):
         """
         h, w = features.shape[2:]
         tokens = features.flatten(2).transpose(1, 2)
-        query_weight, query_lambda = self._columns(self.query_weight)
-        value_weight, value_lambda = self._columns(self.value_weight)
+        query_weight, value_weight, query_lambda, value_lambda = kernels.split_weights(
+            self.query_weight,
+            self.value_weight,
+            self.channels,
+            product_dtype(features),
+            implementation=self.implementation,
+        )
         projection = F.linear(tokens, query_weight)
         value = F.linear(tokens, value_weight).squeeze(2)
         if self.norm is None:
@@ -73,16 +78,6 @@ class MixBlock(nn.Module):
 
             logits = attend_each(attend, partner, lam)
         return tuple(each.unflatten(1, (h, w)) for each in logits)
-
-    def _columns(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A weight's columns for the features, and the one for lambda.
-
-        Of a split, whose gradient is put together in one pass; each slice's would fill a whole one with zeros.
-        """
-        if not self.lam_concat:
-            return weight, None
-        of_features, of_lambda = weight.split([self.channels, 1], dim=1)
-        return of_features, of_lambda.squeeze(1)
 
     def _attend_normed(
         self,
@@ -110,6 +105,12 @@ class MixBlock(nn.Module):
     def _normed(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         maps = tokens.transpose(1, 2).unflatten(2, size)
         return self.norm(maps).float().flatten(2).transpose(1, 2)
+
+
+def product_dtype(features: Tensor) -> torch.dtype:
+    """The type in which features are multiplied: autocast's, or else their own."""
+    kind = features.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
 
 
 def attend_each(attend: Callable[[Tensor, Tensor], Tensor], partner: Tensor, lam: Tensor) -> list[Tensor]:

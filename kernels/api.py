@@ -4,10 +4,10 @@
                      "triton"     Triton, or an error that says why it cannot run
                      "reference"  the definitions in reference.py
 
-The Triton kernels are torch operators (automix::mix_attention, automix::mask_blend, automix::normalize,
-automix::momentum_update and two backward passes), so that torch.compile keeps them whole. On CPU tensors the same
-operators compute the definitions; in a process with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and
-so does implementation="triton".
+The Triton kernels are torch operators (automix::split_weights, automix::mix_attention, automix::mask_blend,
+automix::normalize, automix::momentum_update and three backward passes), so that torch.compile keeps them whole. On CPU
+tensors the same operators compute the definitions; in a process with TRITON_INTERPRET=1 they run the Triton code in its
+interpreter, and so does implementation="triton".
 """
 
 import importlib.util
@@ -25,9 +25,16 @@ if HAS_TRITON:
     from automix_kernels import mix_attention as triton_mix_attention
     from automix_kernels import momentum as triton_momentum
     from automix_kernels import normalize as triton_normalize
+    from automix_kernels import split_weights as triton_split_weights
 
     INTERPRETED = triton.knobs.runtime.interpret
     for operator, launch, definition in (
+        (triton_split_weights.split_weights, triton_split_weights.launch_split, reference.split_weights),
+        (
+            triton_split_weights.split_weights_backward,
+            triton_split_weights.launch_join,
+            reference.split_weights_backward,
+        ),
         (triton_mix_attention.mix_attention, triton_mix_attention.launch_forward, reference.mix_attention_forward),
         (
             triton_mix_attention.mix_attention_backward,
@@ -41,9 +48,50 @@ if HAS_TRITON:
     ):
         operator.register_kernel("cpu")(launch if INTERPRETED else definition)
 
-__all__ = ["mask_blend", "mix_attention", "momentum_update", "normalize", "upsample_mask"]
+__all__ = ["mask_blend", "mix_attention", "momentum_update", "normalize", "split_weights", "upsample_mask"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def split_weights(
+    query_weight: Tensor,
+    value_weight: Tensor,
+    channels: int,
+    dtype: torch.dtype,
+    *,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The Mix Block's two weights, cut into what its products read and what its attention reads. Differentiable.
+
+    Args:
+        query_weight: [D, columns] float32 (other types in plain PyTorch).
+        value_weight: [1, columns], of the same type.
+        channels: C of the features; columns is C, or C + 1 with one for lambda.
+        dtype: of the products.
+
+    Returns:
+        [D, C] and [1, C] in `dtype`, dense; lambda's columns [D] and [1] in the weights' type, or None and None.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device.
+        RuntimeError: implementation="triton" where Triton cannot run.
+    """
+    _check("query_weight", query_weight, (None, None))
+    columns = query_weight.shape[1]
+    if columns - channels not in (0, 1):
+        raise ValueError(f"query_weight must have {channels} or {channels + 1} columns, got {columns}")
+    _check("value_weight", value_weight, (1, columns), (query_weight.dtype,), query_weight.device)
+    obstacle = (
+        None if query_weight.dtype == torch.float32 else f"query_weight is {query_weight.dtype}, not torch.float32"
+    )
+    if dtype not in _KERNEL_DTYPES:
+        obstacle = obstacle or f"it cannot write {dtype}"
+    if _takes_triton(implementation, query_weight.device, obstacle):
+        split = triton_split_weights.split_weights
+    else:
+        split = reference.split_weights
+    query, value, *of_lambda = split(query_weight, value_weight, channels, dtype)
+    return query, value, *(of_lambda if columns > channels else (None, None))
 
 
 def mix_attention(

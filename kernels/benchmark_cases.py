@@ -364,21 +364,27 @@ def blend_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
 
 
 def block(
-    shape: Shape, dtype: torch.dtype, mode: str, attend_both: Callable[..., tuple[Tensor, Tensor]], mask_blend: Callable
+    shape: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    split_weights: Callable,
+    attend_both: Callable[..., tuple[Tensor, Tensor]],
+    mask_blend: Callable,
 ) -> Candidate:
     """One projection for both draws. `attend_both`: `mix_attention` of partners and lams [2, B] to two logits."""
 
     def call(inputs: Inputs) -> list[Tensor]:
-        query_weight, query_lambda = inputs["query_weight"].split([shape.channels, 1], dim=1)
-        value_weight, value_lambda = inputs["value_weight"].split([shape.channels, 1], dim=1)
+        query_weight, value_weight, query_lambda, value_lambda = split_weights(
+            inputs["query_weight"], inputs["value_weight"], shape.channels, dtype
+        )
         logits = attend_both(
-            F.linear(inputs["features"], query_weight.to(dtype)),
-            F.linear(inputs["features"], value_weight.to(dtype)).squeeze(2),
+            F.linear(inputs["features"], query_weight),
+            F.linear(inputs["features"], value_weight).squeeze(2),
             inputs["partners"],
             inputs["lams"],
-            query_lambda.squeeze(1),
+            query_lambda,
             inputs["query_bias"],
-            value_lambda.squeeze(1),
+            value_lambda,
             inputs["value_bias"],
         )
         outputs = []
@@ -457,11 +463,11 @@ def block_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
         return {**{name: tensor.requires_grad_() for name, tensor in leaf.items()}, **plain}
 
     def plain(attention: Callable, dtype: torch.dtype = dtype) -> Candidate:
-        return block(shape, dtype, mode, one_by_one(attention), reference.mask_blend)
+        return block(shape, dtype, mode, reference.split_weights, one_by_one(attention), reference.mask_blend)
 
     published = block_published(shape, dtype, mode)
     candidates = {
-        "ours": block(shape, dtype, mode, api.mix_attention, api.mask_blend),
+        "ours": block(shape, dtype, mode, api.split_weights, api.mix_attention, api.mask_blend),
         "published": published,
         "rearranged": plain(attention_rearranged),
     }

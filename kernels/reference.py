@@ -15,6 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def split_weights(
+    query_weight: Tensor, value_weight: Tensor, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Mix Block's weights [D, columns] and [1, columns], cut into what is read by whom.
+
+    Returns:
+        their first `channels` columns in `dtype`, [D, channels] and [1, channels]; and the last column of each, for
+        lambda, [D] and [1] in the weights' type, empty where there is none.
+    """
+    (query, query_lambda), (value, value_lambda) = (
+        weight.split([channels, weight.shape[1] - channels], dim=1) for weight in (query_weight, value_weight)
+    )
+    return (
+        query.to(dtype, copy=True),
+        value.to(dtype, copy=True),
+        query_lambda.flatten().clone(),
+        value_lambda.flatten().clone(),
+    )
+
+
+def split_weights_backward(
+    grad_query: Tensor, grad_value: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weights' gradients [D, columns] and [1, columns], in float32 (float64 for float64 gradients)."""
+    dtype, columns = _accumulate_dtype(grad_query), len(grad_value_lambda)
+    return (
+        torch.cat([grad_query.to(dtype), grad_query_lambda.view(-1, columns) if columns else grad_query[:, :0]], dim=1),
+        torch.cat([grad_value.to(dtype), grad_value_lambda.view(1, columns)], dim=1),
+    )
+
+
 def mix_attention(
     projection: Tensor,
     value: Tensor,

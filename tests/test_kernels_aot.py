@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from automix_kernels import mask_blend, mix_attention, momentum, normalize  # noqa: E402
+from automix_kernels import mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -185,6 +185,16 @@ def test_mask_blend(record, tmp_path, architecture, cells, factor, kind, mode):
     mixed, *means = mask_blend.launch_forward(*arguments, meta(3), meta(3), mode, 0.08, dtype)
     mask_blend.launch_backward(mixed, *means, *arguments, meta(3), mode, 0.08)
     assert len(launches) == (3 if mode == "bilinear" else 2)
+    assert_fits(launches, architecture, tmp_path)
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("columns", [1024, 1025])
+def test_split_weights(record, tmp_path, architecture, columns):
+    launches = record(split_weights, architecture)
+    parts = split_weights.launch_split(meta(512, columns), meta(1, columns), 1024, torch.bfloat16)
+    split_weights.launch_join(*parts)
+    assert [kernel.__name__ for kernel, _ in launches] == ["_split_kernel", "_join_kernel"]
     assert_fits(launches, architecture, tmp_path)
 
 

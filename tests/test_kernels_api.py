@@ -66,6 +66,24 @@ def test_mix_attention_refuses(change, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"query_weight": torch.zeros(8)}, ValueError, r"query_weight must have shape \[any, any\], got \[8\]"),
+        ({"channels": 3}, ValueError, "query_weight must have 3 or 4 columns, got 6"),
+        ({"value_weight": torch.zeros(1, 5)}, ValueError, r"value_weight must have shape \[1, 6\], got \[1, 5\]"),
+        ({"value_weight": torch.zeros(1, 6).half()}, TypeError, "must be torch.float32, got torch.float16"),
+        ({"implementation": "triton"}, RuntimeError, "tensors are on cpu.*engine.kernels=reference"),
+    ],
+)
+def test_split_weights_refuses(change, error, message):
+    arguments = {
+        "query_weight": torch.zeros(8, 6), "value_weight": torch.zeros(1, 6), "channels": 5, "dtype": torch.float32
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        api.split_weights(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
         ({"logits": torch.zeros(3, 6)}, ValueError, "logits must have shape"),
         ({"images": torch.zeros(3, 3, 6, 8, dtype=torch.uint8)}, ValueError, r"\[3, any, any, 3\], got \[3, 3, 6, 8\]"),
         ({"images": torch.zeros(2, 3, 6, 8)}, ValueError, r"images must have shape \[3, 3, any, any\]"),

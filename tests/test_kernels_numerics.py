@@ -272,6 +272,30 @@ def test_attention_gives_the_same_bits_twice():
             assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "channels"), [(3, 5), (16, 1024), (1, 2050)])
+@pytest.mark.parametrize("with_lambda", [True, False])
+def test_split_weights(width, channels, with_lambda, dtype):
+    """To the bit what slices and casts give, and their gradients; of a weight that is no dense matrix, too."""
+    columns = channels + with_lambda
+    query = torch.randn(columns, width, device=DEVICE, generator=generator()).T
+    leaves = [query.requires_grad_(), torch.randn(1, columns, device=DEVICE, generator=generator(1)).requires_grad_()]
+    *products, query_lambda, value_lambda = api.split_weights(*leaves, channels, dtype, implementation="triton")
+    for part, weight in zip(products, leaves, strict=True):
+        assert part.is_contiguous() and torch.equal(part, weight[:, :channels].to(dtype))
+    parts, grads = list(products), [torch.randn(part.shape, device=DEVICE).to(dtype) for part in products]
+    expected = [grad.float() for grad in grads]
+    if with_lambda:
+        assert torch.equal(query_lambda, leaves[0][:, -1]) and torch.equal(value_lambda, leaves[1][:, -1])
+        parts += [query_lambda, value_lambda]
+        grads += [torch.randn(part.shape, device=DEVICE) for part in parts[2:]]
+        expected = [torch.cat([grad, grads[i + 2][:, None]], dim=1) for i, grad in enumerate(expected)]
+    else:
+        assert query_lambda is value_lambda is None
+    for ours, theirs in zip(torch.autograd.grad(parts, leaves, grads), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def blend_inputs(batch, cells, factors, kind, dtype=torch.float32, seed=0):
     g = generator(seed)
     size = tuple(n * f for n, f in zip(cells, factors, strict=True))

@@ -7,7 +7,7 @@ import torch
 from test_kernels_api import attention_arguments, blend_arguments
 
 pytest.importorskip("triton")
-from automix_kernels import mask_blend, mix_attention, momentum, normalize, reference
+from automix_kernels import mask_blend, mix_attention, momentum, normalize, reference, split_weights
 from torch.library import opcheck
 
 pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -15,6 +15,14 @@ pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", mark
 
 def on(device, values):
     return [each.to(device) if isinstance(each, torch.Tensor) else each for each in values]
+
+
+@pytest.mark.parametrize("columns", [5, 6])
+def test_split(columns, device):
+    weights = on(device, [torch.randn(3, columns), torch.randn(1, columns)])
+    opcheck(split_weights.split_weights, (*(each.requires_grad_() for each in weights), 5, torch.bfloat16))
+    parts = split_weights.split_weights(*(each.detach() for each in weights), 5, torch.bfloat16)
+    opcheck(split_weights.split_weights_backward, parts)
 
 
 @pytest.mark.parametrize("with_offset", [True, False])

@@ -33,6 +33,20 @@ def test_gradcheck_of_attention(partner, offsets):
     )
 
 
+@pytest.mark.parametrize("columns", [4, 5])
+def test_weights_are_cut_and_their_gradients_put_together(columns):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, columns, generator=generator, dtype=torch.float64, requires_grad=True) for n in (3, 1)]
+    assert torch.autograd.gradcheck(lambda *pair: reference.split_weights(*pair, 4, torch.float64), weights)
+    parts = reference.split_weights(*weights, 4, torch.bfloat16)
+    assert [part.dtype for part in parts] == [torch.bfloat16] * 2 + [torch.float64] * 2
+    grads = [torch.randn(part.shape, generator=generator).to(part.dtype) for part in parts]
+    expected = torch.autograd.grad(parts, weights, grads)
+    actual = reference.split_weights_backward(*grads)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, check_dtype=False)
+
+
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_gradcheck_of_blend(mode, kind):

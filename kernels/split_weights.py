@@ -1,0 +1,171 @@
+"""The Mix Block's two weights as its products want them, in one pass: Triton kernels and the torch op.
+
+A weight has a column for each channel of the features and one for lambda. The products read the former, densely and in
+the features' type; the attention reads the latter, in float32. Operation by operation the casts are two launches, and
+four for the gradients, which have to be put together again; here it is one each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def _split_kernel(
+    query_weight_ptr,
+    value_weight_ptr,
+    query_ptr,
+    value_ptr,
+    query_lambda_ptr,
+    value_lambda_ptr,
+    D,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (chunks of columns, D + 1 rows); the last row is the value's."""
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if row < D:
+        weight = tl.load(query_weight_ptr + row * COLUMNS + columns, mask=columns < COLUMNS)
+        pointers = query_ptr + row * CHANNELS + columns
+        tl.store(pointers, weight.to(query_ptr.dtype.element_ty), mask=columns < CHANNELS)
+        if COLUMNS > CHANNELS:
+            tl.store(query_lambda_ptr + row + columns - CHANNELS, weight, mask=columns == CHANNELS)
+    else:
+        weight = tl.load(value_weight_ptr + columns, mask=columns < COLUMNS)
+        tl.store(value_ptr + columns, weight.to(value_ptr.dtype.element_ty), mask=columns < CHANNELS)
+        if COLUMNS > CHANNELS:
+            tl.store(value_lambda_ptr + columns - CHANNELS, weight, mask=columns == CHANNELS)
+
+
+@triton.jit
+def _join_kernel(
+    grad_query_ptr,
+    grad_value_ptr,
+    grad_query_lambda_ptr,
+    grad_value_lambda_ptr,
+    grad_query_weight_ptr,
+    grad_value_weight_ptr,
+    D,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_split_kernel` the other way round."""
+    row = tl.program_id(1)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if row < D:
+        grad = tl.load(grad_query_ptr + row * CHANNELS + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)
+        if COLUMNS > CHANNELS:
+            grad = tl.where(columns < CHANNELS, grad, tl.load(grad_query_lambda_ptr + row))
+        tl.store(grad_query_weight_ptr + row * COLUMNS + columns, grad, mask=columns < COLUMNS)
+    else:
+        grad = tl.load(grad_value_ptr + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)
+        if COLUMNS > CHANNELS:
+            grad = tl.where(columns < CHANNELS, grad, tl.load(grad_value_lambda_ptr))
+        tl.store(grad_value_weight_ptr + columns, grad, mask=columns < COLUMNS)
+
+
+@torch.library.custom_op("automix::split_weights", mutates_args=(), device_types="cuda")
+def split_weights(
+    query_weight: Tensor, value_weight: Tensor, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[D, columns] and [1, columns] float32 -> their first `channels` columns in `dtype`, and their last one.
+
+    The last two are empty where there is no column beside the channels'.
+    """
+    with torch.cuda.device_of(query_weight):
+        return launch_split(query_weight, value_weight, channels, dtype)
+
+
+def launch_split(
+    query_weight: Tensor, value_weight: Tensor, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `split_weights` does on a GPU."""
+    rows, columns = query_weight.shape
+    outputs = _empty_parts(query_weight, channels, dtype)
+    query, value, query_lambda, value_lambda = outputs
+    _split_kernel[(triton.cdiv(columns, BLOCK), rows + 1)](
+        query_weight_ptr=query_weight.contiguous(),
+        value_weight_ptr=value_weight.contiguous(),
+        query_ptr=query,
+        value_ptr=value,
+        query_lambda_ptr=query_lambda,
+        value_lambda_ptr=value_lambda,
+        D=rows,
+        COLUMNS=columns,
+        CHANNELS=channels,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return outputs
+
+
+def _empty_parts(query_weight: Tensor, channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = query_weight.shape
+    has_lambda = columns > channels
+    return (
+        query_weight.new_empty(rows, channels, dtype=dtype),
+        query_weight.new_empty(1, channels, dtype=dtype),
+        query_weight.new_empty(rows if has_lambda else 0),
+        query_weight.new_empty(1 if has_lambda else 0),
+    )
+
+
+@split_weights.register_fake
+def _(query_weight, value_weight, channels, dtype):
+    return _empty_parts(query_weight, channels, dtype)
+
+
+@torch.library.custom_op("automix::split_weights_backward", mutates_args=(), device_types="cuda")
+def split_weights_backward(
+    grad_query: Tensor, grad_value: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The parts' gradients put together as those of the weights, float32."""
+    with torch.cuda.device_of(grad_query):
+        return launch_join(grad_query, grad_value, grad_query_lambda, grad_value_lambda)
+
+
+def launch_join(
+    grad_query: Tensor, grad_value: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `split_weights_backward` does on a GPU."""
+    rows, channels = grad_query.shape
+    outputs = _empty_weights(grad_query, grad_value_lambda)
+    columns = outputs[0].shape[1]
+    _join_kernel[(triton.cdiv(columns, BLOCK), rows + 1)](
+        grad_query_ptr=grad_query.contiguous(),
+        grad_value_ptr=grad_value.contiguous(),
+        grad_query_lambda_ptr=grad_query_lambda.contiguous(),
+        grad_value_lambda_ptr=grad_value_lambda,
+        grad_query_weight_ptr=outputs[0],
+        grad_value_weight_ptr=outputs[1],
+        D=rows,
+        COLUMNS=columns,
+        CHANNELS=channels,
+        BLOCK=BLOCK,
+        num_warps=4,
+    )
+    return outputs
+
+
+def _empty_weights(grad_query: Tensor, grad_value_lambda: Tensor) -> tuple[Tensor, Tensor]:
+    rows, channels = grad_query.shape
+    columns = channels + len(grad_value_lambda)
+    return tuple(grad_query.new_empty(count, columns, dtype=torch.float32) for count in (rows, 1))
+
+
+@split_weights_backward.register_fake
+def _(grad_query, grad_value, grad_query_lambda, grad_value_lambda):
+    return _empty_weights(grad_query, grad_value_lambda)
+
+
+def _backward(ctx, *grads):
+    return *split_weights_backward(*grads), None, None
+
+
+split_weights.register_autograd(_backward)
