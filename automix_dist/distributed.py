@@ -104,13 +104,10 @@ def resolve_device(engine: EngineConfig) -> str:
     if engine.kernels == "triton" and device == "cpu":
         raise ConfigError("engine.kernels = 'triton' needs a GPU and there is none here: set engine.kernels=reference")
     if engine.kernels == "triton":
-        from automix_kernels.api import is_too_old  # slow to import, and few ask for it by name
+        from automix_kernels.api import device_obstacle  # slow to import, and few ask for it by name
 
-        if is_too_old(torch.device(device)):
-            raise ConfigError(
-                f"engine.kernels = 'triton' needs a GPU of compute capability 8.0 or higher, which "
-                f"{torch.cuda.get_device_name()} has not: set engine.kernels=auto"
-            )
+        if obstacle := device_obstacle(torch.device(device)):
+            raise ConfigError(f"engine.kernels = 'triton' cannot run: {obstacle}; set engine.kernels=auto")
     return device
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from automix_kernels.api import is_too_old
+from automix_kernels.api import device_obstacle
 from torch import Tensor, nn
 
 from automix_dist.automix import AutoMix
@@ -392,7 +392,7 @@ def summary(config: Config, world_size: int, device: torch.device) -> list[str]:
     engine = config.engine
     name = f"DeepSpeed ZeRO {engine.zero_stage}" if engine.name == "deepspeed" else engine.name.upper()
     on_gpu = device.type == "cuda"
-    automatic = "triton" if on_gpu and not is_too_old(device) else "reference"
+    automatic = "triton" if device_obstacle(device) is None else "reference"
     kernels = automatic if engine.kernels == "auto" else engine.kernels
     return [
         f"{world_size} rank(s) on {torch.cuda.get_device_name(device) if on_gpu else 'the CPU'}",

@@ -357,12 +357,8 @@ def _takes_triton(implementation: str, device: torch.device, obstacle: str | Non
         return False
     if implementation not in ("auto", "triton"):
         raise ValueError(f"implementation must be 'auto', 'triton' or 'reference', got {implementation!r}")
-    if not HAS_TRITON:
-        obstacle = "the package triton is not installed"
-    elif device.type != "cuda" and not (INTERPRETED and device.type == "cpu" and implementation == "triton"):
-        obstacle = f"the tensors are on {device}, and it needs a GPU (or TRITON_INTERPRET=1 when the process starts)"
-    elif device.type == "cuda" and is_too_old(device):
-        obstacle = f"it needs compute capability 8.0 or higher, which {torch.cuda.get_device_name(device)} has not"
+    if not (INTERPRETED and device.type == "cpu" and implementation == "triton"):
+        obstacle = device_obstacle(device) or obstacle
     if obstacle is not None and implementation == "triton":
         raise RuntimeError(
             f"the Triton kernel cannot run: {obstacle}. implementation='reference' (engine.kernels=reference in a "
@@ -372,9 +368,15 @@ def _takes_triton(implementation: str, device: torch.device, obstacle: str | Non
 
 
 @torch.compiler.assume_constant_result
-def is_too_old(device: torch.device) -> bool:
-    """Whether a GPU lacks what the Triton kernels need: compute capability 8.0, or AMD's."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+def device_obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, in words that follow "because"; None if they can."""
+    if not HAS_TRITON:
+        return "the package triton is not installed"
+    if device.type != "cuda":
+        return f"the tensors are on {device}, and it needs a GPU (or TRITON_INTERPRET=1 when the process starts)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or higher, which {torch.cuda.get_device_name(device)} has not"
+    return None
 
 
 def _dtype_obstacle(name: str, tensor: Tensor) -> str | None:

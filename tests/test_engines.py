@@ -7,11 +7,12 @@ from unittest import mock
 import pytest
 import timm
 import torch
+from automix_kernels import api
 from ranks import run_ranks
 from test_engine import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
-from automix_dist import distributed
+from automix_dist import distributed, engines
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, synchronize_batchnorm
 from automix_dist.config import ConfigError, ModelConfig
@@ -97,6 +98,28 @@ def test_automatic_precision_is_what_the_gpu_computes_with(major, expected, monk
     auto = tiny_config(engine={"device": "auto"}).engine
     assert distributed.autocast_dtype(auto, torch.device("cuda")) is expected
     assert distributed.autocast_dtype(auto, CPU) is torch.float32
+
+
+def test_kernels_run_where_the_gpu_and_the_packages_let_them(monkeypatch):
+    """A GPU of an older generation, one that will do, and one without the package triton."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(torch.version, "hip", None)
+    auto, asked = (tiny_config(engine={"device": "auto", "kernels": kind}) for kind in ("auto", "triton"))
+    monkeypatch.setattr(engines, "autocast_name", lambda *_: "float32")
+    for capability, installed, kernels, refused in (
+        ((7, 5), True, "reference", "compute capability 8.0 or higher, which a GPU has not"),
+        ((8, 0), False, "reference", "the package triton is not installed"),
+        ((8, 0), True, "triton", None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(api, "HAS_TRITON", installed)
+        assert engines.summary(auto, 1, torch.device("cuda"))[-1] == f"kernels {kernels}"
+        if refused is None:
+            assert distributed.resolve_device(asked.engine) == "cuda"
+        else:
+            with pytest.raises(ConfigError, match=f"engine.kernels = 'triton' cannot run: .*{refused}"):
+                distributed.resolve_device(asked.engine)
 
 
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
