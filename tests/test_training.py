@@ -211,7 +211,9 @@ def test_mistakes_in_the_config_are_one_line(settings, capsys):
     assert "resnet18" in failing(capsys, "train", settings, "model.backbone=resnet81")
     message = failing(capsys, "train", settings, "batch_size=4000")
     assert "4000" in message and "480" in message
-    assert "exclude" in failing(capsys, "train", settings, "--resume", "--overwrite")
+    with pytest.raises(SystemExit):
+        main(["train", str(settings), "--resume", "--overwrite"])
+    assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err
     assert "data.val" in failing(capsys, "train", settings, "data.val=")
     if not torch.cuda.is_available():
         assert "no GPU" in failing(capsys, "train", settings, "engine.device=cuda")
