@@ -49,7 +49,7 @@ def test_pdsh_stops_after_saving_and_openmpi_mpich_and_four_nodes_go_on(hosts, t
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     until(lambda: process.poll() is not None or trained(run, 3), 120, "training has begun")
     hosts.run("n1", "pkill", "-TERM", "-f", "bash .*launch/deepspeed.sh")
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=150)
     assert process.returncode == EXIT_STOPPED, output
     assert "stopping: all ranks save first" in output and "stopped by SIGTERM at step" in output
     stopped = newest(run)
@@ -105,14 +105,14 @@ def test_torchrun_goes_on_without_a_lost_node_and_with_it_again(hosts, settings,
         start(name)
     until(lambda: saved_by(2), 120, f"both train:\n{said()}")
     hosts.kill("n1")
-    until(lambda: saved_by(1), 150, "the second node goes on alone")
+    until(lambda: saved_by(1), 240, "the second node goes on alone")
     assert "rank 0 on n1" in (tmp_path / "n2.log").read_text()  # named before the restart
     hosts.start("n1")
     start("n1")
-    until(lambda: saved_by(2), 150, "both train again")
+    until(lambda: saved_by(2), 240, "both train again")
     hosts.run("n1", "pkill", "-TERM", "-f", "bash .*launch/torchrun.sh")
     for process in processes.values():
-        assert process.wait(timeout=90) == EXIT_STOPPED, said()
+        assert process.wait(timeout=150) == EXIT_STOPPED, said()
     assert said().count("stopped by SIGTERM") == 2  # for the node that came, and for us
     steps = [record["step"] for record in records(run, "train")]
     assert steps == sorted(set(steps))
@@ -124,7 +124,7 @@ def test_accelerate_trains_on_two_nodes(hosts, settings, tmp_path):
     arguments = [ROOT / "launch" / "accelerate.sh", "--nodes", "2", "--head", "n1", settings, *QUICK]
     other = hosts.popen("n2", *arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     output = launch(hosts, *arguments)
-    assert other.wait(timeout=60) == 0 and "done: 30 steps" in output
+    assert other.wait(timeout=120) == 0 and "done: 30 steps" in output
     assert newest(tmp_path / "run").manifest["world_size"] == 2
 
 
@@ -303,7 +303,7 @@ def test_the_launching_script_is_killed_and_the_ranks_save_and_leave(hosts, two,
     until(lambda: trained(run, 3), 120, "training has begun")
     hosts.run("n1", "pkill", "-KILL", "-f", "bash .*launch/deepspeed.sh")
     process.wait(timeout=10)
-    until(lambda: newest(run, lambda _: None) is not None, 60, "the ranks have saved")
+    until(lambda: newest(run, lambda _: None) is not None, 120, "the ranks have saved")
     assert json.loads((newest(run).folder / "manifest.json").read_text())["world_size"] == 2
     no_rank_is_left(hosts)
 
@@ -336,8 +336,8 @@ def test_faults_of_a_running_job_are_named_and_cost_no_state(hosts, settings, tm
         assert f"resuming from {run}/checkpoints/step_{before:08d}, step {before}\n" in log.read_text()
 
     def ends(code: int, *said: str) -> None:
-        """Within a minute the fault of just now is in the first line of error, and the job over, its state on disk."""
-        assert job.wait(timeout=60) == code, log.read_text()
+        """Soon the fault of just now is in the first line of error, and the job over, its state on disk."""
+        assert job.wait(timeout=120) == code, log.read_text()
         first = next(line for line in log.read_text().splitlines() if "automix: error: " in line)
         assert all(part in first for part in said), first
         no_rank_is_left(hosts)
@@ -352,12 +352,12 @@ def test_faults_of_a_running_job_are_named_and_cost_no_state(hosts, settings, tm
     with pytest.raises(OSError, match="No space"), open(filler, "wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 20))
-    until(lambda: "No space left on device" in log.read_text(), 60, "the full disk is told")
+    until(lambda: "No space left on device" in log.read_text(), 120, "the full disk is told")
     filler.unlink()
     goes_on()
     slowing = "for i in {1..400}; do kill -STOP $rank; sleep 0.15; kill -CONT $rank; sleep 0.05; done"
     slower = hosts.popen("n2", "bash", "-c", f"rank=$(pgrep -of bin/automix); {slowing}")
-    until(lambda: "rank 1 on n2" in log.read_text(), 90, "the slow rank is named")
+    until(lambda: "rank 1 on n2" in log.read_text(), 150, "the slow rank is named")
     slower.kill()
     slower.wait()
     assert "falls behind" in log.read_text()

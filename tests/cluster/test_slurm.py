@@ -27,7 +27,7 @@ def test_a_job_comes_round_at_its_time_limit_and_after_preemption(slurm, setting
 
     def comes_round(times: int) -> int:
         """The step that it resumes from."""
-        until(lambda: slurm.state(job).endswith(f" {times}"), 90, f"{times} restarts")
+        until(lambda: slurm.state(job).endswith(f" {times}"), 150, f"{times} restarts")
         assert newest(run).manifest["world_size"] == 2
         return newest(run).step
 
@@ -39,7 +39,7 @@ def test_a_job_comes_round_at_its_time_limit_and_after_preemption(slurm, setting
     change(settings, epochs=(records(run, "train")[-1]["step"] + 30) // 15)  # the third start comes to the end
     slurm.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", cwd=ROOT)
     second = comes_round(2)
-    slurm.wait(job, "COMPLETED 2", 150)
+    slurm.wait(job, "COMPLETED 2", 240)
     text = log.read_text()
     assert "stopped by SIGUSR1" in text and "stopped by SIGTERM" in text
     assert text.count("saved; back into the queue") == 2 and "attempt 3" in text and "0: done: " in text
@@ -57,17 +57,17 @@ def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, se
     job = slurm.submit("--nodes=2", "--requeue", output, own, settings, cwd=ROOT)
     until(lambda: trained(run, 2), 120, "training has begun")
     slurm.run("scancel", "--batch", "--signal=TERM", job)
-    until(lambda: slurm.state(job).endswith(" 1"), 90, "the script's signal has let the ranks save")
+    until(lambda: slurm.state(job).endswith(" 1"), 150, "the script's signal has let the ranks save")
     before = newest(run).step
     until(lambda: trained(run, before + 2), 120, "it trains on")
     slurm.run("scancel", job)
-    slurm.wait(job, "CANCELLED 1", 30)
+    slurm.wait(job, "CANCELLED 1", 60)
     no_rank_is_left(hosts)
     assert newest(run).step >= before + 2  # saved within Slurm's KillWait
     time.sleep(2)
     assert slurm.state(job) == "CANCELLED 1"
 
     job = slurm.submit("--nodes=2", output, SCRIPT, settings, "optimizer.lrr=1", cwd=ROOT)
-    slurm.wait(job, "FAILED 0", 60)
+    slurm.wait(job, "FAILED 0", 120)
     said = (tmp_path / f"{job}.log").read_text()
     assert re.search(r"(\d): automix \[rank \1\]: error: .*optimizer\.lr\?", said), said  # Slurm ends who is slower
