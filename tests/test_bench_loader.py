@@ -20,7 +20,7 @@ def test_end_to_end(tmp_path, capsys):
     step = tmp_path / "step.json"
     step.write_text('{"images_per_second": 100, "device": "an abacus"}')
     out = tmp_path / "out"
-    arguments = ["--images", "64", "--sizes", "jpg@96", "raw@96", "--repeat", "1", "--workers", "1"]
+    arguments = ["--images", "64", "--sizes", "jpg@96", "raw@96", "--rounds", "1", "--workers", "1"]
     arguments += ["--step-json", str(step), "--data", str(tmp_path / "data"), "--out", str(out)]
     assert loader.run(arguments) == 0
     result = json.loads((out / "loader.json").read_text())
@@ -141,7 +141,7 @@ def test_need_and_supply():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--images", "100"], ["--sizes", "png@500"], ["--repeat", "0"], ["--workers", "1000"], ["--memory-limit", "0"]],
+    [["--images", "100"], ["--sizes", "png@500"], ["--rounds", "0"], ["--workers", "1000"], ["--memory-limit", "0"]],
 )
 def test_refuses(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

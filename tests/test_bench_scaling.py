@@ -20,7 +20,7 @@ RESNET50 = Sizes(trained=25_600_000, momentum=25_600_000, idle=0, optimizer_stat
 
 def options(**values) -> argparse.Namespace:
     network = {"backbone": "test_resnet", "feature": -2, "image_size": 32, "batch_size": 2}
-    return argparse.Namespace(**network, repeat=1, count_only=True, **values)
+    return argparse.Namespace(**network, rounds=1, count_only=True, **values)
 
 
 def state_sizes() -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 No timing is judged."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import time
@@ -37,9 +38,9 @@ def test_end_to_end(tmp_path, capsys):
     arguments = [
         "--networks",
         "cifar_resnet18",
-        "--batch",
+        "--batch-size",
         "2",
-        "--size",
+        "--image-size",
         "16",
         "--rounds",
         "2",
@@ -150,9 +151,9 @@ def test_a_run_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch):
         return measure(case, *arguments)
 
     monkeypatch.setattr(bench, "measure", ended)
-    arguments = ["--networks", "cifar_resnet18", "resnet18", "--size", "16", "--batch", "2", "--ways", "vanilla"]
+    small = ["--image-size", "16", "--batch-size", "2", "--rounds", "1", "--steps", "1", "--out", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
-        bench.run([*arguments, "--rounds", "1", "--steps", "1", "--out", str(tmp_path)])
+        bench.run(["--networks", "cifar_resnet18", "resnet18", "--ways", "vanilla", *small])
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert [(row["network"], row["note"], bool(row["ms"])) for row in rows] == [
         ("cifar_resnet18@16", "", True), ("resnet18@16", "not reached", False)
@@ -161,7 +162,7 @@ def test_a_run_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch):
 
 
 def test_minutes(tmp_path, monkeypatch):
-    arguments = ["--networks", "cifar_resnet18", "--size", "16", "--batch", "2", "--minutes", "1e-9"]
+    arguments = ["--networks", "cifar_resnet18", "--image-size", "16", "--batch-size", "2", "--minutes", "1e-9"]
     assert bench.run([*arguments, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "step.json").read_text())
     assert {row["note"] for row in result["rows"]} == {"not reached"} and result["parts"] == {}
@@ -326,7 +327,7 @@ def test_comparing_tells_a_change_from_noise():
     assert text == "n, b: 10.00 -> 15.00 ms, slower by 50.0%\nn, c: 10.00 -> 6.00 ms, faster by 40.0%" and slower
     assert bench.compare(before, before) == ("nothing moved beyond the spread", False)
     assert bench.compare(result_of(new=(1, 1, 1)), before) == (
-        "nothing in common: the same --networks, --batch and --ways can be compared", True
+        "nothing in common: the same --networks, --batch-size and --ways can be compared", True
     )  # fmt: skip
     text, slower = bench.compare(result_of(a=None), before)
     assert "no figures any more" in text and slower
@@ -399,9 +400,9 @@ def test_clock():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--batch", "1"],
+        ["--batch-size", "1"],
         ["--rounds", "0"],
-        ["--size", "0"],
+        ["--image-size", "0"],
         ["--networks", "alexnet"],
         ["--ways", "magic"],
         ["--minutes", "0"],
@@ -413,6 +414,16 @@ def test_refuses(arguments, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert "expected" in error or "invalid choice" in error
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "loader", "memory", "scaling", "step", "throughput"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(name, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    module = importlib.import_module(f"automix_dist.bench.{name}")
+    with pytest.raises(SystemExit) as stop:
+        module.run([*["config.yaml"] * (name == "throughput"), "--out", str(tmp_path / "file" / "results")])
+    assert stop.value.code == 2
+    assert f"argument --out: {tmp_path}/file/results: Not a directory" in capsys.readouterr().err
 
 
 def test_refuses_a_result_of_another_machine(tmp_path, capsys):

@@ -8,7 +8,6 @@ checks the hashes before it restores, and ends with a rename that makes the chec
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import platform
@@ -30,7 +29,7 @@ from torch import Tensor
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import check_counts
+from automix_dist.bench import check_counts, results_folder, write_results
 from automix_dist.checkpoint import Checkpoints, verify
 from automix_dist.config import CheckpointConfig, Config, from_dict
 from automix_dist.engine_state import pieces
@@ -51,7 +50,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--ranks", type=int, default=ranks, help="processes (default: one per GPU; two on the CPU)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--out", type=Path, help="folder for checkpoint.json and checkpoint.md")
+    parser.add_argument("--out", type=results_folder, help="folder for checkpoint.json and checkpoint.md")
     options = parser.parse_args(arguments)
     check_counts(parser, options, ranks=1, rounds=1)
     config = from_dict(
@@ -75,9 +74,7 @@ def run(arguments: list[str]) -> int:
     text = markdown(about, rows)
     print(text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "checkpoint.json").write_text(json.dumps(about | {"rows": rows}, indent=1))
-        (options.out / "checkpoint.md").write_text(f"{__doc__.strip()}\n\n{text}\n")
+        write_results(options.out, "checkpoint", about | {"rows": rows}, f"{__doc__.strip()}\n\n{text}\n")
     return 0
 
 

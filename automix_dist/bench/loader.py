@@ -1,6 +1,6 @@
 """`automix bench loader`: images per second of CPU time, and in all, from this loader and from its alternatives.
 
-    automix bench loader --images 1024 --repeat 3 --out DIR
+    automix bench loader --images 1024 --rounds 3 --out DIR
 
 Every candidate reads the same generated images of ImageNet's shapes and gives batches of 64 random resized crops of
 224 x 224, half of them mirrored, as uint8. Each lives in a process of its own (FFCV's Loader changes a type that all
@@ -39,6 +39,7 @@ import numpy as np
 import psutil
 
 from automix_dist import beton
+from automix_dist.bench import check_counts, results_folder, write_results
 from automix_dist.cores import usable_cores
 
 BATCH, SIDE, QUALITY = 64, 224, 90
@@ -719,10 +720,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--sizes", nargs="+", default=list(STORAGES), metavar="KIND@SIZE",
         help=f"jpg or raw, and the longer side in pixels (default: {' '.join(STORAGES)})",
     )  # fmt: skip
-    parser.add_argument("--repeat", type=int, default=3, help="measured epochs of each loader (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured epochs of each loader (default: 3)")
     parser.add_argument("--workers", type=int, default=0, help="of each loader; 0 = the cores it may use (default)")
     parser.add_argument("--data", type=Path, help="folder to keep and reuse the images in (default: a temporary one)")
-    parser.add_argument("--out", type=Path, help="folder for loader.json, loader.md and loader.svg")
+    parser.add_argument("--out", type=results_folder, help="folder for loader.json, loader.md and loader.svg")
     parser.add_argument(
         "--step-json", type=Path, metavar="FILE",
         help='{"images_per_second": N, "device": NAME} of a measured ResNet-50 AutoMix step, to compare with',
@@ -737,13 +738,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for storage in options.sizes:
         if not re.fullmatch(r"(jpg|raw)@[1-9]\d{0,3}", storage):
             parser.error(f"--sizes {storage}: expected jpg@SIZE or raw@SIZE, as {' '.join(STORAGES)}")
-    if options.repeat < 1:
-        parser.error(f"--repeat {options.repeat}: expected 1 or more")
+    check_counts(parser, options, rounds=1, memory_limit=1)
     cores = usable_cores()
     if not 0 <= options.workers <= cores:
         parser.error(f"--workers {options.workers}: expected 0 to {cores}, the cores that this process may use")
-    if options.memory_limit is not None and options.memory_limit < 1:
-        parser.error(f"--memory-limit {options.memory_limit}: expected a positive number of MiB")
     options.need = None
     if options.step_json:
         try:
@@ -759,7 +757,7 @@ def run(argv: list[str]) -> int:
     workers = options.workers or usable_cores()
     result = {
         "machine": describe_machine(workers),
-        "options": {"images": options.images, "sizes": options.sizes, "repeat": options.repeat, "batch": BATCH},
+        "options": {"images": options.images, "sizes": options.sizes, "repeat": options.rounds, "batch": BATCH},
         "rows": [],
         "need": options.need,
         "memory": None,
@@ -769,7 +767,7 @@ def run(argv: list[str]) -> int:
         for storage in dict.fromkeys(options.sizes):
             print(f"{storage}: making {options.images} images", file=sys.stderr, flush=True)
             data = make_data(folder, storage, options.images, workers)
-            result["rows"] += measure_storage(storage, data, options.images, options.repeat, workers)
+            result["rows"] += measure_storage(storage, data, options.images, options.rounds, workers)
         if options.memory_limit:
             tree = Path(make_data(folder, "jpg@500", options.images, workers)["folder"])
             result["memory"] = measure_memory(folder, tree, options.memory_limit, workers)
@@ -777,10 +775,7 @@ def run(argv: list[str]) -> int:
     text = markdown(result)
     print(text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "loader.json").write_text(json.dumps(result, indent=1) + "\n")
-        (options.out / "loader.md").write_text(text)
-        (options.out / "loader.svg").write_text(bars_svg(result))
+        write_results(options.out, "loader", result, text, bars_svg(result))
     failed = any(row["candidate"].startswith("ours") and "per_second" not in row for row in result["rows"])
     return int(failed or bool(result["memory"] and result["memory"]["note"]))
 

@@ -6,10 +6,8 @@ machine.
 """
 
 import argparse
-import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +15,7 @@ from torch.nn import functional as F
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import check_counts
+from automix_dist.bench import check_counts, results_folder, write_results
 from automix_dist.config import from_dict
 from automix_dist.draws import draw_step
 
@@ -36,7 +34,7 @@ def run(arguments: list[str]) -> int:
         "--networks", nargs="+", default=DEFAULT, metavar="BACKBONE:FEATURE", help="timm models at 224 px"
     )
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="folder for memory.json and memory.md")
+    parser.add_argument("--out", type=results_folder, help="folder for memory.json and memory.md")
     options = parser.parse_args(arguments)
     check_counts(parser, options, batch_size=1)
     for network in options.networks:
@@ -46,10 +44,8 @@ def run(arguments: list[str]) -> int:
     text = table(rows)
     print(text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
         raw = {"torch": torch.__version__, "batch_size": options.batch_size, "dtype": "float32", "rows": rows}
-        (options.out / "memory.json").write_text(json.dumps(raw, indent=1))
-        (options.out / "memory.md").write_text(f"{__doc__.strip()}\n\nPyTorch {torch.__version__}.\n\n{text}\n")
+        write_results(options.out, "memory", raw, f"{__doc__.strip()}\n\nPyTorch {torch.__version__}.\n\n{text}\n")
     return 0
 
 

@@ -20,7 +20,6 @@ points of doubt.
 
 import argparse
 import gc
-import json
 import math
 import os
 import platform
@@ -30,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import check_counts
+from automix_dist.bench import check_counts, results_folder, write_results
 from automix_dist.config import Config, EngineConfig, from_dict
 from automix_dist.distributed import Process
 from automix_dist.draws import draw_step
@@ -264,10 +262,10 @@ def measure(options: argparse.Namespace, process: Process) -> dict[str, Any]:
     result["sizes"] = asdict(alone.sizes)
     timed = not options.count_only
     if timed:
-        result["compute"] = seconds_of(alone.step, process, options.repeat)
+        result["compute"] = seconds_of(alone.step, process, options.rounds)
         share = 2 * (process.world_size - 1) / process.world_size
         buffers = [torch.ones(size // 4, device=process.device) for size in MESSAGES]
-        times = [seconds_of(lambda b=b: dist.all_reduce(b), process, 5 * options.repeat) for b in buffers]
+        times = [seconds_of(lambda b=b: dist.all_reduce(b), process, 5 * options.rounds) for b in buffers]
         result["alpha"], result["beta"] = fit([share * size for size in MESSAGES], times)
     del alone
     for name, engine in ENGINES.items():
@@ -275,7 +273,7 @@ def measure(options: argparse.Namespace, process: Process) -> dict[str, Any]:
         counter = work.counted()
         row = {"calls": counter.calls, "moved": counter.moved}
         if timed:
-            row["seconds"] = seconds_of(work.step, process, options.repeat)
+            row["seconds"] = seconds_of(work.step, process, options.rounds)
             calls = sum(counter.calls.values())
             row["expected"] = result["compute"] + calls * result["alpha"]
             row["expected"] += sent(counter.moved, process.world_size) * result["beta"]
@@ -386,18 +384,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224 if on_gpu else 64)
     parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 8, help="images per rank")
     parser.add_argument("--ranks", type=int, default=max(2, torch.cuda.device_count()), help="processes to start here")
-    parser.add_argument("--repeat", type=int, default=7, help="timed steps of each engine (default: 7)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each engine (default: 7)")
     parser.add_argument("--count-only", action="store_true", help="count bytes, time nothing; needs --step-ms")
     parser.add_argument("--step-ms", type=float, help="computation of a step on the GPU that is meant")
     parser.add_argument("--link-gbps", type=float, default=400, help="network of a host, Gb/s (default: 400)")
     parser.add_argument("--latency-us", type=float, default=5, help="of a hop between hosts (default: 5)")
     parser.add_argument("--gpus-per-host", type=int, default=8)
     parser.add_argument("--gpu-gbs", type=float, default=400, help="GB/s between the GPUs of a host (default: 400)")
-    parser.add_argument("--out", type=Path, help="folder for scaling.json, scaling.md and scaling.svg")
+    parser.add_argument("--out", type=results_folder, help="folder for scaling.json, scaling.md and scaling.svg")
     options = parser.parse_args(arguments)
     if options.count_only and options.step_ms is None:
         parser.error("--count-only needs --step-ms: there is no step time to predict from")
-    check_counts(parser, options, batch_size=2, ranks=2, gpus_per_host=1, repeat=1)
+    check_counts(parser, options, batch_size=2, ranks=2, gpus_per_host=1, rounds=1)
     for name in ("link_gbps", "latency_us", "gpu_gbs"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: expected a positive number")
@@ -433,8 +431,6 @@ def run(arguments: list[str]) -> int:
     text = markdown(result)
     print(text)
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "scaling.json").write_text(json.dumps(result, indent=1))
-        (options.out / "scaling.md").write_text(f"{__doc__.strip()}\n\n{text}\n![Efficiency](scaling.svg)\n")
-        (options.out / "scaling.svg").write_text(lines_svg(result))
+        text = f"{__doc__.strip()}\n\n{text}\n![Efficiency](scaling.svg)\n"
+        write_results(options.out, "scaling", result, text, lines_svg(result))
     return 0

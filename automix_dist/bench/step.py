@@ -1,7 +1,7 @@
 """`automix bench step`: one training step, from uint8 images on the device to updated weights: AutoMix against vanilla.
 
     automix bench step --networks resnet50 --out DIR          on a GPU: the table that counts
-    automix bench step --networks cifar_resnet18 --batch 8    on a CPU: the ratios show, the speed means little
+    automix bench step --networks cifar_resnet18 --batch-size 8   on a CPU: the ratios show, the speed means little
 
 Ways of a network live in one process and take turns, a few steps each, so that a busy moment of the machine hits all
 alike; the median counts. On a GPU there are several such groups: first what decides, then what takes a compiler, then
@@ -42,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from automix_dist import provenance
 from automix_dist.automix import lay_out
 from automix_dist.backbone import create_backbone, create_timm_model, pad_stems
+from automix_dist.bench import check_counts, results_folder, write_results
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import CapturedStep
@@ -549,7 +550,7 @@ def measure_parts(case: Case, rounds: int) -> dict[str, float]:
             clock.mark(name)
             return result
 
-        return _replaced(owner, attribute, call)
+        return replaced(owner, attribute, call)
 
     for number in range(rounds + 1):
         clock.marks.clear()
@@ -579,7 +580,7 @@ def measure_parts(case: Case, rounds: int) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, attribute: str, value: Callable) -> Iterator[None]:
+def replaced(owner: Any, attribute: str, value: Callable) -> Iterator[None]:
     """Within the block, the owner's attribute is another one."""
     own = vars(owner).get(attribute)
     setattr(owner, attribute, value)
@@ -774,7 +775,7 @@ def compare(result: dict, before: dict) -> tuple[str, bool]:
                          f"by {abs(change):.1%}")  # fmt: skip
             slower |= change > 0
     if not compared:
-        return "nothing in common: the same --networks, --batch and --ways can be compared", True
+        return "nothing in common: the same --networks, --batch-size and --ways can be compared", True
     return "\n".join(lines or ["nothing moved beyond the spread"]), slower
 
 
@@ -786,8 +787,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--ways", nargs="+", choices=[way.name for way in WAYS], metavar="WAY",
         help=f"of {'; '.join(way.name for way in WAYS)} (default: on a GPU most, on a CPU the first)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, help=f"images per step (default: by network; on a CPU {CPU_BATCH})")
-    parser.add_argument("--size", type=int, help="side of the images (default: the network's)")
+    parser.add_argument("--batch-size", type=int, help=f"images per step (default: by network; on a CPU {CPU_BATCH})")
+    parser.add_argument("--image-size", type=int, help="side of the images (default: the network's)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16; on a CPU float32")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each way (default: 7)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn (default: 3)")
@@ -800,12 +801,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--compare", type=Path, metavar="STEP_JSON", help="say what moved since; exit code 1 if anything is slower"
     )
-    parser.add_argument("--out", type=Path, help="folder for step.json, step.md and step.svg")
+    parser.add_argument("--out", type=results_folder, help="folder for step.json, step.md and step.svg")
     options = parser.parse_args(argv)
-    for name in ("batch", "size", "rounds", "steps"):
-        value, least = getattr(options, name), 2 if name == "batch" else 1
-        if value is not None and value < least:
-            parser.error(f"--{name} {value}: expected {least} or more")
+    check_counts(parser, options, batch_size=2, image_size=1, rounds=1, steps=1)
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: expected a positive number")
     options.before = None
@@ -835,7 +833,7 @@ def run(argv: list[str]) -> int:
     else:
         ways = [way for way in WAYS if way.unasked == "always" or (on_gpu and way.unasked == "gpu")]
     networks = [
-        replace(n, size=options.size or n.size, batch=options.batch or (n.batch if on_gpu else CPU_BATCH))
+        replace(n, size=options.image_size or n.size, batch=options.batch_size or (n.batch if on_gpu else CPU_BATCH))
         for n in NETWORKS
         if n.name in options.networks
     ]
@@ -847,7 +845,7 @@ def run(argv: list[str]) -> int:
     if on_gpu:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as in training
-    _finish(result, rows, options.out)  # a folder that cannot be written is found now
+    _finish(result, rows, options.out)  # what a run that ends early leaves: all is not reached
     for network in networks:
         case = Case(network, network.batch, device, dtype)
         for group in groups(ways):
@@ -880,8 +878,5 @@ def _finish(result: dict[str, Any], rows: dict[str, dict[str, Row]], out: Path |
         result["device"] = result["machine"]["device"]
     text = markdown(result)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "step.md").write_text(text)
-        (out / "step.svg").write_text(bars_svg(result))
+        write_results(out, "step", result, text, bars_svg(result))
     return text

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import statistics
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 
 from automix_dist import beton, data, policy, trainer
-from automix_dist.bench.step import Clock, _replaced, describe_machine
+from automix_dist.bench import check_counts, results_folder, write_results
+from automix_dist.bench.step import Clock, replaced, describe_machine
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError, load_config
 from automix_dist.run import train
@@ -62,7 +62,7 @@ class Recorder:
                 (Checkpoints, "save", self._save),
                 (trainer, "evaluate", self._evaluate),
             ):
-                stack.enter_context(_replaced(owner, name, watch(getattr(owner, name))))
+                stack.enter_context(replaced(owner, name, watch(getattr(owner, name))))
             yield
 
     def _epoch(self, epoch: Callable) -> Callable:
@@ -303,11 +303,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--storage", default="jpg@500", metavar="KIND@SIZE", help="jpg or raw (default: jpg@500)")
     parser.add_argument("--real", action="store_true", help="read the config's own files instead")
     parser.add_argument("--data", type=Path, help="folder to keep and reuse them in (default: a temporary one)")
-    parser.add_argument("--out", type=Path, help="folder for throughput.json and throughput.md")
+    parser.add_argument("--out", type=results_folder, help="folder for throughput.json and throughput.md")
     options = parser.parse_intermixed_args(argv)
-    for name, least in (("steps", 2), ("warmup", 1), ("images", 16)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name} {getattr(options, name)}: expected {least} or more")
+    check_counts(parser, options, steps=2, warmup=1, images=16)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.data is None:
         parser.error("--data FOLDER is needed under a launcher: all ranks share it")
     if options.storage.partition("@")[0] not in ("jpg", "raw") or not options.storage.partition("@")[2].isdigit():
@@ -343,7 +341,5 @@ def run(argv: list[str]) -> int:
     if rank == 0:
         print(markdown(result))
         if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / "throughput.json").write_text(json.dumps(result, indent=1) + "\n")
-            (options.out / "throughput.md").write_text(markdown(result))
+            write_results(options.out, "throughput", result, markdown(result))
     return 0
