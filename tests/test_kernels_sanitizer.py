@@ -15,11 +15,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from automix_kernels import api, mask_blend, mix_attention, momentum
+from automix_kernels import api, mask_blend, mix_attention, momentum, normalize, split_weights
 
-KERNELS = sorted(
-    {name for module in (mask_blend, mix_attention, momentum) for name in vars(module) if name.endswith("_kernel")}
-)
+MODULES = (mask_blend, mix_attention, momentum, normalize, split_weights)
+KERNELS = sorted({name for module in MODULES for name in vars(module) if name.endswith("_kernel")})
 FAILED = 77
 
 
@@ -56,6 +55,10 @@ def run_every_kernel(device: str) -> None:
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
+    for columns in (70, 71):
+        weights = draw(5, columns), draw(1, columns)
+        parts = api.split_weights(*weights, 70, torch.bfloat16, implementation="triton")
+        torch.autograd.grad(sum(part.float().sum() for part in parts if part is not None), weights)
     for positions, channels, dtype in ((37, 24, torch.bfloat16), (289, 40, torch.float16), (67, 17, torch.float32)):
         leaves = draw(2, positions, channels, dtype=dtype), draw(2, positions, dtype=dtype)
         parameters = draw(channels), draw(channels), draw(1), draw(1)
@@ -64,6 +67,7 @@ def run_every_kernel(device: str) -> None:
         torch.autograd.grad(logits.sum(), (*leaves, *parameters))
     mean, std = (torch.tensor([value] * 3, device=device) for value in (0.45, 0.22))
     uint8 = torch.randint(0, 256, (2, 15, 15, 3), generator=generator, dtype=torch.uint8).to(device)
+    api.normalize(uint8, mean, std, torch.float16, implementation="triton")
     for images in (uint8, draw(2, 3, 15, 15).detach()):
         for mode in ("nearest", "bilinear"):
             logits = draw(2, 3, 5)
