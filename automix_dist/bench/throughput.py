@@ -26,7 +26,7 @@ import torch
 
 from automix_dist import beton, data, policy, trainer
 from automix_dist.bench import check_counts, results_folder, write_results
-from automix_dist.bench.step import Clock, replaced, describe_machine
+from automix_dist.bench.step import Clock, describe_machine, replaced
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError, load_config
 from automix_dist.run import train
