@@ -72,10 +72,13 @@ def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
         load_comparison(write(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("name", ["digits_compare", "digits_few_compare"])
-def test_the_comparisons_of_the_repository_can_be_run(name):
+@pytest.mark.parametrize(
+    ("name", "seeds", "reference"),
+    [("digits_compare", 5, "none"), ("digits_few_compare", 5, "none"), ("digits_speed_compare", 8, "automix")],
+)
+def test_the_comparisons_of_the_repository_can_be_run(name, seeds, reference):
     comparison = load_comparison(ROOT / "configs" / f"{name}.yaml")
-    assert len(comparison.seeds) == 5 and next(iter(comparison.policies)) == "none"
+    assert len(comparison.seeds) == seeds and next(iter(comparison.policies)) == reference
     for policy in comparison.policies:
         assert load_config(comparison.base, comparison.overrides(policy, 0)).policy.name in POLICIES
     _check_models(comparison, Path(name))
