@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import math
 import platform
+import re
 import statistics
 import sys
 import time
@@ -404,7 +405,10 @@ def describe_machine(dtype: str) -> Machine:
         versions["triton"] = triton.__version__
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     if not torch.cuda.is_available():
-        return Machine(f"CPU ({torch.get_num_threads()} threads)", versions, date=date, dtype=dtype)
+        cpuinfo = Path("/proc/cpuinfo")
+        model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+        name = f"CPU, {torch.get_num_threads()} thread(s), {model[1] if model else platform.machine()}"
+        return Machine(name, versions, date=date, dtype=dtype)
     properties = torch.cuda.get_device_properties(0)
     return Machine(properties.name, versions, cache_bytes=properties.L2_cache_size, date=date, dtype=dtype)
 
@@ -448,6 +452,8 @@ def run(argv: list[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     dtype = getattr(torch, options.dtype) if on_gpu else torch.float32
     shapes = [s for s in SHAPES if s.name in options.shapes or s.label in options.shapes]
+    if not on_gpu:
+        torch.set_num_threads(1)  # threads that wait for a busy core would be most of what is measured
     machine = describe_machine(str(dtype).removeprefix("torch."))
     deadline = time.monotonic() + 60 * options.minutes
     if options.tune:
@@ -466,7 +472,6 @@ def run(argv: list[str] | None = None) -> int:
             f"published way on the CPU, batch {CPU_BATCH}, float32.\n",
             flush=True,
         )
-        torch.set_num_threads(1)  # threads that wait for a busy core would be most of what is measured
         shapes = list({s.name: replace(s, batch=CPU_BATCH) for s in shapes}.values())
     print(report.TABLE_HEAD, flush=True)
     for measurement in plan(shapes, "cuda" if on_gpu else "cpu", dtype, options):
