@@ -27,7 +27,7 @@ def write_page(path: Path, overline: str, title: str, sections: dict[str, str]) 
     """Write a page of tables in the style of all pages: a section of HTML under each heading. Raises OSError."""
     body = "".join(f"<section><h2>{html.escape(heading)}</h2>{text}</section>" for heading, text in sections.items())
     page = string.Template(_PLAIN_PAGE).substitute(
-        style=style(), overline=html.escape(overline), title=html.escape(title), body=body
+        style=style_sheet(), overline=html.escape(overline), title=html.escape(title), body=body
     )
     write_whole(path, page)
     return path
@@ -155,8 +155,8 @@ def asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-def style() -> str:
-    """The style sheet of all pages."""
+def style_sheet() -> str:
+    """Of all pages."""
     colors = {"IMAGE_COLOR": IMAGE_COLOR, "PARTNER_COLOR": PARTNER_COLOR}
     text = asset("page.css")
     for name, color in colors.items():

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from automix_dist.config import Config, flatten, to_dict
 from automix_dist.errors import AutomixError
-from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style, table, ticks
+from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style_sheet, table, ticks
 from automix_dist.run_log import (
     GALLERY_ARRAYS,
     METRICS,
@@ -356,7 +356,7 @@ def _page(run: _Run) -> str:
     script = asset("report.js")
     return string.Template(asset("report.html")).substitute(
         policy=_policy(script),
-        style=style(),
+        style=style_sheet(),
         script=script,
         # In JSON a "<" can only stand in a string, so that no text of a run can end the script element.
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),

@@ -81,11 +81,9 @@ def split_weights(
     if columns - channels not in (0, 1):
         raise ValueError(f"query_weight must have {channels} or {channels + 1} columns, got {columns}")
     _check("value_weight", value_weight, (1, columns), (query_weight.dtype,), query_weight.device)
-    obstacle = (
-        None if query_weight.dtype == torch.float32 else f"query_weight is {query_weight.dtype}, not torch.float32"
-    )
-    if dtype not in _KERNEL_DTYPES:
-        obstacle = obstacle or f"it cannot write {dtype}"
+    obstacle = None if dtype in _KERNEL_DTYPES else f"it cannot write {dtype}"
+    if query_weight.dtype != torch.float32:
+        obstacle = f"query_weight is {query_weight.dtype}, not torch.float32"
     if _takes_triton(implementation, query_weight.device, obstacle):
         split = triton_split_weights.split_weights
     else:
