@@ -150,6 +150,9 @@ class Browser:
     def open(self, page: Path) -> None:
         self.console(), self.requests()
         self._call("/url", {"url": page.resolve().as_uri()})
+        # Charts are drawn when the page has been laid out, before the second frame.
+        frames = "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()))"
+        self._call("/execute/async", {"script": frames, "args": []})
 
     def run(self, script: str) -> Any:
         return self._call("/execute/sync", {"script": script, "args": []})
