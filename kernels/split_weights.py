@@ -14,6 +14,22 @@ BLOCK = 1024
 
 
 @triton.jit
+def _split_row(weight_ptr, part_ptr, lambda_ptr, columns, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+    weight = tl.load(weight_ptr + columns, mask=columns < COLUMNS)
+    tl.store(part_ptr + columns, weight.to(part_ptr.dtype.element_ty), mask=columns < CHANNELS)
+    if COLUMNS > CHANNELS:
+        tl.store(lambda_ptr + columns - CHANNELS, weight, mask=columns == CHANNELS)
+
+
+@triton.jit
+def _join_row(part_ptr, lambda_ptr, weight_ptr, columns, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr):
+    grad = tl.load(part_ptr + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)
+    if COLUMNS > CHANNELS:
+        grad = tl.where(columns < CHANNELS, grad, tl.load(lambda_ptr))
+    tl.store(weight_ptr + columns, grad, mask=columns < COLUMNS)
+
+
+@triton.jit
 def _split_kernel(
     query_weight_ptr,
     value_weight_ptr,
@@ -30,16 +46,10 @@ def _split_kernel(
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if row < D:
-        weight = tl.load(query_weight_ptr + row * COLUMNS + columns, mask=columns < COLUMNS)
-        pointers = query_ptr + row * CHANNELS + columns
-        tl.store(pointers, weight.to(query_ptr.dtype.element_ty), mask=columns < CHANNELS)
-        if COLUMNS > CHANNELS:
-            tl.store(query_lambda_ptr + row + columns - CHANNELS, weight, mask=columns == CHANNELS)
+        weight_ptr, part_ptr = query_weight_ptr + row * COLUMNS, query_ptr + row * CHANNELS
+        _split_row(weight_ptr, part_ptr, query_lambda_ptr + row, columns, COLUMNS, CHANNELS)
     else:
-        weight = tl.load(value_weight_ptr + columns, mask=columns < COLUMNS)
-        tl.store(value_ptr + columns, weight.to(value_ptr.dtype.element_ty), mask=columns < CHANNELS)
-        if COLUMNS > CHANNELS:
-            tl.store(value_lambda_ptr + columns - CHANNELS, weight, mask=columns == CHANNELS)
+        _split_row(value_weight_ptr, value_ptr, value_lambda_ptr, columns, COLUMNS, CHANNELS)
 
 
 @triton.jit
@@ -59,15 +69,10 @@ def _join_kernel(
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if row < D:
-        grad = tl.load(grad_query_ptr + row * CHANNELS + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)
-        if COLUMNS > CHANNELS:
-            grad = tl.where(columns < CHANNELS, grad, tl.load(grad_query_lambda_ptr + row))
-        tl.store(grad_query_weight_ptr + row * COLUMNS + columns, grad, mask=columns < COLUMNS)
+        part_ptr, weight_ptr = grad_query_ptr + row * CHANNELS, grad_query_weight_ptr + row * COLUMNS
+        _join_row(part_ptr, grad_query_lambda_ptr + row, weight_ptr, columns, COLUMNS, CHANNELS)
     else:
-        grad = tl.load(grad_value_ptr + columns, mask=columns < CHANNELS, other=0.0).to(tl.float32)
-        if COLUMNS > CHANNELS:
-            grad = tl.where(columns < CHANNELS, grad, tl.load(grad_value_lambda_ptr))
-        tl.store(grad_value_weight_ptr + columns, grad, mask=columns < COLUMNS)
+        _join_row(grad_value_ptr, grad_value_lambda_ptr, grad_value_weight_ptr, columns, COLUMNS, CHANNELS)
 
 
 @torch.library.custom_op("automix::split_weights", mutates_args=(), device_types="cuda")
