@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,13 @@ def write_results(folder: Path, name: str, result: dict[str, Any], text: str, dr
     write_whole(folder / f"{name}.md", text)
     if drawing:
         write_whole(folder / f"{name}.svg", drawing)
+
+
+def cpu_name() -> str:
+    """What the processor calls itself; elsewhere than on Linux its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else None
+    return model[1] if model else platform.machine()
 
 
 def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> None:

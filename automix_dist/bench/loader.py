@@ -39,7 +39,7 @@ import numpy as np
 import psutil
 
 from automix_dist import beton
-from automix_dist.bench import check_counts, results_folder, write_results
+from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
 from automix_dist.cores import usable_cores
 
 BATCH, SIDE, QUALITY = 64, 224, 90
@@ -570,9 +570,8 @@ def describe_machine(workers: int) -> dict:
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return {
-        "cpu": model[1] if model else platform.machine(),
+        "cpu": cpu_name(),
         "cores": usable_cores(),
         "workers": workers,
         "memory_gib": psutil.virtual_memory().total / 2**30,

@@ -17,8 +17,6 @@ import gc
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -42,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from automix_dist import provenance
 from automix_dist.automix import lay_out
 from automix_dist.backbone import create_backbone, create_timm_model, pad_stems
-from automix_dist.bench import check_counts, results_folder, write_results
+from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import CapturedStep
@@ -596,11 +594,7 @@ def _tell(text: str) -> None:
 
 def describe_machine() -> dict[str, Any]:
     about = provenance.environment()
-    if about["gpus"]:
-        device = about["gpus"][0]
-    else:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        device = f"CPU, {torch.get_num_threads()} threads, {model[1] if model else platform.machine()}"
+    device = about["gpus"][0] if about["gpus"] else f"CPU, {torch.get_num_threads()} threads, {cpu_name()}"
     return {
         "device": device,
         "versions": {k: about["versions"][k] for k in ("torch", "triton", "timm")} | {"python": about["python"]},
