@@ -174,7 +174,10 @@ def add_graph_time(row: Row, calls: list[Callable[[], object]], machine: Machine
     try:
         row.graph_ms = time_in_graph(calls, budget_s)
     except Exception as error:
+        # Before PyTorch 2.15 a failed capture leaves its stream current, and the generator at recording.
         torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[stream.device_index]
+        generator.graphsafe_set_state(generator.clone_state())
         machine.failed_capture = f"{row.operation} {row.shape} {row.candidate}, {row.direction}"
         row.note = f"graph: {brief(error)}"
         row.failed = True

@@ -347,6 +347,7 @@ def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: floa
         "BLOCK_W": block_w,
         "BLOCK_S": block_s,
         "num_warps": 4,
+        "enable_fp_fusion": True,
     }
 
 
@@ -490,7 +491,13 @@ def launch_backward(
     if bilinear:
         block = min(256, triton.next_power_of_2(h * w))
         _sum_taps_kernel[(triton.cdiv(h * w, block), batch)](
-            taps_ptr=output, grad_logits_ptr=grad_logits, H_CELLS=h, W_CELLS=w, BLOCK_CELLS=block, num_warps=4
+            taps_ptr=output,
+            grad_logits_ptr=grad_logits,
+            H_CELLS=h,
+            W_CELLS=w,
+            BLOCK_CELLS=block,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return grad_logits
 

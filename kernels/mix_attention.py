@@ -425,8 +425,10 @@ def backward_tile(architecture: str, itemsize: int, positions: int, channels: in
         tile = Tile(rows=128, columns=256 if positions <= 256 else 128, width=32, warps=8, stages=3)
     elif architecture == "hip":
         tile = Tile(rows=64, columns=64, width=64, warps=4, stages=2)
-    else:
+    elif architecture == "sm80":
         tile = Tile(rows=64, columns=128, width=64, warps=8, stages=2)
+    else:
+        tile = Tile(rows=64, columns=128, width=32, warps=8, stages=3)
     return _fit(tile, positions, channels)
 
 
@@ -515,6 +517,7 @@ def launch_forward(
             BLOCK_M=block_m,
             BLOCK_D=block_d,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     _forward_kernel[(triton.cdiv(positions, tile.rows), pairs)](
         projection_ptr=projection,
@@ -546,6 +549,7 @@ def launch_forward(
         BLOCK_D=tile.width,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,
     )
     return logits, others, attended, lse, key_offset
 
@@ -670,6 +674,7 @@ def launch_backward(
         BLOCK_D=tile.width,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=True,
     )
     _parameter_grad_kernel[(triton.cdiv(channels, 32) if has_offset else 1,)](
         grad_offset_ptr=grad_offset,
@@ -684,6 +689,7 @@ def launch_backward(
         BLOCK_P=128,
         BLOCK_D=32,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return grad_projection.to(projection.dtype), grad_value, grad_query, grad_constant
 

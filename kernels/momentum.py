@@ -95,6 +95,7 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, ski
             BLOCK=1024,
             CHUNK=CHUNK,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 

@@ -59,6 +59,7 @@ def launch(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Ten
         ROUNDS=ROUNDS,
         BLOCK=BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return output
 

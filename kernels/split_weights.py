@@ -106,6 +106,7 @@ def launch_split(
         CHANNELS=channels,
         BLOCK=BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return outputs
 
@@ -154,6 +155,7 @@ def launch_join(
         CHANNELS=channels,
         BLOCK=BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return outputs
 

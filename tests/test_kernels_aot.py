@@ -29,6 +29,7 @@ TARGETS = {
 SPILLED = {("sm90", "_backward_kernel"): 32}  # bytes a thread: float32, and float16 beyond 256 positions, by Triton 3.9
 SHARED_MEMORY = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "hip": 65_536}  # bytes a block can have
 MATRIX_INSTRUCTION = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "hip": "v_mfma"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"
 }  # fmt: skip
@@ -62,7 +63,7 @@ def record(monkeypatch):
 
 def compile_launch(kernel, arguments, architecture):
     """What Triton's launcher would compile for these arguments."""
-    options = {key: arguments.pop(key) for key in ("num_warps", "num_stages") if key in arguments}
+    options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -96,6 +97,7 @@ def spilled_bytes(compiled, architecture, tmp_path) -> int:
 def assert_fits(launches, architecture, tmp_path, products=()):
     assert launches
     for kernel, arguments in launches:
+        assert arguments["enable_fp_fusion"], "from Triton 3.10 on it is off unless it is asked for"
         compiled = compile_launch(kernel, dict(arguments), architecture)
         name = kernel.__name__
         assert compiled.metadata.shared <= SHARED_MEMORY[architecture], name

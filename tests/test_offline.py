@@ -34,7 +34,7 @@ def node(folder: Path) -> Path:
     """A virtual environment that has what this one has, but searched last: what a bundle brings comes first."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
-    (site / "zz_node.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "zz_node.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     return site
 
 
