@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from automix_dist.config import ConfigError, DataConfig, ModelConfig
 
@@ -271,34 +270,6 @@ def foreign_normalisation(model: nn.Module, data: DataConfig) -> str | None:
         f"model.pretrained: these weights expect images of another normalisation than data.mean = {list(data.mean)}, "
         f"data.std = {list(data.std)}: set {settings}"
     )
-
-
-class PaddedConv2d(nn.Conv2d):
-    """A convolution of three channels, computed with a fourth channel of zeros in images and weights."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> what nn.Conv2d gives, up to the order of sums."""
-        images, weight = (F.pad(each, (0, 0, 0, 0, 0, 1)) for each in (images, self.weight))
-        return self._conv_forward(images, weight, self.bias)
-
-
-def pad_stems(model: nn.Module) -> None:
-    """Let every convolution over an image's three channels read four (engine.padded_stem).
-
-    Raises ConfigError if there is none of torch's own kind.
-    """
-    found = {
-        name: m for name, m in model.named_modules() if type(m) is nn.Conv2d and (m.in_channels, m.groups) == (3, 1)
-    }
-    if not found:
-        raise ConfigError(
-            "engine.padded_stem: no plain convolution of three channels in this backbone; set it to false"
-        )
-    for name, conv in found.items():
-        geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        padded = PaddedConv2d(3, conv.out_channels, *geometry, padding_mode=conv.padding_mode, device="meta")
-        padded.weight, padded.bias = conv.weight, conv.bias
-        model.set_submodule(name, padded)
 
 
 def synchronize_batchnorm(model: nn.Module) -> nn.Module:

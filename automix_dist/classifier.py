@@ -9,8 +9,8 @@ from automix_kernels import api as kernels
 from torch import Tensor, nn
 
 from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out, surrounding_autocast
-from automix_dist.backbone import pad_stems
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
+from automix_dist.convolutions import lay_out_weights, pad_stems
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.policy import Draw, Policy, load
@@ -150,6 +150,7 @@ def build_model(
     module, settings = load(config.policy)
     if config.engine.padded_stem:
         pad_stems(backbone)
+    lay_out_weights(backbone)
     common = {
         "loss": config.loss,
         "mean": config.data.mean,

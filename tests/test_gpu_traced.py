@@ -129,13 +129,18 @@ def test_a_value_that_the_host_asks_for_is_noticed(gpu):
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - DIFFERENTIATING))
 def test_no_policy_waits_for_the_gpu(name, gpu, teacher):
-    """And convolutions get bfloat16; those that read images, channels-last ones."""
+    """And convolutions get bfloat16; those that read images, channels-last ones, and weights to match."""
     settings = {"attentivemix": teacher, "switch": {"policies": [{"name": "cutmix"}, {"name": "mixup"}]}}.get(name, {})
     backbone = "vit_tiny_patch16_224" if name == "transmix" else "resnet18"
     operators = trace(gpu, name, backbone, policy={"name": name, "settings": settings}, automix=LEARNED.get(name, {}))
-    read = [args[0] for operator, args, _ in operators.ran if operator == "aten::convolution"]
-    assert read and all(each.dtype == torch.bfloat16 for each in read)
-    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in read if each.shape[1] == 3)
+    read = [args[:2] for operator, args, _ in operators.ran if operator == "aten::convolution"]
+    assert read and all(each.dtype == torch.bfloat16 for pair in read for each in pair)
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in read if images.shape[1] == 3)
+    assert all(
+        weight.is_contiguous(memory_format=torch.channels_last)
+        for images, weight in read
+        if images.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - DIFFERENTIATING))

@@ -10,10 +10,11 @@ from test_engine import assert_same, train_plain, train_with_engine
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist.automix import AutoMix
-from automix_dist.backbone import PaddedConv2d, create_backbone, pad_stems
+from automix_dist.backbone import create_backbone
 from automix_dist.bench import step as bench
 from automix_dist.bench.step import counted_flops
 from automix_dist.config import ConfigError, from_dict
+from automix_dist.convolutions import PaddedConv2d, pad_stems
 from automix_dist.draws import draw_step
 from automix_dist.schedules import Schedule
 

@@ -39,13 +39,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from automix_dist import provenance
 from automix_dist.automix import lay_out
-from automix_dist.backbone import create_backbone, create_timm_model, pad_stems
+from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import CapturedStep
 from automix_dist.classifier import build_model
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config, ConfigError, from_dict
+from automix_dist.convolutions import pad_stems
 from automix_dist.draws import draw_step
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
