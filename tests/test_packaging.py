@@ -18,8 +18,8 @@ ROWS = {
         "sources", "datasets", "jpeg", "robustness", "whole_file",
     ],
     1: [
-        "backbone", "mix_block", "loss", "policy", "distributed", "batchnorm", "activation_checkpointing", "beton",
-        "augment", "rand_augment", "profiling", "page",
+        "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm",
+        "activation_checkpointing", "beton", "augment", "rand_augment", "profiling", "page",
     ],
     2: [
         "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",
