@@ -380,6 +380,18 @@ def test_verdicts_in_the_table():
     assert bench._target_line(ratio).endswith("| 2.9 to 3.15 | 3.05 | 3.00 | met, stretch too |")
 
 
+def test_launches_have_a_column_where_they_were_counted():
+    result = json.loads((Path(__file__).parent.parent / "docs/benchmarks/step.json").read_text())
+    assert "launches" not in bench.markdown(result)
+    result["rows"][0]["launches"] = 2959
+    result["rows"][1] = vars(bench.Row("resnet18@224", "AutoMix", 8))
+    of_rows, _ = bench.markdown(result).split("## Targets")
+    header, _, first, reached_not, second, *_ = table = [x for x in of_rows.splitlines() if x.startswith("|")]
+    assert header.endswith("| host reads | launches |") and first.endswith("| 0 | 2,959 |")
+    assert bench.NOT_REACHED in reached_not and second.endswith("| 0 |  |")
+    assert len({each.count("|") for each in table}) == 1
+
+
 def test_the_published_table_is_made_from_its_json():
     folder = Path(__file__).parent.parent / "docs/benchmarks"
     result = json.loads((folder / "step.json").read_text())

@@ -32,6 +32,7 @@ from xml.sax.saxutils import escape
 
 import torch
 from automix_kernels import api as kernels
+from automix_kernels.benchmark import count_launches
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -315,6 +316,8 @@ class Row:
     held for the backward pass, but for the weights."""
     host_reads: int | None = None
     """How often the host waited for the device's results in one step."""
+    launches: int | None = None
+    """Kernels, copies and fills that a step puts on a GPU; None elsewhere, and where the profiler sees none."""
     note: str = NOT_REACHED
 
 
@@ -497,6 +500,8 @@ def _prepare(way: Way, case: Case, rows: dict[str, Row]) -> Trained:
         row.host_reads = math.ceil(host_reads(lambda: trained.cycle(2), case.device) / trained.period)
         if not way.graph:
             row.peak_mib = peak_bytes(trained, case.device) / 2**20
+    if on_gpu and (launches := count_launches(lambda: trained.cycle(4))):
+        row.launches = math.ceil(launches / trained.period)
     return trained
 
 
@@ -652,6 +657,7 @@ def targets(result: dict) -> list[dict]:
 def markdown(result: dict) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    counted = any(row.get("launches") for row in result["rows"])
     lines = [
         "# One training step", "",
         f"{machine['device']}; {versions}; {result['dtype']}; {machine['date']}, load average at the start "
@@ -663,13 +669,14 @@ def markdown(result: dict) -> str:
         + ("the allocator's, beyond what it held before the step" if result["gpu"] else
            "what autograd holds for the backward pass, but for the weights")
         + ". Host reads: how often a step waits for results of the device.", "",
-        "| network | way | batch | images/s | ms | of vanilla | FLOPs of vanilla's | MFU | peak, MiB | host reads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | way | batch | images/s | ms | of vanilla | FLOPs of vanilla's | MFU | peak, MiB | host reads |"
+        + " launches |" * counted,
+        "|---" * (10 + counted) + "|",
     ]  # fmt: skip
     for row in result["rows"]:
         head = f"| {row['network']} | {row['way']} | {row['batch']} |"
         if row["ms"] is None:
-            lines.append(f"{head} {row['note'].replace('|', '/')} | | | | | | |")
+            lines.append(f"{head} {row['note'].replace('|', '/')} |{' |' * (6 + counted)}")
             continue
         ratios = vanilla_ratios(result["rows"], row)
         few = row["note"] and f"; {row['note']}"
@@ -679,6 +686,8 @@ def markdown(result: dict) -> str:
         cells.append("not known" if row["mfu"] is None else f"{row['mfu']:.1%}")
         cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
         cells.append("" if row["host_reads"] is None else str(row["host_reads"]))
+        if counted:
+            cells.append(f"{launches:,}" if (launches := row.get("launches")) else "")
         lines.append(f"{head} {' | '.join(cells)} |")
     lines += [
         "", "## Targets", "", "Of the fastest way of each kind; where the machine is another or a way has no figures, "
