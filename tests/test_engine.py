@@ -5,13 +5,14 @@ parallelism means for a network with BatchNorm: statistics are per rank. Only th
 """
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from ranks import run_ranks
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
-from automix_dist import distributed
+from automix_dist import automix, convolutions, distributed
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.draws import Draws, MixDraw
 from automix_dist.engines import build_engine
@@ -116,6 +117,34 @@ def test_two_ranks_equal_one_process(engine, tmp_path):
     assert_same(ranks[0], train_plain(config, ranks=2, steps=5))
     for name in ranks[0]:
         assert torch.equal(ranks[0][name], ranks[1][name])
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def train_laid_out(config, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """As on a GPU: channels-last images, and weights that are laid out for them."""
+    laid_out = mock.Mock(side_effect=convolutions._LaidOut.apply)
+    with (
+        mock.patch.object(automix, "lay_out", channels_last),
+        mock.patch.object(convolutions, "_reads_channels_last", lambda images: True),
+        mock.patch.object(convolutions._LaidOut, "apply", laid_out),
+    ):
+        process = distributed.start(config.engine)
+        model = tiny_model(config)
+        convolutions.lay_out_weights(model)
+        engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+        engine_steps(config, process, model, engine, 0, steps)
+    assert laid_out.call_count >= 2 * 3 * steps  # two convolutions, whole passes of the momentum and query encoders
+    return whole_parameters(engine, folder, process, config)
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero2", "zero3", "ddp", "fsdp2"])
+def test_weights_may_be_laid_out(engine, tmp_path):
+    config = tiny_config(engine={**ENGINES[engine], "immediate_backward": True})
+    ranks = run_ranks(2, train_laid_out, config, tmp_path, 3)
+    assert_same(ranks[0], train_plain(tiny_config(engine=ENGINES[engine]), ranks=2, steps=3))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
