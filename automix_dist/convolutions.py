@@ -14,7 +14,7 @@ from automix_dist.config import ConfigError
 
 
 class LaidOutConv2d(nn.Conv2d):
-    """A convolution that gives what nn.Conv2d gives, to the bit, with fewer copies of its weight."""
+    """nn.Conv2d, whose product reads the same numbers in the same layout, with fewer copies of its weight."""
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _reads_channels_last(images):
