@@ -150,7 +150,6 @@ def build_model(
     module, settings = load(config.policy)
     if config.engine.padded_stem:
         pad_stems(backbone)
-    lay_out_weights(backbone)
     common = {
         "loss": config.loss,
         "mean": config.data.mean,
@@ -160,15 +159,18 @@ def build_model(
     }
     if hasattr(module, "Policy"):
         policy = module.Policy(settings, config.data.mean, config.data.std)
-        return Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
-    if config.policy.average:
+        model = Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
+    elif config.policy.average:
         raise ConfigError(f"policy.average: {config.policy.name} has a momentum encoder; set policy.average=0")
-    return module.Model(
-        backbone,
-        num_classes,
-        config.automix,
-        settings,
-        immediate_backward=config.engine.immediate_backward,
-        joint_query=config.engine.joint_query,
-        **common,
-    )
+    else:
+        model = module.Model(
+            backbone,
+            num_classes,
+            config.automix,
+            settings,
+            immediate_backward=config.engine.immediate_backward,
+            joint_query=config.engine.joint_query,
+            **common,
+        )
+    lay_out_weights(model)
+    return model

@@ -18,7 +18,7 @@ class LaidOutConv2d(nn.Conv2d):
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _reads_channels_last(images):
-            weight = _LaidOut.apply(weight, _product_dtype(weight))
+            weight = _LaidOut.apply(weight, product_dtype(weight))
         return super()._conv_forward(images, weight, bias)
 
 
@@ -39,9 +39,10 @@ def _reads_channels_last(images: Tensor) -> bool:
     return images.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+def product_dtype(factor: Tensor) -> torch.dtype:
+    """The type in which features or weights are multiplied: autocast's, or else their own."""
+    kind = factor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else factor.dtype
 
 
 def lay_out_weights(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automix_dist.config import AutoMixConfig
+from automix_dist.convolutions import product_dtype
 
 
 class MixBlock(nn.Module):
@@ -105,12 +106,6 @@ class MixBlock(nn.Module):
     def _normed(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         maps = tokens.transpose(1, 2).unflatten(2, size)
         return self.norm(maps).float().flatten(2).transpose(1, 2)
-
-
-def product_dtype(features: Tensor) -> torch.dtype:
-    """The type in which features are multiplied: autocast's, or else their own."""
-    kind = features.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype
 
 
 def attend_each(attend: Callable[[Tensor, Tensor], Tensor], partner: Tensor, lam: Tensor) -> list[Tensor]:

@@ -43,8 +43,8 @@ SAME_ROW = {
     ("momentum", "automix"), ("optimizer", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "evaluate"), ("trainer", "replay"), ("engine_state", "engines"), ("engines", "automix"),
     ("preflight", "doctor"), ("examine", "cam"), ("watch", "report"),
-    ("checkpoint", "engines"), ("batchnorm", "distributed"), ("cli", "run"), ("__main__", "cli"),
-    ("bench.throughput", "run"),
+    ("checkpoint", "engines"), ("batchnorm", "distributed"), ("mix_block", "convolutions"), ("cli", "run"),
+    ("__main__", "cli"), ("bench.throughput", "run"),
 }  # fmt: skip
 OWNERS = {
     "ffcv": {"augment", "data", "bench.loader"},

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from automix_dist import policy
 from automix_dist.backbone import create_backbone
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, ConfigError, ModelConfig
-from automix_dist.convolutions import lay_out_weights
 from automix_dist.policy import BetaSettings, Draw, require
 
 NAMES = {
@@ -54,7 +53,6 @@ class Policy(policy.Policy):
             for key, name in NAMES.items():
                 message = message.replace(key, f"policy.settings.{name}")
             raise ConfigError(f"the teacher of policy attentivemix: {message}") from error
-        lay_out_weights(self.teacher)
         self.register_buffer("teacher_mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("teacher_std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
 
