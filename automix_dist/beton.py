@@ -21,7 +21,7 @@ import os
 import platform
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,6 +134,7 @@ def prepare(
     *,
     split: Split = "train",
     classes: list[str] | None = None,
+    per_class: int | None = None,
     write_mode: WriteMode = "raw",
     max_resolution: int | None = None,
     quality: int = 90,
@@ -145,6 +146,7 @@ def prepare(
     """Write a source's images to a .beton file with a manifest beside it, and return the manifest.
 
     classes: the class list to number the images by, as of the training set; None = the source's own.
+    per_class: only the first so many images of each class, in the source's order; None = all.
     write_mode: "raw" pixels; "jpg"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least
     four times smaller. max_resolution: images with a longer side are reduced to it (antialiased bicubic).
     quality: of the JPEGs made here. restart_markers: in the JPEGs made here, so that training decodes crops faster.
@@ -157,7 +159,7 @@ def prepare(
     Warns if a published dataset has another number of images here.
     """
     out = Path(out)
-    _check_options(out, split, write_mode, max_resolution, quality, workers)
+    _check_options(out, split, per_class, write_mode, max_resolution, quality, workers)
     try:
         images = open_source(source, split, classes)
     except SourceError as error:
@@ -167,6 +169,7 @@ def prepare(
     for remark in images.remarks:
         warnings.warn(f"source {source!r}: {remark}", stacklevel=2)
     options = {
+        "per_class": per_class,
         "write_mode": write_mode,
         "max_resolution": max_resolution,
         "quality": quality,
@@ -202,12 +205,20 @@ def prepare(
 
 
 def _check_options(
-    out: Path, split: str, write_mode: str, max_resolution: int | None, quality: int, workers: int
+    out: Path,
+    split: str,
+    per_class: int | None,
+    write_mode: str,
+    max_resolution: int | None,
+    quality: int,
+    workers: int,
 ) -> None:
     if out.suffix != ".beton":
         raise BetonError(f"output {str(out)!r}: expected a name that ends in .beton")
     if split not in ("train", "val"):
         raise BetonError(f"split = {split!r}: expected train or val")
+    if per_class is not None and per_class < 1:
+        raise BetonError(f"images per class = {per_class}: expected 1 or more")
     if write_mode not in ("raw", "jpg", "proportion", "smart"):
         raise BetonError(f"write mode = {write_mode!r}: expected raw, jpg, proportion or smart")
     if max_resolution is not None and not 1 <= max_resolution <= 65535:
@@ -244,7 +255,8 @@ def _write_file(
     file: BinaryIO, images: Source, options: dict[str, Any], workers: int, progress: bool
 ) -> tuple[np.ndarray, list[str]]:
     """Write the whole file and sync it; returns the records and the names of the images that were left out."""
-    count = len(images.labels)
+    chosen = _first_of_each_class(images.labels, options["per_class"])
+    count = len(chosen)
     records = np.zeros(count, RECORD)
     allocations = np.zeros(count, ALLOCATION)
     sums = np.zeros(count, np.uint64)
@@ -252,7 +264,7 @@ def _write_file(
     page, kept, broken = PAGE, 0, []
 
     encode = partial(_encode, images, options)
-    for stored in tqdm(_in_order(encode, count, workers), "write", count, unit="img", disable=not progress):
+    for stored in tqdm(_in_order(encode, chosen, workers), "write", count, unit="img", disable=not progress):
         if isinstance(stored, Broken):
             broken.append(stored)
             continue
@@ -277,12 +289,22 @@ def _write_file(
     return records, [image.name for image in broken]
 
 
-def _in_order(function: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
-    """function(0), function(1), ... computed by threads, of which a few results at most wait in memory."""
+def _first_of_each_class(labels: np.ndarray, per_class: int | None) -> list[int]:
+    """The images to write, in order; those of no class (-1) are among them, to be told."""
+    if per_class is None:
+        return list(range(len(labels)))
+    by_class = np.argsort(labels, kind="stable")
+    sorted_labels = labels[by_class]
+    place_in_class = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(by_class[(place_in_class < per_class) | (sorted_labels < 0)]).tolist()
+
+
+def _in_order(function: Callable[[int], Any], numbers: Iterable[int], workers: int) -> Iterator[Any]:
+    """The function of each number, computed by threads, of which a few results at most wait in memory."""
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
     try:
-        for i in range(count):
+        for i in numbers:
             pending.append(pool.submit(function, i))
             if len(pending) >= 4 * workers:
                 yield pending.popleft().result()
@@ -600,7 +622,7 @@ def verify(path: Path, *, workers: int = 0, progress: bool = False) -> Manifest:
         return whole and (image["mode"] == RAW or decodes(stored, int(image["height"]), int(image["width"])))
 
     workers = workers or usable_cores()
-    results = _in_order(sample_is_sound, manifest.count, workers)
+    results = _in_order(sample_is_sound, range(manifest.count), workers)
     bad = [
         i
         for i, sound in enumerate(tqdm(results, "verify", manifest.count, unit="img", disable=not progress))

@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="take the class list of a .beton file, or of a text file with one name a line (default: the source's own)",
     )
+    prepare.add_argument("--per-class", type=int, metavar="N", help="only the first N images of each class")
     prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
     prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
     prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
@@ -190,7 +191,11 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = command("compare", _compare, "train policies over seeds with equal budgets, and write one table")
     compare.add_argument("config", type=Path, help="a YAML file (docs/evaluation.md)")
-    compare.add_argument("--launcher", help="what trains on several GPUs: 'torchrun ... -m automix_dist'")
+    how = compare.add_mutually_exclusive_group()
+    how.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, on a GPU each if there are enough (default: 1)"
+    )
+    how.add_argument("--launcher", help="what trains each run on several GPUs: 'torchrun ... -m automix_dist'")
 
     verify = command("verify", _verify, "check every sample of a .beton file")
     verify.add_argument("file", type=Path)
@@ -219,6 +224,7 @@ def _prepare(options: argparse.Namespace) -> int:
         options.out,
         split=options.split,
         classes=beton.read_classes(options.classes) if options.classes else None,
+        per_class=options.per_class,
         write_mode=options.write_mode,
         max_resolution=options.max_resolution,
         quality=options.quality,
@@ -438,10 +444,13 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: expected 1 or more")
+
     from automix_dist.compare import compare
 
     launcher = shlex.split(options.launcher) if options.launcher else [sys.executable, "-m", "automix_dist"]
-    return compare(options.config, launcher, lambda text: print(text, file=sys.stderr, flush=True))
+    return compare(options.config, launcher, lambda text: print(text, file=sys.stderr, flush=True), options.jobs)
 
 
 def _bench(options: argparse.Namespace) -> int:

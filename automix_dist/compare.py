@@ -14,11 +14,14 @@ A comparison's file:
 
 import html
 import json
+import os
 import re
 import signal
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,10 +150,11 @@ def _setting(config: Config, key: str) -> Any:
     return value
 
 
-def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object]) -> int:
-    """Train what is missing, one run after another, and write the table after each.
+def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], jobs: int = 1) -> int:
+    """Train what is missing, `jobs` runs at a time, and write the table after each.
 
-    Finished runs are left alone, interrupted ones continued. Raises ConfigError; CompareError if a run fails.
+    Finished runs are left alone, interrupted ones continued. Raises ConfigError; CompareError if a run fails, once the
+    others under way have saved and stopped.
 
     Args:
         launcher: the beginning of the command that goes on with `train CONFIG ...`.
@@ -162,32 +166,106 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object]) -
     _check_models(comparison, path)
     say(f"the table: {write_table(comparison)}")
     # Seed by seed: an interrupted comparison has as many runs of each policy.
-    for seed in comparison.seeds:
-        for policy in comparison.policies:
-            if result(comparison, policy, seed) is not None:
-                continue
-            run = comparison.run(policy, seed)
-            say(f"training {run}")
-            overrides = comparison.overrides(policy, seed)
-            code = _wait_for([*launcher, "train", str(comparison.base), *overrides, "--resume"])
-            if code == STOPPED:
-                say("stopped; the same command continues")
-                return STOPPED
-            if code:
-                raise CompareError(f"{run}: training ended with exit code {code}; the same command tries it again")
-            if result(comparison, policy, seed) is None:
-                raise CompareError(f"{run} has finished, but its last evaluation has no {comparison.metric}")
-            write_table(comparison)
+    every = [(policy, seed) for seed in comparison.seeds for policy in comparison.policies]
+    missing = [each for each in every if result(comparison, *each) is None]
+    running: list[_Training] = []
+    with _signals_handed_on(running) as signals:
+        try:
+            while missing or running:
+                while missing and len(running) < jobs:
+                    running.append(_start(comparison, *missing.pop(0), launcher, running, jobs, say))
+                training = _first_to_end(running, signals)
+                if signals or training.child.returncode == STOPPED:
+                    say("stopped; the same command continues")
+                    return STOPPED
+                running.remove(training)
+                if training.child.returncode:
+                    raise CompareError(
+                        f"{training.run}: training ended with exit code {training.child.returncode}"
+                        f"{training.last_words()}; the same command tries it again"
+                    )
+                if result(comparison, training.policy, training.seed) is None:
+                    raise CompareError(
+                        f"{training.run} has finished, but its last evaluation has no {comparison.metric}"
+                    )
+                write_table(comparison)
+        finally:
+            for training in running:
+                training.child.send_signal(signal.SIGTERM)
+            for training in running:
+                training.child.wait()
     return 0
 
 
-def _wait_for(command: list[str]) -> int:
-    """The exit code of a training. Signals are handed on: it saves before it ends."""
-    child = subprocess.Popen(command)
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {each: signal.signal(each, lambda number, _: child.send_signal(number)) for each in numbers}
+@dataclass(frozen=True)
+class _Training:
+    """A run under way."""
+
+    policy: str
+    seed: int
+    run: Path
+    place: int
+    """0 .. jobs - 1, its own among those that train at the same time."""
+    child: subprocess.Popen
+    log: Path | None
+    """Where its output goes; None: to the console."""
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log else []
+        return f" ({self.log} ends with: {lines[-1]})" if lines else ""
+
+
+def _start(
+    comparison: Comparison,
+    policy: str,
+    seed: int,
+    launcher: Sequence[str],
+    running: list[_Training],
+    jobs: int,
+    say: Callable[[str], object],
+) -> _Training:
+    """Train a run beside those running: on a GPU of its own, as long as there are enough, with a share of the cores."""
+    run = comparison.run(policy, seed)
+    command = [*launcher, "train", str(comparison.base), *comparison.overrides(policy, seed), "--resume"]
+    if jobs == 1:
+        say(f"training {run}")
+        return _Training(policy, seed, run, 0, subprocess.Popen(command), None)
+    place = min(set(range(jobs)) - {training.place for training in running})
+    sharers = jobs * int(os.environ.get("AUTOMIX_CORE_SHARERS") or 1)
+    environment = {**os.environ, "AUTOMIX_CORE_SHARERS": str(sharers)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    log = run.with_name(f"{run.name}.log")
+    say(f"training {run}, its output in {log}")
+    with log.open("ab") as file:
+        child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    return _Training(policy, seed, run, place, child, log)
+
+
+def _first_to_end(running: list[_Training], signals: list[int]) -> _Training:
+    """Wait for one of the trainings to end, or for a signal."""
+    while True:
+        for training in running:
+            if training.child.poll() is not None or signals:
+                return training
+        time.sleep(0.1)
+
+
+@contextmanager
+def _signals_handed_on(running: list[_Training]) -> Iterator[list[int]]:
+    """Hand signals on to all trainings, which save before they end; yields the list of those that came."""
+    came: list[int] = []
+
+    def hand_on(number: int, _: Any) -> None:
+        came.append(number)
+        for training in running:
+            training.child.send_signal(number)
+
+    before = {each: signal.signal(each, hand_on) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return child.wait()
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -478,6 +478,7 @@ def test_an_image_larger_than_a_page(tmp_path):
     ("options", "message"),
     [
         ({"split": "test"}, "train or val"),
+        ({"per_class": 0}, "images per class = 0"),
         ({"write_mode": "jpeg"}, "raw, jpg"),
         ({"max_resolution": 0}, "1 to 65535"),
         ({"quality": 0}, "1 to 100"),
@@ -492,6 +493,26 @@ def test_bad_options(options, message, tmp_path):
 def test_output_must_be_a_beton_file(tmp_path):
     with pytest.raises(BetonError, match=r"ends in \.beton"):
         write("digits", tmp_path / "digits")
+
+
+def test_the_first_images_of_each_class(tmp_path):
+    labels = [1, 0, 1, 1, 0, 2, 0, 1]  # mixed, as shards have them; the third class has one image only
+    images = {f"{i}.jpg": jpeg(photo(i)) for i in range(8)}
+    make_shard(
+        tmp_path / "s.tar",
+        {k: v for i in range(8) for k, v in {f"{i}.jpg": images[f"{i}.jpg"], f"{i}.cls": b"%d" % labels[i]}.items()},
+    )
+    manifest = write(f"webdataset:{tmp_path}", tmp_path / "x.beton", write_mode="jpg", per_class=2)
+    assert (manifest.count, manifest.class_counts, manifest.options["per_class"]) == (5, [2, 2, 1], 2)
+    assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [1, 0, 1, 0, 2]
+    assert [stored(tmp_path / "x.beton", k) for k in range(5)] == [images[f"{i}.jpg"] for i in (0, 1, 2, 4, 5)]
+    beton.verify(tmp_path / "x.beton", progress=False)
+
+
+def test_images_of_no_class_are_told_of_few_as_of_all(tmp_path):
+    make_shard(tmp_path / "s.tar", {"1.jpg": jpeg(photo(0)), "1.cls": b"1", "2.jpg": jpeg(photo(1)), "2.cls": b"x"})
+    with pytest.raises(BetonError, match="1 of 2 images"):
+        write(f"webdataset:{tmp_path}", tmp_path / "x.beton", per_class=1, classes=["0", "1", "2"])
 
 
 @pytest.fixture
@@ -766,6 +787,7 @@ def test_manifest_tells_how_the_file_was_made(mixed_file, photos):
     assert manifest == beton.check(mixed_file) == beton.verify(mixed_file, progress=False)
     assert manifest.source == str(photos)
     assert manifest.options == {
+        "per_class": None,
         "write_mode": "proportion",
         "max_resolution": None,
         "quality": 90,

@@ -106,6 +106,51 @@ def test_a_stopped_run_stops_the_comparison_and_a_failed_one_is_named(tmp_path):
         compare(write(tmp_path), ["false"], said.append)
 
 
+def test_runs_beside_each_other_have_a_gpu_and_a_share_of_the_cores_each(tmp_path, monkeypatch):
+    # Each trains until the other one has begun; then both end without a result, as a failed run would.
+    wait = f"""
+import json, os, pathlib, sys, time
+folder = pathlib.Path({str(tmp_path)!r})
+has = [os.environ[name] for name in ("CUDA_VISIBLE_DEVICES", "AUTOMIX_CORE_SHARERS")]
+(folder / f"{{os.getpid()}}.began").write_text(json.dumps(has))
+deadline = time.monotonic() + 60
+while len(list(folder.glob("*.began"))) < 2 and time.monotonic() < deadline: time.sleep(0.05)
+sys.exit("no such file")
+"""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.delenv("AUTOMIX_CORE_SHARERS", raising=False)
+    said = []
+    with pytest.raises(
+        CompareError, match=r"_seed0: training ended with exit code 1 \(.*_seed0.log ends with: no such"
+    ):
+        compare(write(tmp_path), [sys.executable, "-c", wait], said.append, jobs=2)
+    began = [json.loads(file.read_text()) for file in tmp_path.glob("*.began")]
+    assert sorted(began) == [["5", "2"], ["7", "2"]]
+    assert [line.split(",")[0] for line in said[1:]] == [
+        f"training {tmp_path / 'out' / name}" for name in ("none_seed0", "automix_seed0")
+    ]
+
+
+def test_a_failed_run_stops_those_beside_it_after_they_have_saved(tmp_path):
+    # The first fails once the second is there; the second saves when it is asked to stop.
+    both = f"""
+import pathlib, signal, sys, time
+folder, deadline = pathlib.Path({str(tmp_path)!r}), time.monotonic() + 60
+def save(*_):
+    (folder / "saved").touch()
+    sys.exit(75)
+if any("automix_seed0" in each for each in sys.argv):
+    signal.signal(signal.SIGTERM, save)
+    (folder / "trains").touch()
+while time.monotonic() < deadline:
+    if any("none_seed0" in each for each in sys.argv) and (folder / "trains").exists(): sys.exit(3)
+    time.sleep(0.05)
+"""
+    with pytest.raises(CompareError, match="none_seed0: training ended with exit code 3; the same command"):
+        compare(write(tmp_path), [sys.executable, "-c", both], lambda _: None, jobs=2)
+    assert (tmp_path / "saved").exists()
+
+
 def test_a_run_of_other_settings_is_not_taken(tmp_path):
     def result_with(*settings):
         comparison = load_comparison(write(tmp_path, policies={"mixup": ["policy.name=mixup", *settings]}))
@@ -130,7 +175,7 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):  # n
     settings += ["optimizer.warmup_epochs=0", "batch_size=480", "log.tensorboard=false", "log.gallery_pairs=0"]
     settings += ["model.timm_kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_width: 8}"]
     file = write(tmp_path, settings=settings)
-    run("compare", file)
+    run("compare", file, "--jobs", 2)
     out = tmp_path / "out"
     rows = json.loads((out / "compare.json").read_text())["policies"]
     assert [(row["policy"], sorted(row["values"])) for row in rows] == [("none", ["0", "1"]), ("automix", ["0", "1"])]
