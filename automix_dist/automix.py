@@ -16,6 +16,7 @@ from automix_kernels import api as kernels
 from torch import Tensor, nn
 
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, LossConfig
+from automix_dist.convolutions import surrounding_autocast
 from automix_dist.draws import Draws, MixDraw, draw_step, gallery_pairs, on_device
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.mix_block import MixBlock, mask_loss
@@ -50,8 +51,8 @@ class Logits(NamedTuple):
 
 
 RECOMPILE_LIMIT = 64
-"""Of torch.compile, for each function, which it compiles anew for each image size of a schedule. Beyond PyTorch's own
-limit, 8, a function runs uncompiled."""
+"""How many versions torch.compile may make of a function, one for each image size of a schedule. Beyond the limit, 8 in
+PyTorch, it runs uncompiled."""
 
 
 class Mixes(NamedTuple):
@@ -70,11 +71,6 @@ class Mixes(NamedTuple):
         """The images as [B, H, W, 3] uint8, for the normalisation [3] that they have."""
         images = self.images * std[:, None, None] + mean[:, None, None]
         return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
-def surrounding_autocast(device: str) -> torch.dtype:
-    """The dtype of the torch.autocast around a call, for a type of device; float32 if there is none."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 class Encoder(nn.Module):
@@ -160,15 +156,15 @@ class AutoMix(nn.Module):
         """The Mix Block for a feature map of so many channels."""
         return MixBlock(channels, self.config, self.implementation)
 
-    def draw(self, images: Tensor, *, judged: bool = True, **where: int) -> Draws:
+    def draw(self, images: Tensor, *, train_generator: bool = True, **where: int) -> Draws:
         """The random numbers of one forward pass over these images.
 
         Args:
-            judged: whether the momentum encoder may judge the Mix Block's samples in this step.
+            train_generator: whether the momentum encoder may judge the Mix Block's samples in this step.
             where: seed, step, and if not 0 micro_step and rank; the draws depend on nothing else.
         """
         draws = draw_step(self.config, len(images), **where, device=images.device)
-        return draws if judged else draws._replace(train_mixed_momentum=False)
+        return draws if train_generator else draws._replace(train_generator=False)
 
     def gallery_draw(self, images: Tensor, sweep: int = 0) -> Draws:
         """Pairs and lambdas for people to look at: see `draws.gallery_pairs`."""
@@ -204,7 +200,7 @@ class AutoMix(nn.Module):
         Returns:
             Losses; or Logits; or the Mixes of `draws.mix_block`.
         """
-        dtype = self.autocast or surrounding_autocast(images.device.type)
+        dtype = self.autocast or surrounding_autocast(images.device)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             clean = lay_out(self._normalized(images, dtype))
             if draws is None:
@@ -224,9 +220,9 @@ class AutoMix(nn.Module):
                 features = self.momentum.backbone.features(clean, full=config.feature_pass == "full")
         train_logits, classifier_logits = self.mix_block(features, draws.partner, draws.lam)
 
-        judged = math.ceil(config.generator_share * len(labels)) if draws.train_mixed_momentum else 0
+        num_mixed = math.ceil(config.generator_share * len(labels)) if draws.train_generator else 0
         mixed_for_block, mask_mean, mask_square_mean = self._blend(
-            train_logits, images, draws.mix_block, blended=judged
+            train_logits, images, draws.mix_block, num_mixed=num_mixed
         )
         loss_mask = mask_loss(
             config.mask_loss, mask_mean, mask_square_mean, draws.mix_block.lam, config.mask_loss_margin
@@ -238,7 +234,7 @@ class AutoMix(nn.Module):
                 mixed, _, _ = self._blend(classifier_logits, images, draws.classifier, config.lam_margin)
 
         loss_generator = torch.zeros_like(loss_mask)
-        if draws.train_mixed_momentum:
+        if draws.train_generator:
             loss_generator = self._mixed_loss(self.momentum(mixed_for_block, "mix"), labels, draws.mix_block)
         early = [self._differentiate(loss_generator + loss_mask * mask_loss_weight, self.mix_block)]
 
@@ -286,7 +282,7 @@ class AutoMix(nn.Module):
             return Mixes(mask, mixed, draw.lam, draw.partner)
 
     def _blend(
-        self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0, blended: int | None = None
+        self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0, num_mixed: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, mask_mean, mask_square_mean = kernels.mask_blend(
             logits,
@@ -297,8 +293,8 @@ class AutoMix(nn.Module):
             self.std,
             draw.upsampling,
             lam_margin,
-            surrounding_autocast(images.device.type),
-            blended,
+            surrounding_autocast(images.device),
+            num_mixed,
             implementation=self.implementation,
         )
         return lay_out(mixed), mask_mean, mask_square_mean
@@ -314,7 +310,7 @@ class AutoMix(nn.Module):
             outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
             own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
         mixed = torch.lerp(images[draw.partner], images, own.unsqueeze(1))
-        return lay_out(mixed.to(surrounding_autocast(images.device.type)))
+        return lay_out(mixed.to(surrounding_autocast(images.device)))
 
     def _mixed_loss(self, logits: Tensor, labels: Tensor, draw: MixDraw) -> Tensor:
         """With the drawn lambda, not the mask's area; of the first images where there are fewer logits than labels."""

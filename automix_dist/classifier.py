@@ -8,9 +8,9 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out, surrounding_autocast
+from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
-from automix_dist.convolutions import lay_out_weights, pad_stems
+from automix_dist.convolutions import lay_out_weights, pad_stems, surrounding_autocast
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.policy import Draw, Policy, load
@@ -80,11 +80,11 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def draw(self, images: Tensor, *, judged: bool = True, **where: int) -> Draw:
+    def draw(self, images: Tensor, *, train_generator: bool = True, **where: int) -> Draw:
         """The random numbers of one forward pass over these images.
 
         Args:
-            judged: of AutoMix; all models are called alike.
+            train_generator: of AutoMix; all models are called alike.
             where: seed, step, and if not 0 micro_step and rank; the draws depend on nothing else.
         """
         return self.policy.draw(step_generator(**where), shared_generator(**where), images)
@@ -112,7 +112,7 @@ class Classifier(nn.Module):
         Returns:
             Losses; or Logits (AveragedLogits with a moving average); or Mixes, None if the policy mixes no images.
         """
-        dtype = self.autocast or surrounding_autocast(images.device.type)
+        dtype = self.autocast or surrounding_autocast(images.device)
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             read_as = torch.float32 if self.policy.mixes else dtype  # mixing is done in float32
             clean = kernels.normalize(images, self.mean, self.std, read_as, implementation=self.implementation)

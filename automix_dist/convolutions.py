@@ -18,7 +18,7 @@ class LaidOutConv2d(nn.Conv2d):
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _reads_channels_last(images):
-            weight = _LaidOut.apply(weight, product_dtype(weight))
+            weight = _LaidOut.apply(weight, surrounding_autocast(weight.device, weight.dtype))
         return super()._conv_forward(images, weight, bias)
 
 
@@ -39,10 +39,9 @@ def _reads_channels_last(images: Tensor) -> bool:
     return images.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
 
 
-def product_dtype(factor: Tensor) -> torch.dtype:
-    """The type in which features or weights are multiplied: autocast's, or else their own."""
-    kind = factor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else factor.dtype
+def surrounding_autocast(device: torch.device, otherwise: torch.dtype = torch.float32) -> torch.dtype:
+    """The dtype of the torch.autocast around a call, or another if there is none."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
 
 
 def lay_out_weights(model: nn.Module) -> None:

@@ -39,16 +39,16 @@ class Draws(NamedTuple):
     """One mode for each."""
     adjust_mask: bool
     """Whether the classifier's masks are rescaled to the area lambda."""
-    train_mixed_momentum: bool
+    train_generator: bool
     """Whether the momentum encoder judges the Mix Block's samples in this step."""
 
     @classmethod
     def of(
-        cls, mix_block: MixDraw, classifier: MixDraw, adjust_mask: bool = False, train_mixed_momentum: bool = True
+        cls, mix_block: MixDraw, classifier: MixDraw, adjust_mask: bool = False, train_generator: bool = True
     ) -> "Draws":
         """Draws from two that were made apart."""
         lam, partner, upsampling = zip(mix_block, classifier, strict=True)
-        return cls(torch.stack(lam), torch.stack(partner), upsampling, adjust_mask, train_mixed_momentum)
+        return cls(torch.stack(lam), torch.stack(partner), upsampling, adjust_mask, train_generator)
 
     @property
     def mix_block(self) -> MixDraw:
@@ -86,7 +86,7 @@ def draw_step(
         partner=on_device(np.stack(partners), device),
         upsampling=tuple(modes),
         adjust_mask=bool(adjust < config.mask_adjust),
-        train_mixed_momentum=bool(config.switch_off == 0 or switch < config.switch_off),
+        train_generator=bool(config.switch_off == 0 or switch < config.switch_off),
     )
 
 

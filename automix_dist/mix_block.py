@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automix_dist.config import AutoMixConfig
-from automix_dist.convolutions import product_dtype
+from automix_dist.convolutions import surrounding_autocast
 
 
 class MixBlock(nn.Module):
@@ -55,7 +55,7 @@ class MixBlock(nn.Module):
             self.query_weight,
             self.value_weight,
             self.channels,
-            product_dtype(features),
+            surrounding_autocast(features.device, features.dtype),
             implementation=self.implementation,
         )
         projection = F.linear(tokens, query_weight)

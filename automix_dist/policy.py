@@ -119,7 +119,7 @@ class Policy(nn.Module):
         return images[draw.partner]
 
     def mix(self, images: Tensor, draw: Draw) -> Mix | None:
-        """Mix normalised images [B, 3, H, W]; None if not images are mixed but something inside the network."""
+        """Mix normalised images [B, 3, H, W]; None if the policy mixes activations, or nothing."""
         mask = self.mask(images, draw)
         mixed = torch.lerp(images, self.partners(images, draw), mask.unsqueeze(1))
         return Mix(mixed, mask, 1 - mask.flatten(1).mean(dim=1))
@@ -162,7 +162,7 @@ def needed_feature(config: Config) -> int | None:
     return config.automix.feature if hasattr(load(config.policy)[0], "Model") else None
 
 
-def complete(config: Config) -> Config:
+def with_policy_settings(config: Config) -> Config:
     """The same with every setting of its policy written out. Raises ConfigError as `load` does."""
     return replace(config, policy=replace(config.policy, settings=asdict(load(config.policy)[1])))
 

@@ -35,13 +35,13 @@ def write_dump(
         state, about: as for `Checkpoints.save`; `about` holds the step's scheduled values as `step_values`.
     """
     folder = root / f"step_{state['step'] - 1:08d}"
-    checkpoints.settle()
+    checkpoints.wait()
     if checkpoints.process.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt at this step
     checkpoints.process.barrier()
     dump = Checkpoints(folder, CheckpointConfig(), checkpoints.process, checkpoints.say)
     dump.save(engine, state, about)
-    written = dump.settle()
+    written = dump.wait()
     tensors, problem = {}, None
     for index, batch in enumerate(batches):
         tensors |= {f"images/{index}": batch.images.cpu(), f"labels/{index}": batch.labels.cpu()}
@@ -82,7 +82,7 @@ def replay(model: nn.Module, config: Config, saved: Saved, rank: int, say: Calla
     for micro_step in range(config.engine.accumulation_steps):
         images, labels = tensors[f"images/{micro_step}"], tensors[f"labels/{micro_step}"]
         where = {"seed": config.seed, "step": step, "micro_step": micro_step, "rank": rank}
-        draws = model.draw(images, **where, judged=bool(saved.manifest["step_values"]["generator"]))
+        draws = model.draw(images, **where, train_generator=saved.manifest["step_values"]["train_generator"])
         seed_torch(**where)
         losses = model(images, labels, draws, saved.manifest["step_values"]["mask_loss_weight"])
         losses.total.backward()

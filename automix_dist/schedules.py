@@ -20,8 +20,8 @@ class StepValues(NamedTuple):
     mix_lr: float
     momentum: float
     mask_loss_weight: float
-    generator: float = 1.0
-    """1 where the momentum encoder judges the Mix Block's samples, 0 where it does not."""
+    train_generator: bool = True
+    """Whether the momentum encoder judges the Mix Block's samples."""
 
 
 def cosine(start: float, end: float, progress: float) -> float:
@@ -46,7 +46,7 @@ class Schedule:
             mix_lr=self._mix_learning_rate(step),
             momentum=self._momentum(step),
             mask_loss_weight=self._mask_loss_weight(step),
-            generator=float(not self._mix_block_rests(step) and step % self.config.automix.generator_every == 0),
+            train_generator=not self._mix_block_rests(step) and step % self.config.automix.generator_every == 0,
         )
 
     def _mix_block_rests(self, step: int) -> bool:

@@ -176,7 +176,7 @@ def mask_blend(
     mode: str,
     lam_margin: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    blended: int | None = None,
+    num_mixed: int | None = None,
     *,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,13 +196,13 @@ def mask_blend(
         mode: "nearest", or "bilinear" (corners not aligned).
         lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, 0 to 0.5; 0 = never.
         dtype: of the mixed images.
-        blended: mix only so many images, the first ones, with partners from the whole batch; None = all. The means are
-            of all masks.
+        num_mixed: mix only so many images, the first ones, with partners from the whole batch; None = all. The
+            means are of all masks.
         implementation: "auto", "triton" or "reference".
 
     Returns:
-        mixed [B or blended, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of m
-        squared.
+        mixed [B or num_mixed, 3, H, W] in channels-last layout, and two [B] float32 means over the pixels, of m and of
+        m squared.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or mode; images or lam that require a gradient.
@@ -229,8 +229,8 @@ def mask_blend(
         raise ValueError(f"lam_margin must lie in [0, 0.5], got {lam_margin}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, got {dtype}")
-    if blended is not None and not 0 <= blended <= batch:
-        raise ValueError(f"blended must lie in 0..{batch}, the number of images, got {blended}")
+    if num_mixed is not None and not 0 <= num_mixed <= batch:
+        raise ValueError(f"num_mixed must lie in 0..{batch}, the number of images, got {num_mixed}")
     obstacle = _dtype_obstacle("logits", logits)
     if images.is_floating_point():
         obstacle = obstacle or _dtype_obstacle("images", images)
@@ -239,7 +239,7 @@ def mask_blend(
     if height % h or width % w:
         obstacle = obstacle or f"images of {height} x {width} are no whole multiple of a {h} x {w} map"
     if not _takes_triton(implementation, device, obstacle):
-        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended)
+        return reference.mask_blend(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, num_mixed)
     return triton_mask_blend.mask_blend(
         logits,
         images,
@@ -250,7 +250,7 @@ def mask_blend(
         mode,
         lam_margin,
         dtype,
-        blended,
+        num_mixed,
     )
 
 
@@ -265,13 +265,14 @@ def normalize(
     """(x / 255 - mean) / std of uint8 images, in one pass; without a gradient.
 
     Args:
-        images: [B, H, W, 3] uint8; or floating point and normalised already, which come back in `dtype` as they are.
+        images: [B, H, W, 3] uint8; or floating point and normalised already, which come back in `dtype` and in their
+            own layout.
         mean, std: [3] float32 on the [0, 1] scale.
         dtype: of the result.
         implementation: "auto", "triton" or "reference".
 
     Returns:
-        [B, 3, H, W] in channels-last layout.
+        [B, 3, H, W], of uint8 images in channels-last layout.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device.

@@ -113,7 +113,7 @@ def _forward_kernel(
     mixed_ptr,
     mask_mean_ptr,
     mask_square_mean_ptr,
-    blended,
+    num_mixed,
     low,
     high,
     H_CELLS: tl.constexpr,
@@ -128,8 +128,8 @@ def _forward_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Grid: (rows of cells, images). Where lam <= low or lam >= high, the mask is 1 - lam. Images from `blended` on are
-    not mixed.
+    """Grid: (rows of cells, images). Where lam <= low or lam >= high, the mask is 1 - lam. Images from `num_mixed` on
+    are not mixed.
 
     With nearest upsampling the mask's means are those of the cells and the first program of an image writes them; with
     bilinear upsampling each program writes its share, [images, rows of cells].
@@ -140,7 +140,7 @@ def _forward_kernel(
     partner = tl.load(partner_ptr + image).to(tl.int64)
     lam = tl.load(lam_ptr + image)
     plain = (lam <= low) | (lam >= high)
-    mixed_rows = tl.where(image < blended, FACTOR_Y, 0)
+    mixed_rows = tl.where(image < num_mixed, FACTOR_Y, 0)
     cells = tl.arange(0, BLOCK_W)
     elements = tl.arange(0, BLOCK_S)
     if NORMALIZE:
@@ -209,7 +209,7 @@ def _backward_kernel(
     output_ptr,
     stride_mean,
     stride_square_mean,
-    blended,
+    num_mixed,
     low,
     high,
     H_CELLS: tl.constexpr,
@@ -233,7 +233,7 @@ def _backward_kernel(
     partner = tl.load(partner_ptr + image).to(tl.int64)
     lam = tl.load(lam_ptr + image)
     live = tl.where((lam <= low) | (lam >= high), 0.0, 1.0)
-    mixed_rows = tl.where(image < blended, FACTOR_Y, 0)
+    mixed_rows = tl.where(image < num_mixed, FACTOR_Y, 0)
     grad_mean = 0.0
     if HAS_MEAN:
         grad_mean = tl.load(grad_mean_ptr + image * stride_mean)
@@ -358,25 +358,6 @@ def _dense(images: Tensor) -> Tensor:
     return images.contiguous()
 
 
-@torch.library.custom_op("automix::mask_blend", mutates_args=(), device_types="cuda")
-def mask_blend(
-    logits: Tensor,
-    images: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    mode: str,
-    lam_margin: float,
-    dtype: torch.dtype,
-    blended: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mixed images in channels-last layout, all B or the first `blended`, and [B] float32 means of the mask and of its
-    square."""
-    with torch.cuda.device_of(logits):
-        return launch_forward(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended)
-
-
 def launch_forward(
     logits: Tensor,
     images: Tensor,
@@ -387,65 +368,50 @@ def launch_forward(
     mode: str,
     lam_margin: float,
     dtype: torch.dtype,
-    blended: int | None = None,
+    num_mixed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `mask_blend` does on a GPU."""
+    """Mixed images in channels-last layout, all B or the first `num_mixed`, and [B] float32 means of the mask and of
+    its square."""
     logits, images = logits.contiguous(), _dense(images)
     batch, h, w = logits.shape
     arguments = _shape_arguments(logits, images, mode, lam_margin)
-    mixed = _empty_mixed(logits, images, dtype, blended)
+    mixed = _empty_mixed(logits, images, dtype, num_mixed)
     parts = h if mode == "bilinear" else 1
     mask_mean = logits.new_empty(batch, parts, dtype=torch.float32)
     mask_square_mean = logits.new_empty(batch, parts, dtype=torch.float32)
-    _forward_kernel[(h, batch)](
-        logits_ptr=logits,
-        images_ptr=images,
-        partner_ptr=partner,
-        lam_ptr=lam,
-        mean_ptr=mean,
-        std_ptr=std,
-        mixed_ptr=mixed,
-        mask_mean_ptr=mask_mean,
-        mask_square_mean_ptr=mask_square_mean,
-        blended=len(mixed),
-        BLOCK_CELLS=triton.next_power_of_2(h * w),
-        **arguments,
-    )
+    with torch.cuda.device_of(logits):
+        _forward_kernel[(h, batch)](
+            logits_ptr=logits,
+            images_ptr=images,
+            partner_ptr=partner,
+            lam_ptr=lam,
+            mean_ptr=mean,
+            std_ptr=std,
+            mixed_ptr=mixed,
+            mask_mean_ptr=mask_mean,
+            mask_square_mean_ptr=mask_square_mean,
+            num_mixed=len(mixed),
+            BLOCK_CELLS=triton.next_power_of_2(h * w),
+            **arguments,
+        )
     if parts == 1:
         return mixed, mask_mean.squeeze(1), mask_square_mean.squeeze(1)
     return mixed, mask_mean.sum(dim=1), mask_square_mean.sum(dim=1)
 
 
-def _empty_mixed(logits: Tensor, images: Tensor, dtype: torch.dtype, blended: int | None) -> Tensor:
-    batch = logits.shape[0] if blended is None else blended
+def _empty_mixed(logits: Tensor, images: Tensor, dtype: torch.dtype, num_mixed: int | None) -> Tensor:
+    batch = logits.shape[0] if num_mixed is None else num_mixed
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
     return torch.empty(batch, 3, height, width, dtype=dtype, device=logits.device, memory_format=torch.channels_last)
 
 
+mask_blend = torch.library.custom_op("automix::mask_blend", launch_forward, mutates_args=(), device_types="cuda")
+
+
 @mask_blend.register_fake
-def _(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, blended=None):
+def _(logits, images, partner, lam, mean, std, mode, lam_margin, dtype, num_mixed=None):
     means = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-    return _empty_mixed(logits, images, dtype, blended), *means
-
-
-@torch.library.custom_op("automix::mask_blend_backward", mutates_args=(), device_types="cuda")
-def mask_blend_backward(
-    grad_mixed: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_square_mean: Tensor | None,
-    logits: Tensor,
-    images: Tensor,
-    partner: Tensor,
-    lam: Tensor,
-    std: Tensor,
-    mode: str,
-    lam_margin: float,
-) -> Tensor:
-    """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images."""
-    with torch.cuda.device_of(logits):
-        return launch_backward(
-            grad_mixed, grad_mean, grad_square_mean, logits, images, partner, lam, std, mode, lam_margin
-        )
+    return _empty_mixed(logits, images, dtype, num_mixed), *means
 
 
 def launch_backward(
@@ -460,7 +426,7 @@ def launch_backward(
     mode: str,
     lam_margin: float,
 ) -> Tensor:
-    """What `mask_blend_backward` does on a GPU."""
+    """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images."""
     logits, images = logits.contiguous(), _dense(images)
     batch, h, w = logits.shape
     arguments = _shape_arguments(logits, images, mode, lam_margin)
@@ -469,37 +435,43 @@ def launch_backward(
     output = logits.new_empty(batch, h, 9, w, dtype=torch.float32) if bilinear else grad_logits
     if grad_mixed is not None:
         grad_mixed = grad_mixed.contiguous(memory_format=torch.channels_last)
-    _backward_kernel[(h, batch)](
-        grad_mixed_ptr=grad_mixed,
-        grad_mean_ptr=grad_mean,
-        grad_square_mean_ptr=grad_square_mean,
-        logits_ptr=logits,
-        images_ptr=images,
-        partner_ptr=partner,
-        lam_ptr=lam,
-        std_ptr=std,
-        output_ptr=output,
-        # 0 for the gradient of a mean over the batch
-        stride_mean=0 if grad_mean is None else grad_mean.stride(0),
-        stride_square_mean=0 if grad_square_mean is None else grad_square_mean.stride(0),
-        blended=0 if grad_mixed is None else len(grad_mixed),
-        HAS_MIXED=grad_mixed is not None,
-        HAS_MEAN=grad_mean is not None,
-        HAS_SQUARE_MEAN=grad_square_mean is not None,
-        **arguments,
-    )
-    if bilinear:
-        block = min(256, triton.next_power_of_2(h * w))
-        _sum_taps_kernel[(triton.cdiv(h * w, block), batch)](
-            taps_ptr=output,
-            grad_logits_ptr=grad_logits,
-            H_CELLS=h,
-            W_CELLS=w,
-            BLOCK_CELLS=block,
-            num_warps=4,
-            enable_fp_fusion=True,
+    with torch.cuda.device_of(logits):
+        _backward_kernel[(h, batch)](
+            grad_mixed_ptr=grad_mixed,
+            grad_mean_ptr=grad_mean,
+            grad_square_mean_ptr=grad_square_mean,
+            logits_ptr=logits,
+            images_ptr=images,
+            partner_ptr=partner,
+            lam_ptr=lam,
+            std_ptr=std,
+            output_ptr=output,
+            # 0 for the gradient of a mean over the batch
+            stride_mean=0 if grad_mean is None else grad_mean.stride(0),
+            stride_square_mean=0 if grad_square_mean is None else grad_square_mean.stride(0),
+            num_mixed=0 if grad_mixed is None else len(grad_mixed),
+            HAS_MIXED=grad_mixed is not None,
+            HAS_MEAN=grad_mean is not None,
+            HAS_SQUARE_MEAN=grad_square_mean is not None,
+            **arguments,
         )
+        if bilinear:
+            block = min(256, triton.next_power_of_2(h * w))
+            _sum_taps_kernel[(triton.cdiv(h * w, block), batch)](
+                taps_ptr=output,
+                grad_logits_ptr=grad_logits,
+                H_CELLS=h,
+                W_CELLS=w,
+                BLOCK_CELLS=block,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
     return grad_logits
+
+
+mask_blend_backward = torch.library.custom_op(
+    "automix::mask_blend_backward", launch_backward, mutates_args=(), device_types="cuda"
+)
 
 
 @mask_blend_backward.register_fake

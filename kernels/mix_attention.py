@@ -470,7 +470,7 @@ def mix_attention(
     value_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For partners and lambdas [B] or [R, B]: logits [B, N] of the first draw and [R - 1, B, N] of the others, and for
-    the first one's backward m and the base-2 log of the softmax's denominator [B, N], and u [R * B, N]; float32.
+    the first one's backward m and lse [B, N] (see the module's docstring) and u [R * B, N]; float32.
 
     u is empty where neither lambda nor a bias enters the query.
     """

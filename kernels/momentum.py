@@ -66,17 +66,8 @@ def _lerp_kernel(
             _move(target_ptr, source_ptr, indices, indices < elements, weight)
 
 
-@torch.library.custom_op("automix::momentum_update", mutates_args=("targets",), device_types="cuda")
-def momentum_update(
-    targets: list[Tensor], sources: list[Tensor], coefficient: float, skip: Tensor | None = None
-) -> None:
-    """Updates float32 targets without gaps from sources of the same sizes and strides."""
-    with torch.cuda.device_of(targets[0]):
-        launch(targets, sources, coefficient, skip)
-
-
 def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, skip: Tensor | None = None) -> None:
-    """What `momentum_update` does on a GPU."""
+    """Update float32 targets without gaps from sources of the same sizes and strides."""
     for dtype in dict.fromkeys(source.dtype for source in sources):
         pairs = [(t, s) for t, s in zip(targets, sources, strict=True) if s.dtype == dtype and t.numel()]
         if not pairs:
@@ -84,19 +75,20 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, ski
         device = pairs[0][0].device
         tensors = _pointers(device, tuple((t.data_ptr(), s.data_ptr(), t.numel()) for t, s in pairs))
         chunks = _chunks(device, tuple(t.numel() for t, _ in pairs))
-        _lerp_kernel[(len(chunks),)](
-            tensors_ptr=tensors,
-            chunks_ptr=chunks,
-            weight=1 - coefficient,
-            skip_ptr=skip,
-            HAS_SKIP=skip is not None,
-            SOURCE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
-            ALIGNED=all(tensor.data_ptr() % 16 == 0 for pair in pairs for tensor in pair),
-            BLOCK=1024,
-            CHUNK=CHUNK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(pairs[0][0]):
+            _lerp_kernel[(len(chunks),)](
+                tensors_ptr=tensors,
+                chunks_ptr=chunks,
+                weight=1 - coefficient,
+                skip_ptr=skip,
+                HAS_SKIP=skip is not None,
+                SOURCE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+                ALIGNED=all(tensor.data_ptr() % 16 == 0 for pair in pairs for tensor in pair),
+                BLOCK=1024,
+                CHUNK=CHUNK,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
 
 
 @lru_cache(_TABLES_KEPT)
@@ -115,6 +107,11 @@ def _send(table: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     """int64 on the device, by way of pinned memory, which torch does not use anew before the copy is done."""
     pinned = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
+
+
+momentum_update = torch.library.custom_op(
+    "automix::momentum_update", launch, mutates_args=("targets",), device_types="cuda"
+)
 
 
 @momentum_update.register_fake

@@ -39,34 +39,31 @@ def _normalize_kernel(
             tl.store(output_ptr + indices, (pixels * scale - shift).to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op("automix::normalize", mutates_args=(), device_types="cuda")
-def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] in channels-last layout."""
-    with torch.cuda.device_of(images):
-        return launch(images, mean, std, dtype)
-
-
 def launch(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `normalize` does on a GPU."""
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] in channels-last layout."""
     images = images.contiguous()
     output = _empty_output(images, dtype)
-    _normalize_kernel[(triton.cdiv(images.numel(), 3 * ROUNDS * BLOCK),)](
-        images_ptr=images,
-        mean_ptr=mean,
-        std_ptr=std,
-        output_ptr=output,
-        elements=images.numel(),
-        ROUNDS=ROUNDS,
-        BLOCK=BLOCK,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(images):
+        _normalize_kernel[(triton.cdiv(images.numel(), 3 * ROUNDS * BLOCK),)](
+            images_ptr=images,
+            mean_ptr=mean,
+            std_ptr=std,
+            output_ptr=output,
+            elements=images.numel(),
+            ROUNDS=ROUNDS,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return output
 
 
 def _empty_output(images: Tensor, dtype: torch.dtype) -> Tensor:
     batch, height, width, _ = images.shape
     return torch.empty(batch, 3, height, width, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+
+
+normalize = torch.library.custom_op("automix::normalize", launch, mutates_args=(), device_types="cuda")
 
 
 @normalize.register_fake

@@ -245,7 +245,7 @@ def mask_blend(
     mode: str,
     lam_margin: float = 0.0,
     dtype: torch.dtype = torch.float32,
-    blended: int | None = None,
+    num_mixed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with its partner under the upsampled mask m: x + (x[partner] - x) * m.
 
@@ -260,16 +260,16 @@ def mask_blend(
         mode: "nearest" or "bilinear".
         lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup; 0 = never.
         dtype: of the mixed images.
-        blended: mix only so many images, the first ones; None = all.
+        num_mixed: mix only so many images, the first ones; None = all.
 
     Returns:
-        mixed [B or blended, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in
+        mixed [B or num_mixed, 3, H, W] channels-last, and two [B] means over the pixels, of m and of m squared, in
         float32 (float64 for float64 logits).
     """
     normalized = normalize(images, mean, std, torch.promote_types(dtype, torch.float32))
     mask = _mask(logits, lam, tuple(normalized.shape[2:]), mode, lam_margin)
-    weight = mask[:blended].unsqueeze(1).to(normalized.dtype)
-    mixed = torch.lerp(normalized[:blended], normalized[partner[:blended]], weight)
+    weight = mask[:num_mixed].unsqueeze(1).to(normalized.dtype)
+    mixed = torch.lerp(normalized[:num_mixed], normalized[partner[:num_mixed]], weight)
     mixed = mixed.to(dtype).contiguous(memory_format=torch.channels_last)
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
 
@@ -307,9 +307,9 @@ def mask_blend_backward(
     mask = upsample_mask(logits.to(normalized.dtype), size, mode)
     grad_mask = torch.zeros_like(mask)
     if grad_mixed is not None:
-        blended = len(grad_mixed)
-        difference = normalized[partner[:blended]] - normalized[:blended]
-        grad_mask[:blended] += (grad_mixed * difference).sum(dim=1)
+        num_mixed = len(grad_mixed)
+        difference = normalized[partner[:num_mixed]] - normalized[:num_mixed]
+        grad_mask[:num_mixed] += (grad_mixed * difference).sum(dim=1)
     if grad_mean is not None:
         grad_mask += grad_mean[:, None, None] / (size[0] * size[1])
     if grad_square_mean is not None:

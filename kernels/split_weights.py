@@ -75,39 +75,31 @@ def _join_kernel(
         _join_row(grad_value_ptr, grad_value_lambda_ptr, grad_value_weight_ptr, columns, COLUMNS, CHANNELS)
 
 
-@torch.library.custom_op("automix::split_weights", mutates_args=(), device_types="cuda")
-def split_weights(
+def launch_split(
     query_weight: Tensor, value_weight: Tensor, channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[D, columns] and [1, columns] float32 -> their first `channels` columns in `dtype`, and their last one.
 
     The last two are empty where there is no column beside the channels'.
     """
-    with torch.cuda.device_of(query_weight):
-        return launch_split(query_weight, value_weight, channels, dtype)
-
-
-def launch_split(
-    query_weight: Tensor, value_weight: Tensor, channels: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `split_weights` does on a GPU."""
     rows, columns = query_weight.shape
     outputs = _empty_parts(query_weight, channels, dtype)
     query, value, query_lambda, value_lambda = outputs
-    _split_kernel[(triton.cdiv(columns, BLOCK), rows + 1)](
-        query_weight_ptr=query_weight.contiguous(),
-        value_weight_ptr=value_weight.contiguous(),
-        query_ptr=query,
-        value_ptr=value,
-        query_lambda_ptr=query_lambda,
-        value_lambda_ptr=value_lambda,
-        D=rows,
-        COLUMNS=columns,
-        CHANNELS=channels,
-        BLOCK=BLOCK,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(query_weight):
+        _split_kernel[(triton.cdiv(columns, BLOCK), rows + 1)](
+            query_weight_ptr=query_weight.contiguous(),
+            value_weight_ptr=value_weight.contiguous(),
+            query_ptr=query,
+            value_ptr=value,
+            query_lambda_ptr=query_lambda,
+            value_lambda_ptr=value_lambda,
+            D=rows,
+            COLUMNS=columns,
+            CHANNELS=channels,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return outputs
 
 
@@ -122,41 +114,36 @@ def _empty_parts(query_weight: Tensor, channels: int, dtype: torch.dtype) -> tup
     )
 
 
+split_weights = torch.library.custom_op("automix::split_weights", launch_split, mutates_args=(), device_types="cuda")
+
+
 @split_weights.register_fake
 def _(query_weight, value_weight, channels, dtype):
     return _empty_parts(query_weight, channels, dtype)
 
 
-@torch.library.custom_op("automix::split_weights_backward", mutates_args=(), device_types="cuda")
-def split_weights_backward(
-    grad_query: Tensor, grad_value: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The parts' gradients put together as those of the weights, float32."""
-    with torch.cuda.device_of(grad_query):
-        return launch_join(grad_query, grad_value, grad_query_lambda, grad_value_lambda)
-
-
 def launch_join(
     grad_query: Tensor, grad_value: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `split_weights_backward` does on a GPU."""
+    """The parts' gradients put together as those of the weights, float32."""
     rows, channels = grad_query.shape
     outputs = _empty_weights(grad_query, grad_value_lambda)
     columns = outputs[0].shape[1]
-    _join_kernel[(triton.cdiv(columns, BLOCK), rows + 1)](
-        grad_query_ptr=grad_query.contiguous(),
-        grad_value_ptr=grad_value.contiguous(),
-        grad_query_lambda_ptr=grad_query_lambda.contiguous(),
-        grad_value_lambda_ptr=grad_value_lambda,
-        grad_query_weight_ptr=outputs[0],
-        grad_value_weight_ptr=outputs[1],
-        D=rows,
-        COLUMNS=columns,
-        CHANNELS=channels,
-        BLOCK=BLOCK,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(grad_query):
+        _join_kernel[(triton.cdiv(columns, BLOCK), rows + 1)](
+            grad_query_ptr=grad_query.contiguous(),
+            grad_value_ptr=grad_value.contiguous(),
+            grad_query_lambda_ptr=grad_query_lambda.contiguous(),
+            grad_value_lambda_ptr=grad_value_lambda,
+            grad_query_weight_ptr=outputs[0],
+            grad_value_weight_ptr=outputs[1],
+            D=rows,
+            COLUMNS=columns,
+            CHANNELS=channels,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return outputs
 
 
@@ -164,6 +151,11 @@ def _empty_weights(grad_query: Tensor, grad_value_lambda: Tensor) -> tuple[Tenso
     rows, channels = grad_query.shape
     columns = channels + len(grad_value_lambda)
     return tuple(grad_query.new_empty(count, columns, dtype=torch.float32) for count in (rows, 1))
+
+
+split_weights_backward = torch.library.custom_op(
+    "automix::split_weights_backward", launch_join, mutates_args=(), device_types="cuda"
+)
 
 
 @split_weights_backward.register_fake

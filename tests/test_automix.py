@@ -97,7 +97,7 @@ def test_query_and_mix_block_learn_from_their_own_losses_only():
             parameter.mul_(1.5)
     step(whole, config).total.backward()
     step(other_query, config).total.backward()
-    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=False)
+    draws = rank_draws(config, 0, 0, 16)._replace(train_generator=False)
     no_block_losses(*micro_batch(0, 0, 16), draws, 0.0).total.backward()
 
     def gradients(model: AutoMix, part: str) -> list[torch.Tensor]:
@@ -121,7 +121,7 @@ def test_total_is_the_sum_of_its_parts():
 def test_switched_off_branch_still_trains_the_mix_block_on_its_masks():
     config = tiny_config(automix={"mask_loss_margin": 0.0})
     model = tiny_model(config)
-    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=False)
+    draws = rank_draws(config, 0, 0, 16)._replace(train_generator=False)
     losses = model(*micro_batch(0, 0, 16), draws, 0.1)
     losses.total.backward()
     assert losses.generator == 0
@@ -135,16 +135,16 @@ def test_only_what_is_judged_is_mixed(share, judged, mixed):
     model, whole = tiny_model(config), tiny_model(tiny_config(automix={"mask_loss_margin": 0.0}))
     sizes, blend = [], model._blend
     model._blend = lambda *arguments, **options: note(sizes, blend(*arguments, **options))
-    draws = rank_draws(config, 0, 0, 16)._replace(train_mixed_momentum=judged)
+    draws = rank_draws(config, 0, 0, 16)._replace(train_generator=judged)
     losses = model(*micro_batch(0, 0, 16), draws, 0.1)
     assert sizes == [mixed, 16]
     expected = step(whole, config)
     assert torch.equal(losses.mask, expected.mask) and torch.equal(losses.mask_area, expected.mask_area)
 
 
-def note(sizes: list[int], blended: tuple) -> tuple:
-    sizes.append(len(blended[0]))
-    return blended
+def note(sizes: list[int], num_mixed: tuple) -> tuple:
+    sizes.append(len(num_mixed[0]))
+    return num_mixed
 
 
 def test_mixed_loss_uses_the_drawn_lambda_and_both_labels():

@@ -398,18 +398,18 @@ def test_blend_margin(mode):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-@pytest.mark.parametrize("blended", [0, 2])
-def test_blend_of_the_first_images_has_the_bits_of_all(mode, blended):
+@pytest.mark.parametrize("num_mixed", [0, 2])
+def test_blend_of_the_first_images_has_the_bits_of_all(mode, num_mixed):
     """And the gradient of a mean over the batch, which is one number for all images, is read in place."""
     logits, images, partner, lam = blend_inputs(4, (3, 2), (4, 5), "uint8")
     arguments = (logits, images, partner, lam, MEAN, STD, mode, 0.0, torch.float32)
-    mixed, *means = api.mask_blend(*arguments, blended, implementation="triton")
+    mixed, *means = api.mask_blend(*arguments, num_mixed, implementation="triton")
     whole, *expected_means = api.mask_blend(*arguments, implementation="triton")
-    assert mixed.isfinite().all() and torch.equal(mixed, whole[:blended])
+    assert mixed.isfinite().all() and torch.equal(mixed, whole[:num_mixed])
     assert all(map(torch.equal, means, expected_means))
     grad = torch.randn(mixed.shape, device=DEVICE, generator=generator(3))
     (ours,) = torch.autograd.grad([mixed, *(each.mean() for each in means)], logits, [grad, None, None])
-    padded = torch.cat([grad, torch.zeros_like(whole[blended:])])
+    padded = torch.cat([grad, torch.zeros_like(whole[num_mixed:])])
     quarter = torch.full((4,), 0.25, device=DEVICE)
     (expected,) = torch.autograd.grad([whole, *expected_means], logits, [padded, quarter, quarter])
     assert torch.equal(ours, expected)

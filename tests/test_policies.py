@@ -744,7 +744,7 @@ def test_learned_policies_train_all_that_should_learn(name, immediate, dtype):
     assert all(torch.isfinite(each) for each in losses)
     trained = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.isfinite().all()}
     assert trained == {n for n, _ in model.named_parameters() if n.startswith(("query.", "mix_block."))}
-    model(images, labels, model.draw(images, seed=0, step=1, judged=False), 0.0).total.backward()
+    model(images, labels, model.draw(images, seed=0, step=1, train_generator=False), 0.0).total.backward()
     mixes = model.eval()(images, None, model.gallery_draw(images))
     assert mixes.mask.shape == (8, SIZE, SIZE) and mixes.images.shape == (8, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -826,7 +826,7 @@ def classifier_steps(config, folder: Path | None, rank: int, ranks: int) -> dict
         return {n: p.detach() for n, p in model.named_parameters()}
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     checkpoints.save(engine, {"step": 1}, {})
-    assert checkpoints.settle()
+    assert checkpoints.wait()
     return load_module_state(verify(folder / "checkpoints" / "step_00000001"), "")
 
 
@@ -885,7 +885,7 @@ def test_ranks_with_sharded_weights_run_the_same_modules():
 
 def test_ranks_agree_on_switching_off():
     config = AutoMixConfig(switch_off=0.5)
-    judged = [[draw_step(config, 4, seed=0, step=s, rank=r).train_mixed_momentum for s in range(50)] for r in range(2)]
+    judged = [[draw_step(config, 4, seed=0, step=s, rank=r).train_generator for s in range(50)] for r in range(2)]
     assert judged[0] == judged[1] and 10 < sum(judged[0]) < 40
 
 
@@ -926,6 +926,6 @@ def test_examples_learn(name):
 
 def test_settings_are_written_out():
     config = load_config(None, ["policy.name=gridmixup", "policy.settings.alpha=0.5"])
-    full = policy.complete(config).policy
+    full = policy.with_policy_settings(config).policy
     assert full.settings["alpha"] == 0.5 and full.settings["holes"] == (2, 6)
-    assert policy.complete(dataclasses.replace(config, policy=full)).policy == full
+    assert policy.with_policy_settings(dataclasses.replace(config, policy=full)).policy == full

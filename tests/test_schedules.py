@@ -93,7 +93,7 @@ def test_draws_have_the_method_s_distribution():
     assert lams.var() == pytest.approx(0.05, abs=0.005)  # Beta(2, 2)
     assert abs(np.corrcoef(lams.T)[0, 1]) < 0.05
     assert np.mean([d.adjust_mask for d in draws]) == pytest.approx(0.25, abs=0.03)
-    assert np.mean([d.train_mixed_momentum for d in draws]) == pytest.approx(0.8, abs=0.03)
+    assert np.mean([d.train_generator for d in draws]) == pytest.approx(0.8, abs=0.03)
     assert np.mean([d.mix_block.upsampling == "nearest" for d in draws]) == pytest.approx(0.5, abs=0.04)
     for draw in draws[:100]:
         assert sorted(draw.classifier.partner.tolist()) == [0, 1, 2, 3]

@@ -141,7 +141,7 @@ def test_features_and_embedding_are_those_of_two_passes(name):
 
 def step_flops(model: AutoMix, config, judged: bool = True) -> float:
     images, labels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(0, 10, (4,))
-    draws = draw_step(config.automix, 4, seed=0, step=0)._replace(train_mixed_momentum=judged)
+    draws = draw_step(config.automix, 4, seed=0, step=0)._replace(train_generator=judged)
     return counted_flops(lambda: model(images, labels, draws, 0.1).total.backward()) / 4
 
 
@@ -190,11 +190,11 @@ def test_the_schedule_of_the_mix_block():
     config = tiny_config(epochs=4, automix={"generator_every": 2, "mix_block_until": 0.5})
     schedule = Schedule(config, 5)
     values = [schedule.at(step) for step in range(20)]
-    assert [v.generator for v in values] == [1, 0] * 5 + [0] * 10
+    assert [v.train_generator for v in values] == [True, False] * 5 + [False] * 10
     assert all(v.mix_lr == v.mask_loss_weight == 0 for v in values[10:]) and all(v.mix_lr > 0 for v in values[:10])
     usual = Schedule(dataclasses.replace(config, automix=dataclasses.replace(
         config.automix, generator_every=1, mix_block_until=1.0)), 5)  # fmt: skip
-    assert all(usual.at(step).generator == 1 for step in range(20))
+    assert all(usual.at(step).train_generator for step in range(20))
     assert [usual.at(step).lr for step in range(20)] == [v.lr for v in values]
 
 

@@ -222,7 +222,7 @@ def policy(case: Case, name: str = "automix", engine: dict | None = None, **sett
 
     def loss(step: int) -> Tensor:
         images, labels, values = case.images[step % POOL], case.labels[step % POOL], schedule.at(step)
-        draws = model.draw(images, seed=0, step=step, judged=bool(values.generator))
+        draws = model.draw(images, seed=0, step=step, train_generator=values.train_generator)
         return model(images, labels, draws, values.mask_loss_weight).total
 
     optimizer, period = build_optimizer(model, config.optimizer), config.automix.generator_every

@@ -64,7 +64,7 @@ class Draws(NamedTuple):
     classifier: MultiDraw
     adversarial: bool
     """Whether the Mix Block works against the classifier in this step."""
-    train_mixed_momentum: bool
+    train_generator: bool
     """Whether the momentum encoder judges the Mix Block's samples in this step."""
 
 
@@ -101,7 +101,7 @@ class Model(AutoMix):
         self.settings = self.settings or Settings()
         return AdaptiveMask(channels, self.config)
 
-    def draw(self, images: Tensor, *, judged: bool = True, **where: int) -> Draws:
+    def draw(self, images: Tensor, *, train_generator: bool = True, **where: int) -> Draws:
         config, settings, size = self.config, self.settings, len(images)
         generator, shared = step_generator(**where), shared_generator(**where)
         samples = int(shared.integers(2, settings.samples + 1)) if settings.random_samples else settings.samples
@@ -122,8 +122,8 @@ class Model(AutoMix):
             draws = [multi(np.array([each, 1 - each])) for each in lam]
         else:
             draws = [multi(lam / lam.sum()) for _ in range(2)]
-        judge = judged and (config.switch_off == 0 or bool(shared.random() < config.switch_off))
-        return Draws(*draws, adversarial=where["step"] % settings.interval == 0, train_mixed_momentum=judge)
+        train_generator = train_generator and (config.switch_off == 0 or bool(shared.random() < config.switch_off))
+        return Draws(*draws, adversarial=where["step"] % settings.interval == 0, train_generator=train_generator)
 
     def gallery_draw(self, images: Tensor, sweep: int = 0) -> Draws:
         lam, partner = (on_device(each, images.device) for each in gallery_pairs(len(images), sweep))
@@ -142,10 +142,10 @@ class Model(AutoMix):
         area = 1 - masks[:, 0].mean()
 
         generator = cosine = 0 * area  # with a gradient, of zeros, for engines that wait for one
-        if draws.train_mixed_momentum:
-            judged = self.momentum(lay_out(blend(images, masks, draws.mix_block)), "mix")
-            generator = self._shared_loss(judged, labels, draws.mix_block)
-            similarity = F.cosine_similarity(judged, answers[draws.mix_block.members], dim=2)
+        if draws.train_generator:
+            mixed_logits = self.momentum(lay_out(blend(images, masks, draws.mix_block)), "mix")
+            generator = self._shared_loss(mixed_logits, labels, draws.mix_block)
+            similarity = F.cosine_similarity(mixed_logits, answers[draws.mix_block.members], dim=2)
             cosine = (draws.mix_block.lam * similarity).sum(dim=0).mean()
         weight = self.settings.adversarial
         objective = (1 - weight) * cosine - weight * generator if draws.adversarial else generator

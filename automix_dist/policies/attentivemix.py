@@ -30,7 +30,7 @@ class Settings(BetaSettings):
     teacher: str = "resnet50"
     """The timm model that says where to look. It is a part of the checkpoints, and is built again for evaluation."""
     weights: str = ""
-    """Its weights, a timm state dict as .safetensors; empty: timm's pretrained ones, from its cache or downloaded."""
+    """Its weights, a file as `model.weights` takes it; empty: timm's pretrained ones, from its cache or downloaded."""
     teacher_size: int = 224
     """Side in pixels of the images that the teacher sees."""
     cells: int | None = None

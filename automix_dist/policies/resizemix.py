@@ -1,17 +1,16 @@
-"""ResizeMix (arXiv 2012.11101): the whole partner, made smaller, is pasted at a random place.
+"""ResizeMix (arXiv 2012.11101): the whole partner, made smaller, is pasted at a random place: CutMix's box.
 
 The labels' shares follow the pasted area; lambda is not drawn.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from automix_dist import policy
-from automix_dist.policy import Draw, box_edges, box_mask, require
+from automix_dist.policies import cutmix
+from automix_dist.policy import Draw, require
 
 
 @dataclass(frozen=True)
@@ -23,18 +22,9 @@ class Settings:
         require(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "0 < low <= high <= 1")
 
 
-class Policy(policy.Policy):
+class Policy(cutmix.Policy):
     def draw_lam(self, generator: np.random.Generator) -> float:
         return 1 - generator.uniform(*self.settings.scale) ** 2
-
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
-        scale = np.sqrt(1 - lam)
-        rows = box_edges(generator.integers(height), scale, height)
-        columns = box_edges(generator.integers(width), scale, width)
-        return {"boxes": np.stack([*rows, *columns], axis=1)}
-
-    def mask(self, images: Tensor, draw: Draw) -> Tensor:
-        return box_mask(draw.more["boxes"], *images.shape[2:])
 
     def partners(self, images: Tensor, draw: Draw) -> Tensor:
         """Each partner shrunk into its box, by the nearest pixel; what lies outside of the box does not matter."""

@@ -1,6 +1,6 @@
 """One of several hand-made policies, drawn for each micro batch of all ranks: the recipes of DeiT and of RSB."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from automix_dist.policy import Draw, Mix, load, require
 
 @dataclass(frozen=True)
 class Settings:
-    policies: tuple[dict[str, Any], ...] = field(default=({"name": "mixup"}, {"name": "cutmix"}))
+    policies: tuple[dict[str, Any], ...] = ({"name": "mixup"}, {"name": "cutmix"})
     """Which: {name: ..., settings: {...}} each."""
     shares: tuple[float, ...] = ()
     """How often each is drawn, relative to the others; empty = all alike."""
