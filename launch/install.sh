@@ -35,10 +35,6 @@ own=()
 [ ${#own[@]} = 0 ] || [[ $found == /usr/bin/* ]] \
     || die "${found% *} has no ensurepip or no Python.h, and no package (${own[*]}) of this system brings them to it: set PYTHON to another one"
 missing+=("${own[@]}")
-if [ -n "$extras" ]; then # the report page is tested in a browser
-    command -v chromium >/dev/null || missing+=(chromium)
-    command -v chromedriver >/dev/null || missing+=(chromium-driver)
-fi
 if [ ${#missing[@]} -gt 0 ]; then
     line="apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
     otherwise="or without root: in a conda environment, or from a bundle made on another machine (docs/installation.md)"

@@ -9,12 +9,13 @@ pytest=(.venv/bin/python -m pytest)
 (($#)) && exec "${pytest[@]}" "$@"
 failed=0
 run() { "${pytest[@]}" "$@" || failed=$?; }
-# Clusters and faults have time limits, but leave cores idle: two files at a time. Heartbeats and the quickstart get the
-# machine for themselves.
+# The main part has more processes than cores, so one thread each: several would wait for each other. Clusters and faults
+# have time limits, but leave cores idle: two files at a time. Heartbeats and the quickstart get the machine for themselves.
 clusters=(tests/cluster tests/faults)
 alone=(tests/test_heartbeat.py tests/test_quickstart.py)
 workers=$(($(nproc) + 1))
-run -n $((workers < 8 ? workers : 8)) --dist worksteal "${clusters[@]/#/--ignore=}" "${alone[@]/#/--ignore=}"
+OMP_NUM_THREADS=1 run -n $((workers < 8 ? workers : 8)) --dist worksteal \
+    "${clusters[@]/#/--ignore=}" "${alone[@]/#/--ignore=}"
 run -n 2 --dist loadfile "${clusters[@]}"
 run "${alone[@]}"
 exit $failed
