@@ -1,7 +1,6 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from automix_dist.config import ConfigError, DataConfig, ModelConfig
+from automix_dist.errors import did_you_mean
 
 STEMS = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
 """First convolution and pooling in timm's ResNets, and in those with pre-activation."""
@@ -185,8 +185,7 @@ def _read(model: nn.Module, feature: int | None, image_size: int, other_sizes: S
 
 
 def _nearest_model(name: str) -> str:
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else " (see timm.list_models())"
+    return did_you_mean(name, timm.list_models(), most=3) or " (see timm.list_models())"
 
 
 def _require_reachable(config: ModelConfig) -> None:
@@ -224,11 +223,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"model.weights = {str(path)!r} does not fit the model: timm's conversion fails ({type(error).__name__}: "
             f"{error})"
         ) from error
-    classifier = model.pretrained_cfg.get("classifier", "")
+    named = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))  # distilled ones have two
     own = model.state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
+    state = {k: v for k, v in state.items() if not k.startswith(heads)}
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
-    missing = [k for k in own if k not in state and not k.startswith(f"{classifier}.")]
+    missing = [k for k in own if k not in state and not k.startswith(heads)]
     if wrong or missing:
         raise ConfigError(
             f"model.weights = {str(path)!r} does not fit the model: "

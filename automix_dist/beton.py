@@ -255,7 +255,8 @@ def _write_file(
     file: BinaryIO, images: Source, options: dict[str, Any], workers: int, progress: bool
 ) -> tuple[np.ndarray, list[str]]:
     """Write the whole file and sync it; returns the records and the names of the images that were left out."""
-    chosen = _first_of_each_class(images.labels, options["per_class"])
+    usable = np.ones(len(images.labels), bool)
+    chosen = _first_of_each_class(images.labels, usable, options["per_class"])
     count = len(chosen)
     records = np.zeros(count, RECORD)
     allocations = np.zeros(count, ALLOCATION)
@@ -263,20 +264,28 @@ def _write_file(
     end = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + records.nbytes
     page, kept, broken = PAGE, 0, []
 
-    encode = partial(_encode, images, options)
-    for stored in tqdm(_in_order(encode, chosen, workers), "write", count, unit="img", disable=not progress):
-        if isinstance(stored, Broken):
-            broken.append(stored)
-            continue
-        start, unit = _place(end, len(stored.data))
-        file.seek(start)
-        file.write(stored.data)
-        end, page = start + len(stored.data), max(page, unit)
-        records[kept] = ((stored.mode, stored.width, stored.height, start), stored.label)
-        allocations[kept] = (kept, start, len(stored.data))
-        sums[kept] = stored.sum
-        kept += 1
-    _judge(broken, count, options["skip_broken"])
+    todo = chosen
+    while len(todo):
+        numbered = enumerate(todo.tolist(), start=len(chosen) - len(todo))
+        encoded = _in_order(partial(_encode, images, options), numbered, workers)
+        for i, stored in zip(todo, tqdm(encoded, "write", len(todo), unit="img", disable=not progress), strict=True):
+            if isinstance(stored, Broken):
+                broken.append(stored)
+                usable[i] = False
+                continue
+            start, unit = _place(end, len(stored.data))
+            file.seek(start)
+            file.write(stored.data)
+            end, page = start + len(stored.data), max(page, unit)
+            records[kept] = ((stored.mode, stored.width, stored.height, start), stored.label)
+            allocations[kept] = (kept, start, len(stored.data))
+            sums[kept] = stored.sum
+            kept += 1
+        # The next ones of their classes stand in for those that could not be read.
+        wanted = _first_of_each_class(images.labels, usable, options["per_class"])
+        todo = np.setdiff1d(wanted, chosen) if options["skip_broken"] else chosen[:0]
+        chosen = np.concatenate([chosen, todo])
+    _judge(broken, len(chosen), options["skip_broken"])
 
     records, allocations, sums = records[:kept], allocations[:kept], sums[:kept]
     sums_start = _align(end, ALIGNMENT)
@@ -289,23 +298,24 @@ def _write_file(
     return records, [image.name for image in broken]
 
 
-def _first_of_each_class(labels: np.ndarray, per_class: int | None) -> list[int]:
-    """The images to write, in order; those of no class (-1) are among them, to be told."""
+def _first_of_each_class(labels: np.ndarray, usable: np.ndarray, per_class: int | None) -> np.ndarray:
+    """The usable images to write, in order; those of no class (-1) are among them, to be told."""
     if per_class is None:
-        return list(range(len(labels)))
+        return np.flatnonzero(usable)
     by_class = np.argsort(labels, kind="stable")
+    by_class = by_class[usable[by_class]]
     sorted_labels = labels[by_class]
-    place_in_class = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
-    return np.sort(by_class[(place_in_class < per_class) | (sorted_labels < 0)]).tolist()
+    place_in_class = np.arange(len(by_class)) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(by_class[(place_in_class < per_class) | (sorted_labels < 0)])
 
 
-def _in_order(function: Callable[[int], Any], numbers: Iterable[int], workers: int) -> Iterator[Any]:
-    """The function of each number, computed by threads, of which a few results at most wait in memory."""
+def _in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """The function of each item, computed by threads, of which a few results at most wait in memory."""
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
     try:
-        for i in numbers:
-            pending.append(pool.submit(function, i))
+        for item in items:
+            pending.append(pool.submit(function, item))
             if len(pending) >= 4 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -331,14 +341,15 @@ def _align(offset: int, unit: int) -> int:
     return -(-offset // unit) * unit
 
 
-def _encode(images: Source, options: dict[str, Any], i: int) -> Stored | Broken:
-    """Image number i in the form in which it is stored."""
+def _encode(images: Source, options: dict[str, Any], numbered: tuple[int, int]) -> Stored | Broken:
+    """An image, given as (its place in the file, its number in the source), in the form in which it is stored."""
+    place, i = numbered
     if i in images.unknown:
         return Broken(images.name(i), images.unknown[i])
     try:
         loaded = images.load(i)
         image = Image.open(io.BytesIO(loaded)) if isinstance(loaded, bytes) else loaded
-        mode, height, width, data = _stored_form(loaded, image, options, i)
+        mode, height, width, data = _stored_form(loaded, image, options, place)
         return Stored(mode, height, width, data, word_sum(data), int(images.labels[i]))
     except BetonError:
         raise
@@ -347,12 +358,12 @@ def _encode(images: Source, options: dict[str, Any], i: int) -> Stored | Broken:
 
 
 def _stored_form(
-    loaded: bytes | Image.Image, image: Image.Image, options: dict[str, Any], i: int
+    loaded: bytes | Image.Image, image: Image.Image, options: dict[str, Any], place: int
 ) -> tuple[int, int, int, bytes]:
     """(mode, height, width, data) of one image."""
     limit = options["max_resolution"] or 65535
     mode = options["write_mode"]
-    wants_jpeg = mode in ("jpg", "smart") or (mode == "proportion" and i % 2 == 1)
+    wants_jpeg = mode in ("jpg", "smart") or (mode == "proportion" and place % 2 == 1)
     width, height = image.size
     fits = max(width, height) <= limit
 
@@ -504,7 +515,7 @@ def read_classes(path: Path) -> list[str]:
     if path.suffix == ".beton":
         return read_manifest(path).classes
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BetonError(f"cannot read the class list {path}: {error}") from error
     if not names or len(set(names)) < len(names):

@@ -98,6 +98,7 @@ class CapturedStep:
         self.recorder = recorder
         self.record = recorder()
         self.captured: dict[Any, _Captured] = {}
+        self._image_shape = torch.Size()
         model.forward = self
 
     def __call__(
@@ -157,10 +158,10 @@ class CapturedStep:
 
     def _make_room(self, images: Tensor) -> None:
         """Drop the graphs of another image size, whose time is over; refuse too many."""
-        shapes = {key[2][0] for key in self.captured}
-        if shapes and images.shape not in shapes:
+        if self.captured and images.shape != self._image_shape:
             self.captured.clear()
             self.record = self.recorder()
+        self._image_shape = images.shape
         if len(self.captured) == MAX_GRAPHS:
             raise ConfigError(
                 f"engine.cuda_graph: the steps of this policy differ in more than {MAX_GRAPHS} ways that are decided "

@@ -10,6 +10,7 @@ checkpoint can be restored by another number of ranks or another engine.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -37,7 +38,8 @@ from automix_dist.engines import Engine
 from automix_dist.errors import AutomixError
 
 FORMAT = 1
-_FOLDER = re.compile(r"step_(\d{8,})")
+FOLDER = "checkpoints"
+_STEP = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointError(AutomixError, ValueError):
@@ -76,7 +78,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, process: Process, say: Callable[[str], None]):
-        self.root = run / "checkpoints"
+        self.run = run
         self.config = config
         self.process = process
         self.say = say
@@ -90,14 +92,14 @@ class Checkpoints:
 
     def save(self, engine: Engine, state: dict[str, Any], about: dict[str, Any]) -> None:
         """Begin to commit a checkpoint of the step `state["step"]`; failures are said on the console and told by
-        `settle`, and leave older checkpoints untouched.
+        `wait`, and leave older checkpoints untouched.
 
         Args:
             state: the trainer's own position and counters; plain JSON values.
             about: config, versions: what a person or a later version may want to know.
         """
         began = time.perf_counter()
-        self.settle()
+        self.wait()
         tensors, slices = {}, {}
         for piece in pieces(engine, self.process.rank, self.process.world_size):
             if piece.save:
@@ -136,7 +138,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait until the save that was begun is committed or has failed; whether the last one was written, by rank 0's
         account."""
         if self._thread is not None:
@@ -156,7 +158,8 @@ class Checkpoints:
     def _write(self, tensors: dict, slices: dict, manifest: dict) -> tuple[str | None, int]:
         """This rank's shard, and when all ranks have theirs, rank 0's commit: what went wrong, and the bytes of all."""
         step = manifest["step"]
-        staging, final = self.root / f".step_{step:08d}.partial", self.root / f"step_{step:08d}"
+        final = step_folder(self.run, step)
+        staging = _staging(final)
         renewed = []
         error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"], self._files)))
         if self._channel.broadcast(renewed == [True]):
@@ -201,7 +204,7 @@ class Checkpoints:
         found = None
         if self.process.is_main:
             try:
-                found = newest(self.root.parent, self.say)
+                found = newest(self.run, self.say)
             except UnreadableError as error:
                 found = error
         found = self.process.broadcast(found)
@@ -216,7 +219,7 @@ class Checkpoints:
             return
         try:
             with self._at_disk():
-                steps = sorted(each for each in committed(self.root) if each <= step)
+                steps = sorted(each for each in committed_steps(self.run) if each <= step)
                 every = self.config.keep_every_steps
                 keep = set(steps[-self.config.keep_last :])
                 if self.config.keep_best and best_step is not None:
@@ -224,8 +227,8 @@ class Checkpoints:
                 keep |= {each for each in steps if every and each % every == 0}
                 for each in steps:
                     if each not in keep:
-                        _remove(self.root / f"step_{each:08d}")
-                for leftover in self.root.glob(".step_*"):
+                        _remove(step_folder(self.run, each))
+                for leftover in (self.run / FOLDER).glob(".step_*"):
                     shutil.rmtree(leftover, ignore_errors=True)
         except OSError as problem:
             self.say(f"old checkpoints could not be removed: {problem}")
@@ -235,7 +238,7 @@ class Checkpoints:
         tells."""
         for step in reversed(steps):
             with contextlib.suppress(CheckpointError):
-                best = verify(self.root / f"step_{step:08d}", checksums=False).manifest["state"].get("best_step")
+                best = verify(step_folder(self.run, step), checksums=False).manifest["state"].get("best_step")
                 if best in steps:
                     return best
         return None
@@ -337,11 +340,27 @@ class ShardReader:
         return torch.cat(parts) if parts else torch.empty(0)
 
 
-def committed(root: Path) -> list[int]:
-    """Steps whose folder is visible under a run's checkpoints/, in no particular order; their content is unchecked."""
+def step_folder(run: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step is, or would be."""
+    return run / FOLDER / f"step_{step:08d}"
+
+
+def _staging(final: Path) -> Path:
+    """Where a checkpoint is written before it is renamed."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def committed_steps(run: Path) -> list[int]:
+    """Steps whose folder is visible among a run's checkpoints, in no particular order; their content is unchecked.
+
+    Raises OSError, also where the folder is a link that leads nowhere: its disk may be away for a moment.
+    """
+    root = run / FOLDER
     if not root.is_dir():
+        if root.is_symlink():
+            raise FileNotFoundError(errno.ENOENT, f"a link to {root.readlink()}, which is not there", str(root))
         return []
-    return [int(match[1]) for path in root.iterdir() if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()]
+    return [int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
 
 
 def _warn(text: str) -> None:
@@ -354,14 +373,14 @@ def newest(run: Path, say: Callable[[str], None] = _warn) -> Saved | None:
     Raises UnreadableError if there is none, but one that cannot be read may be: starting from the beginning would throw
     a run away because its disk was away for a moment.
     """
-    root, unread = run / "checkpoints", None
+    unread = None
     try:
-        steps = sorted(committed(root), reverse=True)
+        steps = sorted(committed_steps(run), reverse=True)
     except OSError as error:
-        raise UnreadableError(f"{root}: {_reason(error)}") from error
+        raise UnreadableError(f"{run / FOLDER}: {_reason(error)}") from error
     for step in steps:
         try:
-            return verify(root / f"step_{step:08d}")
+            return verify(step_folder(run, step))
         except CheckpointError as error:
             say(f"passing over a broken checkpoint: {error}")
             unread = unread or (isinstance(error, UnreadableError) and error)
@@ -377,13 +396,13 @@ def saved_steps(run: Path) -> list[int]:
     """The steps of a run's checkpoints, in order. Raises CheckpointError without a run folder or a checkpoint."""
     if not run.is_dir():
         raise CheckpointError(f"{run}: no such run folder")
-    steps = sorted(committed(run / "checkpoints"))
+    steps = sorted(committed_steps(run))
     if not steps:
         raise CheckpointError(f"{run} has no checkpoint")
     return steps
 
 
-def chosen(run: Path, step: int | None = None, best: bool = False) -> Saved:
+def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> Saved:
     """A run's checkpoint of this step, or with the best validation top-1, or else the newest that is whole.
 
     Raises CheckpointError if there is none, or it is damaged.
@@ -400,7 +419,7 @@ def chosen(run: Path, step: int | None = None, best: bool = False) -> Saved:
             raise CheckpointError(f"{run} has no best checkpoint: no evaluation up to step {saved.step}; omit --best")
     if step not in steps:
         raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {steps}")
-    return verify(run / "checkpoints" / f"step_{step:08d}")
+    return verify(step_folder(run, step))
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Saved:
@@ -445,8 +464,8 @@ def reshard(saved: Saved, run: Path, ranks: int) -> Path:
 
     Raises CheckpointError if the run has that step already, or nothing can be written there.
     """
-    reader, final = ShardReader(saved), run / "checkpoints" / saved.folder.name
-    staging = final.with_name(f".{final.name}.partial")
+    reader, final = ShardReader(saved), step_folder(run, saved.step)
+    staging = _staging(final)
     if final.exists():
         raise CheckpointError(f"{final} exists already: choose another folder")
     files = []

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=int, help="images per rank and batch")
     evaluate.add_argument("--out", type=Path, help="a folder for eval.json and eval.html, with all classes")
     evaluate.add_argument(
-        "--encoder", choices=["query", "momentum", "ensemble"], default="query", help="told in detail"
+        "--encoder", choices=["query", "momentum", "ensemble"], default="query", help="which one is reported in detail"
     )
     evaluate.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
     evaluate.add_argument("--tta", choices=["flip"], help="average each image's answer with its mirror image's")
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
     evaluate.add_argument("--occlusion", type=float, nargs="+", default=[], help="hide these shares of the images")
     evaluate.add_argument("--cam", type=int, metavar="N", help="Grad-CAM of so many images on the page of --out")
-    evaluate.add_argument("--seed", type=int, default=0, help="of what is random in the conditions")
+    evaluate.add_argument("--seed", type=int, default=0, help="of noise, hidden cells and random starts")
 
     export = command("export", _export, "write an encoder as a timm state dict")
     export.add_argument("run_folder", type=Path, metavar="RUN")
@@ -271,20 +271,20 @@ def _load_config(options: argparse.Namespace) -> Config:
     """The resolved config, with the settings of its policy written out."""
     config = load_config(options.config, options.overrides)
 
-    from automix_dist.policy import complete
+    from automix_dist.policy import with_policy_settings
 
-    return complete(config)
+    return with_policy_settings(config)
 
 
 def _replay(options: argparse.Namespace) -> int:
     from automix_dist import distributed
-    from automix_dist.checkpoint import chosen
+    from automix_dist.checkpoint import find_checkpoint
     from automix_dist.config import from_dict
     from automix_dist.replay import replay
-    from automix_dist.run import anywhere, restored_model
+    from automix_dist.run import restored_model
 
-    saved = chosen(options.dump)
-    config = anywhere(from_dict(saved.manifest["config"]))
+    saved = find_checkpoint(options.dump)
+    config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
     process = distributed.start(config.engine)
     sound = replay(restored_model(saved, config, process.device), config, saved, options.rank, print)
     print("everything was finite this time" if sound else "not finite again")
@@ -324,19 +324,21 @@ def _evaluate(options: argparse.Namespace) -> int:
     import torch
 
     from automix_dist import beton, cam, distributed
-    from automix_dist.checkpoint import chosen
+    from automix_dist.checkpoint import find_checkpoint
     from automix_dist.config import from_dict
     from automix_dist.data import EvalLoader
     from automix_dist.examine import examine, summary, write_examination
-    from automix_dist.run import anywhere, restored_model
+    from automix_dist.run import agree, restored_model
 
-    saved = chosen(options.run_folder, options.step, options.best)
-    config = anywhere(from_dict(saved.manifest["config"]))
+    saved = find_checkpoint(options.run_folder, options.step, options.best)
+    config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
     path = Path(options.data or config.data.val)
     manifest, classes = beton.check(path), saved.manifest["classes"]
     if len(manifest.classes) != len(classes):
         raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
     process = distributed.start(config.engine)
+    saved = process.broadcast(saved)  # a training may have written another one meanwhile
+    agree(process, {f"the index of {path}": manifest.index_checksum})
     model = restored_model(saved, config, process.device)
     if manifest.classes != classes and process.is_main:
         print(f"warning: {path} names its classes otherwise; they are compared by number", file=sys.stderr)
@@ -374,10 +376,10 @@ def _export(options: argparse.Namespace) -> int:
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"{options.out}: expected a file that ends in .safetensors, which is what it will hold")
 
-    from automix_dist.checkpoint import chosen
+    from automix_dist.checkpoint import find_checkpoint
     from automix_dist.export import export_encoder
 
-    saved = chosen(options.run_folder, options.step, options.best)
+    saved = find_checkpoint(options.run_folder, options.step, options.best)
     code = export_encoder(saved, options.out, options.encoder, options.head)
     print(f"# {options.encoder} encoder with head_{options.head} of step {saved.step}; load it with:\n{code}")
     return 0
@@ -386,11 +388,12 @@ def _export(options: argparse.Namespace) -> int:
 def _checkpoint(options: argparse.Namespace) -> int:
     from automix_dist.checkpoint import (
         CheckpointError,
-        chosen,
         export_tensors,
+        find_checkpoint,
         load_module_state,
         reshard,
         saved_steps,
+        step_folder,
         verify,
     )
 
@@ -400,13 +403,13 @@ def _checkpoint(options: argparse.Namespace) -> int:
             raise ConfigError("reshard needs --out, another run folder")
         if options.ranks < 1:
             raise ConfigError(f"--ranks {options.ranks}: expected 1 or more")
-        saved = chosen(options.run_folder, options.step)
+        saved = find_checkpoint(options.run_folder, options.step)
         print(f"{reshard(saved, options.out, options.ranks)}: step {saved.step} in {options.ranks} shard(s)")
         return 0
     if options.action == "to-safetensors":
         if options.out is None:
             raise ConfigError("to-safetensors needs --out FILE.safetensors")
-        saved = chosen(options.run_folder, options.step)
+        saved = find_checkpoint(options.run_folder, options.step)
         export_tensors(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
         print(
             f"{options.out}: weights and statistics of query encoder, momentum encoder and Mix Block, step {saved.step}"
@@ -415,8 +418,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
     broken, best_step = 0, None
     for step in reversed(steps):
         try:
-            folder = options.run_folder / "checkpoints" / f"step_{step:08d}"
-            manifest = verify(folder, checksums=options.action == "verify").manifest
+            manifest = verify(step_folder(options.run_folder, step), checksums=options.action == "verify").manifest
         except CheckpointError as error:
             broken += 1
             print(f"step {step}: broken: {error}")

@@ -22,7 +22,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ from scipy import stats
 
 from automix_dist import provenance
 from automix_dist.backbone import create_backbone
-from automix_dist.checkpoint import committed
+from automix_dist.beton import read_manifest
 from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict
-from automix_dist.errors import AutomixError
+from automix_dist.distributed import for_this_machine
+from automix_dist.errors import EXIT_STOPPED, AutomixError
 from automix_dist.page import percent_or_nothing, table, ticks, write_page
-from automix_dist.policy import complete, needed_feature
-from automix_dist.run_log import METRICS, read_metrics
+from automix_dist.policy import needed_feature, with_policy_settings
+from automix_dist.run_log import METRICS, is_finished, read_metrics
 from automix_dist.whole_file import write_whole
 
 BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
@@ -47,8 +48,6 @@ BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs",
 MEANINGLESS = {"output", "log", "checkpoint", "engine", "profile"}
 """Settings and sections whose change since a run was trained leaves its result what it was, but for MEANINGFUL."""
 MEANINGFUL = {"engine.precision", "engine.sync_batchnorm", "engine.accumulation_steps"}
-STOPPED = 75
-"""The exit code of a training that a signal stopped after saving."""
 HEAD = ("Policy", "Runs", "Mean", "Standard deviation", "Difference", "p")
 
 
@@ -75,8 +74,8 @@ class Comparison:
 def load_comparison(path: Path) -> Comparison:
     """Read and check a comparison's file. Raises ConfigError, also for settings that give runs unequal budgets."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read comparison {path}: {str(error).splitlines()[0]}") from error
     known = {"base": str, "output": str, "seeds": list, "metric": str, "settings": list, "policies": dict}
     if not isinstance(values, dict):
@@ -112,22 +111,22 @@ def load_comparison(path: Path) -> Comparison:
 
 def _check_budgets(comparison: Comparison, path: Path) -> None:
     first, *others = comparison.policies
-    seed = comparison.seeds[0]
-    configs = {name: load_config(comparison.base, comparison.overrides(name, seed)) for name in comparison.policies}
-    for name in others:
-        for key in BUDGET:
-            ours, theirs = _setting(configs[first], key), _setting(configs[name], key)
-            if ours != theirs:
-                raise ConfigError(
-                    f"{path}: policies.{name} has {key} = {theirs!r} and {first} has {ours!r}: not comparable"
-                )
+    for seed in comparison.seeds:
+        configs = {name: load_config(comparison.base, comparison.overrides(name, seed)) for name in comparison.policies}
+        for name in others:
+            for key in BUDGET:
+                ours, theirs = _setting(configs[first], key), _setting(configs[name], key)
+                if ours != theirs:
+                    raise ConfigError(
+                        f"{path}: policies.{name} has {key} = {theirs!r} and {first} has {ours!r}: not comparable"
+                    )
 
 
 def _check_models(comparison: Comparison, path: Path) -> None:
     """Raise ConfigError, before hours of training, for a policy that does not take its settings or this backbone, or
     whose evaluation has no such metric."""
     for name in comparison.policies:
-        config = load_config(comparison.base, comparison.overrides(name, comparison.seeds[0]))
+        config = for_this_machine(load_config(comparison.base, comparison.overrides(name, comparison.seeds[0])))
         try:
             backbone = create_backbone(config.model, needed_feature(config), config.data.image_size)
             model = build_model(config, backbone, 2, torch.float32).eval()
@@ -136,7 +135,7 @@ def _check_models(comparison: Comparison, path: Path) -> None:
         size = config.data.image_size
         with torch.no_grad():
             answers = model(torch.zeros(1, size, size, 3, dtype=torch.uint8))._fields
-        metrics = [f"{kind}_{answer}" for answer in answers for kind in ("top1", "top5", "loss")]
+        metrics = [f"{kind}_{answer}" for answer in answers for kind in ("top1", "top5")]
         if comparison.metric not in metrics:
             raise ConfigError(
                 f"{path}: metric = {comparison.metric!r}: policies.{name} is evaluated by {', '.join(metrics)}"
@@ -160,7 +159,7 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], j
         launcher: the beginning of the command that goes on with `train CONFIG ...`.
 
     Returns:
-        0, or STOPPED if a signal stopped a training.
+        0, or EXIT_STOPPED if a signal stopped a training.
     """
     comparison = load_comparison(path)
     _check_models(comparison, path)
@@ -172,12 +171,12 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], j
     with _signals_handed_on(running) as signals:
         try:
             while missing or running:
-                while missing and len(running) < jobs:
+                while missing and len(running) < jobs and not signals.came:
                     running.append(_start(comparison, *missing.pop(0), launcher, running, jobs, say))
                 training = _first_to_end(running, signals)
-                if signals or training.child.returncode == STOPPED:
+                if signals.came or training.child.returncode == EXIT_STOPPED:
                     say("stopped; the same command continues")
-                    return STOPPED
+                    return EXIT_STOPPED
                 running.remove(training)
                 if training.child.returncode:
                     raise CompareError(
@@ -191,7 +190,8 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], j
                 write_table(comparison)
         finally:
             for training in running:
-                training.child.send_signal(signal.SIGTERM)
+                if training.child.pid not in signals.handed_to:  # a second signal would not let it save
+                    training.child.send_signal(signal.SIGTERM)
             for training in running:
                 training.child.wait()
     return 0
@@ -233,10 +233,11 @@ def _start(
     place = min(set(range(jobs)) - {training.place for training in running})
     sharers = jobs * int(os.environ.get("AUTOMIX_CORE_SHARERS") or 1)
     environment = {**os.environ, "AUTOMIX_CORE_SHARERS": str(sharers)}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    variable = "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES"
+    visible = os.environ.get(variable)
     gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
     if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+        environment[variable] = gpus[place % len(gpus)]
     log = run.with_name(f"{run.name}.log")
     say(f"training {run}, its output in {log}")
     with log.open("ab") as file:
@@ -244,28 +245,37 @@ def _start(
     return _Training(policy, seed, run, place, child, log)
 
 
-def _first_to_end(running: list[_Training], signals: list[int]) -> _Training:
-    """Wait for one of the trainings to end, or for a signal."""
-    while True:
+@dataclass
+class _Signals:
+    came: bool = False
+    handed_to: set[int] = field(default_factory=set)
+    """Process ids."""
+
+
+def _first_to_end(running: list[_Training], signals: _Signals) -> _Training | None:
+    """Wait for one of the trainings to end; None if a signal came."""
+    while not signals.came:
         for training in running:
-            if training.child.poll() is not None or signals:
+            if training.child.poll() is not None:
                 return training
         time.sleep(0.1)
+    return None
 
 
 @contextmanager
-def _signals_handed_on(running: list[_Training]) -> Iterator[list[int]]:
-    """Hand signals on to all trainings, which save before they end; yields the list of those that came."""
-    came: list[int] = []
+def _signals_handed_on(running: list[_Training]) -> Iterator[_Signals]:
+    """Hand signals on to all trainings, which save before they end."""
+    signals = _Signals()
 
     def hand_on(number: int, _: Any) -> None:
-        came.append(number)
+        signals.came = True
         for training in running:
             training.child.send_signal(number)
+            signals.handed_to.add(training.child.pid)
 
     before = {each: signal.signal(each, hand_on) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield came
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -277,8 +287,8 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     run = comparison.run(policy, seed)
     if not (run / METRICS).is_file() or not (run / "config.yaml").is_file():
         return None
-    wanted = flatten(to_dict(complete(load_config(comparison.base, comparison.overrides(policy, seed)))))
-    trained = flatten(to_dict(complete(load_config(run / "config.yaml"))))
+    wanted = flatten(to_dict(with_policy_settings(load_config(comparison.base, comparison.overrides(policy, seed)))))
+    trained = flatten(to_dict(with_policy_settings(load_config(run / "config.yaml"))))
     for key in sorted(wanted.keys() | trained.keys()):
         matters = key in MEANINGFUL or key.partition(".")[0] not in MEANINGLESS
         if matters and wanted.get(key) != trained.get(key):
@@ -289,8 +299,15 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     records, _ = read_metrics(run)
     total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)
     last = next((r for r in reversed(records) if r["kind"] == "eval"), None)
-    if last is None or last["step"] != total or total not in committed(run / "checkpoints"):
+    if last is None or last["step"] != total or not is_finished(records):
         return None
+    checksums = json.loads((run / "environment.json").read_text("utf-8"))["index_checksums"]
+    for key, checksum in ((f"data.{split}", each) for split, each in checksums.items()):
+        if Path(wanted[key]).exists() and read_manifest(Path(wanted[key])).index_checksum != checksum:
+            raise ConfigError(
+                f"{run} was made with other images than {key} = {wanted[key]!r} has now: choose another output, or "
+                f"remove the run"
+            )
     return last.get(comparison.metric)
 
 

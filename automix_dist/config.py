@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from automix_dist.errors import AutomixError
+from automix_dist.errors import AutomixError, did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -77,9 +77,10 @@ class DataConfig:
     rand_augment: str = ""
     """RandAugment in timm's notation (ViT recipes: rand-m9-mstd0.5-inc1; docs/data.md); empty = off."""
     color_jitter: float = 0.0
-    """Change brightness, contrast and saturation by random factors in 1 -+ this (ViT recipes: 0.4); 0 = off."""
+    """Change brightness, contrast and saturation by random factors in 1 -+ this (no recipe sets it; timm's
+    ViT scripts name 0.4, which timm ignores beside RandAugment); 0 = off."""
     random_erasing: float = 0.0
-    """Probability of erasing a random box of a training image (ViT recipes: 0.25)."""
+    """Probability of erasing a random box of a training image (ImageNet's ViT and ConvNeXt recipes: 0.25)."""
     erasing_mode: Literal["pixel", "mean"] = "pixel"
     """What fills an erased box: normal noise of the given mean and std for each pixel, or the mean."""
     resolution_schedule: tuple[tuple[int, int], ...] = ()
@@ -204,8 +205,7 @@ class PolicyConfig:
 
     def __post_init__(self):
         if self.name not in POLICIES:
-            near = difflib.get_close_matches(self.name, POLICIES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(self.name, POLICIES)
             raise ConfigError(f"policy.name = {self.name!r}: expected one of {', '.join(POLICIES)}{hint}")
         _require(0 <= self.average < 1, "policy.average", self.average, "a decay in [0, 1), 0 for no average")
 
@@ -232,7 +232,8 @@ class AutoMixConfig:
     reduction: int = 2
     """Inner width of the Mix Block's attention: feature channels // reduction."""
     lam_concat: bool = True
-    """Embed lambda as one more channel of the features (section 1.3); off in the CIFAR and Tiny-ImageNet recipes."""
+    """Embed lambda as one more channel of the features (section 1.3); off in the ResNet recipes for CIFAR and
+    Tiny-ImageNet."""
     norm: Literal["none", "batch", "layer"] = "none"
     """Norm after the shared query/key projection."""
     upsampling: tuple[Literal["nearest", "bilinear"], ...] = ("nearest",)
@@ -256,7 +257,7 @@ class AutoMixConfig:
     """Train the Mix Block's mixed branch only in this share of the steps: 0.8 = on in 80 % of them, off in 20 %; 0 = on
     in every step (section 2.3)."""
     no_repeat: bool = False
-    """Never pair an image with itself (fine-grained recipes)."""
+    """Never pair an image with itself (CUB and Aircraft recipes)."""
     momentum: float = 0.999
     """Coefficient of the momentum encoder at the start."""
     momentum_end: float = 0.99999
@@ -314,7 +315,7 @@ class OptimizerConfig:
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Whether weight decay applies to norms, biases and other vectors, and to what timm's no_weight_decay() names, too
-    (CNN recipes: yes, ViT recipes: no)."""
+    (off in the ViT, ConvNeXt and RSB recipes)."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up; the Mix Block has none (section 2.9)."""
     warmup_start: float = 1e-5
@@ -627,7 +628,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in readers:
         raise ConfigError(f"{path} has itself as its base, by way of {', '.join(each.name for each in readers)}")
     try:
-        text = path.read_text()
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -636,7 +637,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"cannot read config {path}{asked}: {reason}{hint}") from error
     try:
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number, and is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(values).__name__}")
@@ -662,6 +663,8 @@ def _read_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
         value = yaml.safe_load(text)
+    except ValueError:  # it looks like a date or a number, and is none
+        value = text
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
     if isinstance(value, str) and text.lstrip()[:1] not in ("'", '"'):
@@ -716,9 +719,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return next(each for each in args if each == value)  # 3 for 3.0
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-        hint_text = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{key} = {value!r}: expected one of {', '.join(str(a) for a in args)}{hint_text}")
+        choices = [str(each) for each in args]
+        raise ConfigError(f"{key} = {value!r}: expected one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
     if origin is types.UnionType:
         return None if value is None else _convert(key, value, next(a for a in args if a is not type(None)))
     if origin is tuple:
@@ -738,6 +740,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
             number = float(value)  # YAML 1.1 reads 1e-4 as text
         except ValueError:
             pass
+        except OverflowError as error:  # a whole number of more than 308 digits
+            raise ConfigError(f"{key}: expected a finite number") from error
         else:
             if not math.isfinite(number):
                 raise ConfigError(f"{key} = {value!r}: expected a finite number")

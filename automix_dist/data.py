@@ -7,6 +7,7 @@ delivers its exception.
 """
 
 import contextlib
+import math
 import mmap
 import queue
 import sys
@@ -183,11 +184,9 @@ class EvalLoader:
         self.num_samples = self.manifest.count
         self.batch_size = batch_size
         self._indices = np.arange(rank, self.manifest.count, world_size)
+        self.num_batches = math.ceil(math.ceil(self.manifest.count / world_size) / batch_size)
+        """Of the rank with the most, so the same on all; this one may have less, and its last may be smaller."""
         self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=None)
-
-    def __len__(self) -> int:
-        """Number of batches; the last one may be smaller."""
-        return -(-len(self._indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self.batch_size)

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from automix_dist.config import ConfigError, EngineConfig
-from automix_dist.cores import cores_of_rank, local_world_size
+from automix_dist.config import Config, ConfigError, EngineConfig
+from automix_dist.cores import cores_of_rank
 from automix_dist.progress import Progress
 
 CHANNEL_TIMEOUT = timedelta(hours=12)
@@ -34,7 +34,6 @@ class Process:
     rank: int
     local_rank: int
     world_size: int
-    local_world_size: int
     device: torch.device
     control: Any
     """A gloo group for small host-side messages that must not wait for the GPU."""
@@ -111,6 +110,17 @@ def resolve_device(engine: EngineConfig) -> str:
     return device
 
 
+def for_this_machine(config: Config) -> Config:
+    """A run's settings for another machine, which may lack the GPU that the run asked for."""
+    device, kernels = config.engine.device, config.engine.kernels
+    engine = replace(
+        config.engine,
+        device="auto" if device == "cuda" else device,
+        kernels="auto" if kernels == "triton" else kernels,
+    )
+    return replace(config, engine=engine)
+
+
 def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     """What engine.precision means on a device: "auto" leaves bfloat16 to GPUs that do not have to emulate it."""
     if engine.precision == "auto":
@@ -160,7 +170,6 @@ def start(engine: EngineConfig) -> Process:
         rank=state.process_index,
         local_rank=max(state.local_process_index, 0),
         world_size=state.num_processes,
-        local_world_size=local_world_size(),
         device=state.device,
         control=dist.new_group(backend="gloo", timeout=timeout),
         progress=Progress(on_gpu=device == "cuda"),

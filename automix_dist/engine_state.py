@@ -52,11 +52,9 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def optimizer_scalars(engine: Engine) -> dict[str, float]:
-    """Optimizer state that is one number for all parameters (AdamW's step count), by key."""
-    scalars: dict[str, float] = {}
-    for state in engine.optimizer.state.values():
-        scalars |= {k: float(v) for k, v in state.items() if torch.is_tensor(v) and v.numel() == 1 and v.ndim == 0}
-    return scalars
+    """Optimizer state that is one number for all parameters, by key: AdamW's step count."""
+    steps = [float(state["step"]) for state in engine.optimizer.state.values() if torch.is_tensor(state.get("step"))]
+    return {"step": steps[-1]} if steps else {}
 
 
 def after_loading(engine: Engine) -> None:
@@ -75,7 +73,7 @@ def after_loading(engine: Engine) -> None:
 
 def _tensor_state(engine: Engine, master: Tensor) -> Iterator[tuple[str, Tensor]]:
     for key, value in engine.optimizer.state.get(master, {}).items():
-        if torch.is_tensor(value) and value.numel() == master.numel() and value.ndim > 0:
+        if torch.is_tensor(value) and key != "step":
             yield key, value
 
 

@@ -19,7 +19,6 @@ import torch
 from automix_kernels.api import device_obstacle
 from torch import Tensor, nn
 
-from automix_dist.automix import AutoMix
 from automix_dist.config import Config, ConfigError
 from automix_dist.distributed import Process, autocast_dtype
 
@@ -34,11 +33,11 @@ class Engine:
     """zero0 to zero3, ddp or fsdp2."""
     sharded: bool
     """Whether each rank holds a part of the optimizer's state and of the gradients, rather than all of them."""
-    module: AutoMix
+    module: nn.Module
     optimizer: torch.optim.Optimizer
     """The torch optimizer that steps the tensors of this rank."""
 
-    def __init__(self, module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         self.module = module
         self.optimizer = optimizer
         self.process = process
@@ -136,7 +135,7 @@ def _without(package: str) -> Iterator[None]:
 class DeepSpeedEngine(Engine):
     """DeepSpeed's ZeRO 0 to 3."""
 
-    def __init__(self, module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         super().__init__(module, optimizer, config, process)
         with _without("mlflow"):
             import deepspeed
@@ -194,7 +193,7 @@ class DDPEngine(Engine):
 
     name, sharded = "ddp", False
 
-    def __init__(self, module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         super().__init__(module, optimizer, config, process)
         if config.engine.compile:
             torch._dynamo.config.optimize_ddp = False  # it would split the compiled regions where buckets end
@@ -236,7 +235,7 @@ class FSDP2Engine(Engine):
 
     name, sharded = "fsdp2", True
 
-    def __init__(self, module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         super().__init__(module, optimizer, config, process)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -271,8 +270,17 @@ class FSDP2Engine(Engine):
         return [shard.grad for shard, _ in self._shards.values() if shard.grad is not None]
 
 
-def build_engine(module: AutoMix, optimizer: torch.optim.Optimizer, config: Config, process: Process) -> Engine:
-    """The engine that the config names, around a model that is on its device."""
+def build_engine(module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process) -> Engine:
+    """The engine that the config names, around a model that is on its device.
+
+    Raises ConfigError for an engine that cannot train this model.
+    """
+    scalars = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
+    if scalars and config.engine.name != "ddp":
+        raise ConfigError(
+            f"engine.name = {config.engine.name!r} takes no parameters without dimensions, as {scalars[0]} is: "
+            f"set it to ddp"
+        )
     kinds = {"deepspeed": DeepSpeedEngine, "ddp": DDPEngine, "fsdp2": FSDP2Engine}
     engine = kinds[config.engine.name](module, optimizer, config, process)
     engine.create_optimizer_state()
@@ -351,7 +359,7 @@ ADDABLE = {
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"engine.deepspeed_json = {path!r} cannot be read: {error}") from error
     if not isinstance(values, dict):

@@ -1,7 +1,6 @@
 """Exact accuracy of all of a model's encoders and heads over all ranks."""
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,7 +42,7 @@ def evaluate(
     try:
         with averaged_statistics(model, process):
             # A sharded model needs all ranks in each forward pass: one that has run out joins with a blank image.
-            for _ in range(math.ceil(math.ceil(loader.num_samples / process.world_size) / loader.batch_size)):
+            for _ in range(loader.num_batches):
                 check_stop()
                 batch = next(batches, None)
                 images = loader.blank() if batch is None else batch.images

@@ -55,6 +55,8 @@ class Conditions:
             raise ConfigError(f"--corruptions {unknown[0]}: expected some of {', '.join(robustness.STRENGTHS)}, or all")
         if not 0 < self.epsilon <= 1:
             raise ConfigError(f"--epsilon {self.epsilon}: expected a number in (0, 1], such as 8/255")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: expected 0 or more")
         if any(not 0 < share < 1 for share in self.occlusion):
             raise ConfigError(f"--occlusion {self.occlusion}: expected shares between 0 and 1")
 
@@ -69,7 +71,7 @@ def fraction(text: str) -> float:
     """A number written as 0.03 or 8/255; raises ValueError."""
     try:
         return float(Fraction(text))
-    except ZeroDivisionError as error:
+    except (ZeroDivisionError, OverflowError) as error:
         raise ValueError(text) from error
 
 

@@ -40,13 +40,13 @@ MISSED_BEATS = 4
 STORE_SECONDS = 5.0
 """How long a question to the store may take."""
 PATIENT_SHARE = 0.9
-"""Of the collectives' timeout, is what a rank may take where minutes are normal: the verdict comes first."""
+"""The share of the collectives' timeout that a phase of minutes may take: the verdict comes before the timeout."""
 USUAL_STEPS = 5
 """A rank may stand still for so many times its usual step."""
 STRAGGLER = 1.3
-"""More than so many times the median of the ranks' own work is falling behind."""
+"""A rank whose own work takes so many times the ranks' median falls behind."""
 STRAGGLER_SHARE = 0.05
-"""Of the step, is the least excess that is worth a word."""
+"""The least excess over the median, as a share of the step, that is reported."""
 STRAGGLER_STEPS = 10
 REPEAT_WINDOWS = 10
 PACKAGE = f"{Path(__file__).parent}{os.sep}"

@@ -7,7 +7,7 @@ Called once per optimizer step, never per micro batch.
 
 import torch
 from automix_kernels import api as kernels
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from automix_dist.automix import AutoMix
@@ -19,7 +19,7 @@ class MomentumUpdate:
     Parameters only: BatchNorm statistics of the momentum encoder come from its own forward passes (docs/method.md 2.6).
     """
 
-    def __init__(self, model: AutoMix, implementation: str = "auto"):
+    def __init__(self, model: nn.Module, implementation: str = "auto"):
         self.implementation = implementation
         query = dict(model.query.named_parameters())
         momentum = dict(model.momentum.named_parameters()) if hasattr(model, "momentum") else {}

@@ -6,12 +6,11 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-from automix_dist.automix import AutoMix
 from automix_dist.config import OptimizerConfig
 from automix_dist.schedules import StepValues
 
 
-def build_optimizer(model: AutoMix, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """SGD, AdamW or LAMB over the query encoder and any Mix Block; the momentum encoder is in no group.
 
     Each group carries the key `schedule`, the field of StepValues that gives its learning rate. Fused: few launches,

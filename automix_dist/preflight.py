@@ -31,13 +31,13 @@ from automix_dist.errors import AutomixError
 PAYLOAD = {"cuda": 64 << 20, "cpu": 8 << 20}  # bytes
 MATMUL = {"cuda": 8192, "cpu": 768}
 SLOW = 0.5
-"""Of the median of its kind, is a slow pair or a slow rank."""
+"""Below this share of the median of its kind, a pair or a rank is reported as slow."""
 SLOW_LINK = 0.3
-"""Of the interface's speed, is too little between hosts."""
+"""Below this share of the interface's speed, the link between two hosts is reported."""
 CLOCK_SECONDS = 1.0
 MOST_KINDS = 4
 MOST_PAIRED = 64
-"""Of more ranks than this, only one per host is paired."""
+"""With more ranks than this, only one per host is paired."""
 
 
 class PreflightError(AutomixError, RuntimeError):

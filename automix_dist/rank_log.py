@@ -26,7 +26,7 @@ class RankLog:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115
+            self.file = open(self.path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             self.file.write(f"--- {now} {platform.node()}, process {os.getpid()}: {' '.join(sys.argv)}\n")
         except OSError as error:
             print(f"warning: cannot write {self.path} ({error.strerror}); going on without", file=sys.stderr)

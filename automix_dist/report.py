@@ -106,11 +106,16 @@ def write_picture(run: Path) -> Path:
 # Reading a run
 
 
-def _load(folder: Path) -> _Run:
+def check_run_folder(folder: Path) -> None:
+    """Raise ReportError if there is no run in the folder."""
     if not folder.is_dir():
         raise ReportError(f"no such run: {folder}")
     if not (folder / METRICS).is_file() and not (folder / "config.yaml").is_file():
         raise ReportError(f"{folder} is not the folder of a run: it has neither {METRICS} nor config.yaml")
+
+
+def _load(folder: Path) -> _Run:
+    check_run_folder(folder)
     run = _Run(folder.resolve().name)
     _load_records(run, folder)
     run.config = _load_text(run, folder / "config.yaml", yaml.safe_load, dict) or {}
@@ -209,7 +214,7 @@ _CHARTS = (  # title, unit, whether its training values scatter, which keys; the
     ("Top-5 accuracy", "percent", True, lambda key: accuracy_name(key) == "top-5"),
     ("Losses", "", True, lambda key: bool(re.search(r"^loss|_loss$", key))),
     ("Mask area", "percent", True, lambda key: key.startswith("mask_area")),
-    ("Learning rate", "", False, lambda key: bool(re.search(r"(^|_)lr$|^lr_", key))),
+    ("Learning rate", "", False, lambda key: bool(re.search(r"(^|_)lr$", key))),
     ("Momentum", "", False, lambda key: key == "momentum"),
     ("Mask loss weight", "", False, lambda key: key == "mask_loss_weight"),
     ("Throughput", "images/s", True, lambda key: key == "images_per_second"),
@@ -304,7 +309,7 @@ def _numbers(run: _Run) -> list[tuple[str, str, str]]:
     speed = f"{statistics.median(speeds):,.0f}" if speeds else NOTHING
     numbers.append(("Images per second", speed, "median while training"))
     seconds = _seconds(run.records)
-    numbers.append(("Time", NOTHING if seconds is None else _duration(seconds), "evaluations included"))
+    numbers.append(("Time", NOTHING if seconds is None else duration(seconds), "evaluations included"))
     return numbers
 
 
@@ -324,11 +329,15 @@ def _seconds(records: list[dict[str, Any]]) -> float | None:
     return None if start is None else max(total + last - start, 0)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For a person, in two units."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h} h"
     if hours:
-        return f"{hours:,} h {m:02d} min"
+        return f"{h} h {m:02d} min"
     return f"{m} min {s:02d} s" if m else f"{s} s"
 
 
@@ -604,12 +613,12 @@ def _plot(
         x += room + 18
 
 
-def _smooth(curve: list[tuple[float, float]], amount: float = 0.6) -> list[tuple[float, float]]:
+def _smooth(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The running mean that the page shows at its default setting."""
     total = weight = 0.0
     smoothed = []
     for x, y in curve:
-        total, weight = amount * total + (1 - amount) * y, amount * weight + (1 - amount)
+        total, weight = 0.6 * total + 0.4 * y, 0.6 * weight + 0.4
         smoothed.append((x, total / weight))
     return smoothed
 

@@ -21,7 +21,7 @@ from automix_dist import beton, distributed, policy, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
-from automix_dist.checkpoint import Checkpoints, Saved, committed, load_module_state
+from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
 from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, to_dict, to_yaml
 from automix_dist.data import EvalLoader, TrainLoader
@@ -31,7 +31,7 @@ from automix_dist.errors import EXIT_STOPPED, AutomixError
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
-from automix_dist.run_log import METRICS, RunLog, set_aside
+from automix_dist.run_log import METRICS, RunLog, has_saved, set_aside
 from automix_dist.sources import some
 from automix_dist.trackers import check_installed
 from automix_dist.trainer import Position, Trainer
@@ -75,7 +75,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     """One run, from the resolved config to its end; the exit code of `automix train`.
 
     Args:
-        config: with its policy's settings written out (`policy.complete`).
+        config: with its policy's settings written out (`policy.with_policy_settings`).
         resume: continue from the newest whole checkpoint, if there is one.
         overwrite: discard the run that the output folder holds.
 
@@ -89,13 +89,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         "config": to_dict(config),
         "environment": provenance.environment(),
         "classes": checked.train.classes,
-        "index_checksum": checked.train.index_checksum,
+        "index_checksums": {"train": checked.train.index_checksum, "val": checked.val.index_checksum},
     }
-    indices = {
-        "the index of data.train": checked.train.index_checksum,
-        "the index of data.val": checked.val.index_checksum,
-    }
-    _agree(process, flatten(about["config"]) | indices)
+    indices = {f"the index of data.{split}": checksum for split, checksum in about["index_checksums"].items()}
+    agree(process, flatten(about["config"]) | indices)
     _on_rank_0(process, lambda: _open_folder(run, resume, overwrite))
     with Heartbeat(process, config.engine, RankLog(run, process.rank)):
         code = _train(config, process, run, checked, about, resume)
@@ -161,11 +158,16 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
     position = Position()
     if saved is not None:
         position = Position(**checkpoints.load(engine, saved))
+        before = saved.manifest.get("index_checksums", about["index_checksums"])
+        if before["val"] != about["index_checksums"]["val"]:
+            say(f"data.val = {config.data.val!r} has other images than before: there is no best checkpoint yet")
+            position = dataclasses.replace(position, evaluated_step=0, best_step=None, best_top1=-1.0)
         say(f"resuming from {saved.folder}, step {position.step}")
-    elif resume:
-        say(f"nothing to resume in {run}: starting from the beginning")
-        if process.is_main and committed(checkpoints.root):
-            set_aside(run)
+    else:
+        if resume:
+            say(f"nothing to resume in {run}: starting from the beginning")
+        if process.is_main and (committed_steps(run) or has_saved(run)):
+            say(f"the checkpoints of an earlier training are lost; what it logged is kept as {set_aside(run)}_*")
     log = RunLog(
         run,
         is_main=process.is_main,
@@ -174,7 +176,7 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
         start_step=position.step,
         config=about["config"],
     )
-    trainer = Trainer(config, process, model, engine, train_loader, val_loader, checkpoints, log, stop, about)
+    trainer = Trainer(config, process, engine, train_loader, val_loader, checkpoints, log, stop, about)
     try:
         stopped = trainer.train(position)
     finally:
@@ -235,7 +237,7 @@ def _check(config: Config, resumed: Path | None) -> _Checked:
     try:
         return _Checked(train, val, new_model(config, len(train.classes), device), None)
     except ConfigError as error:
-        if resumed is None or not committed(resumed / "checkpoints"):
+        if resumed is None or not committed_steps(resumed):
             raise
         return _Checked(train, val, new_model(_without_weights(config), len(train.classes), device), error)
 
@@ -249,7 +251,7 @@ def new_model(config: Config, num_classes: int, device: torch.device) -> nn.Modu
     return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
 
 
-def _agree(process: Process, settings: dict[str, Any]) -> None:
+def agree(process: Process, settings: dict[str, Any]) -> None:
     """Raise ConfigError unless all ranks have the same settings: they may have read different files."""
     text = json.dumps(settings, sort_keys=True, default=str)
     if len(set(process.gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
@@ -265,7 +267,7 @@ def _agree(process: Process, settings: dict[str, Any]) -> None:
 def _open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
     """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
     try:
-        steps = committed(run / "checkpoints")
+        steps = committed_steps(run)
         if steps and not (resume or overwrite):
             return (
                 f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
@@ -279,9 +281,10 @@ def _open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
                 f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
             )
         if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
-            for name in ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb"):
+            folders = ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb")
+            for name in (METRICS, *folders):
                 _clear(run / name)
-            if steps := committed(run / "checkpoints"):
+            if steps := committed_steps(run):
                 return f"{run}/checkpoints: steps {sorted(steps)} could not be deleted: delete them, or set output=..."
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
@@ -299,7 +302,7 @@ def _clear(folder: Path) -> None:
 
 def _store_settings(run: Path, config: Config, about: dict[str, Any]) -> str | None:
     """Keep config and environment in the run's folder; a reason if that cannot be done."""
-    environment = about["environment"] | {"classes": about["classes"]}
+    environment = about["environment"] | {key: about[key] for key in ("classes", "index_checksums")}
     try:
         write_whole(run / "config.yaml", to_yaml(config))
         write_whole(run / "environment.json", json.dumps(environment, indent=1))
@@ -338,7 +341,8 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], say
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
             raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
         say(f"resuming with another setting: {change}")
-    if saved.manifest.get("index_checksum", about["index_checksum"]) != about["index_checksum"]:
+    before = saved.manifest.get("index_checksums", about["index_checksums"])
+    if before["train"] != about["index_checksums"]["train"]:
         raise ConfigError(
             f"data.train = {config.data.train!r} has other images than those that {saved.folder} was trained with: "
             f"give the same file, at any path, or train anew in another output"
@@ -355,14 +359,3 @@ def restored_model(saved: Saved, config: Config, device: torch.device) -> nn.Mod
 def _without_weights(config: Config) -> Config:
     """A run's settings where all weights come from a checkpoint."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
-
-
-def anywhere(config: Config) -> Config:
-    """A run's settings for another machine, which may lack the GPU that the run asked for."""
-    device, kernels = config.engine.device, config.engine.kernels
-    engine = dataclasses.replace(
-        config.engine,
-        device="auto" if device == "cuda" else device,
-        kernels="auto" if kernels == "triton" else kernels,
-    )
-    return dataclasses.replace(config, engine=engine)

@@ -290,12 +290,21 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
     return records, unreadable
 
 
-def set_aside(run: Path) -> None:
-    """Rename what a run has logged whose checkpoints are all lost: a new training would delete it. Raises OSError."""
+def set_aside(run: Path) -> str:
+    """Rename what a run has logged whose checkpoints are all lost: a new training would delete it.
+
+    Returns what the new names begin with. Raises OSError.
+    """
     lost = f"lost_{datetime.now():%Y%m%d_%H%M%S}"
     for name in (METRICS, GALLERY):
         if (run / name).exists():
             (run / name).rename(run / f"{lost}_{name}")
+    return lost
+
+
+def has_saved(run: Path) -> bool:
+    """Whether a run has ever had a checkpoint, by its own account."""
+    return (run / METRICS).is_file() and any(record["kind"] == "checkpoint" for record in read_metrics(run)[0])
 
 
 def is_finished(records: Sequence[dict[str, Any]]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from automix_dist.errors import AutomixError
+from automix_dist.errors import AutomixError, did_you_mean
 
 Split = Literal["train", "val"]
 
@@ -142,8 +142,7 @@ def _find_source(source: str, split: Split) -> Source:
         return SOURCES[kind](argument, split)
     if source and Path(source).is_dir():
         return ImageFolder(source, split)
-    near = difflib.get_close_matches(kind.lower(), SOURCES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(kind.lower(), SOURCES)
     usages = ", ".join(each.usage for each in SOURCES.values())
     raise SourceError(f"source {source!r}: expected an existing folder or one of {usages}{hint}")
 
@@ -489,7 +488,7 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
 
 
 def some(names: list[str]) -> str:
-    """The first of a list of names, and how many there are."""
+    """The first of a list of names, and how many more there are."""
     return f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 

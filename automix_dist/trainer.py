@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from automix_dist.automix import AutoMix
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.classifier import Classifier
@@ -37,7 +36,7 @@ SWEEP = 11
 
 
 COMPILING_STEPS = 100
-"""In so many first steps torch.compile may come upon a part of the model that earlier ones have left out."""
+"""Steps of a session in which torch.compile may still meet a part of the model that earlier ones have left out."""
 
 
 class TrainingError(AutomixError, RuntimeError):
@@ -97,7 +96,6 @@ class Trainer:
         self,
         config: Config,
         process: Process,
-        model: AutoMix | Classifier,
         engine: Engine,
         train_loader: TrainLoader,
         val_loader: EvalLoader,
@@ -106,11 +104,11 @@ class Trainer:
         stop: StopRequest,
         about: dict[str, Any],
     ):
-        """`engine` wraps `model`; `about` goes into every checkpoint's manifest."""
+        """`about` goes into every checkpoint's manifest."""
         self.config = config
         self.process = process
-        self.model = model
         self.engine = engine
+        self.model = model = engine.module
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.checkpoints = checkpoints
@@ -124,7 +122,7 @@ class Trainer:
         self._saved = asdict(self.position)
         """The position that the newest checkpoint holds: a step may be saved, then evaluated, then saved again."""
         self._written_step = 0
-        """Of the newest checkpoint that is on disk."""
+        """The step of the newest checkpoint on disk."""
         self._first_step = 0
         self.progress = process.progress
         self.last_batches: list[Batch] = []
@@ -150,7 +148,7 @@ class Trainer:
             return 0
         except Stopped as stopped:
             self.progress.enter("saving", patient=True)
-            if not self.checkpoints.settle() or asdict(position) != self._saved:
+            if not self.checkpoints.wait() or asdict(position) != self._saved:
                 self._save()
             self._settle()
             self.log.event("stopped", position.step, signal=stopped.args[0])
@@ -218,7 +216,7 @@ class Trainer:
                 "micro_step": micro_step,
                 "rank": self.process.rank,
             }
-            draws = self.model.draw(batch.images, **where, judged=bool(values.generator))
+            draws = self.model.draw(batch.images, **where, train_generator=values.train_generator)
             seed_torch(**where)  # for dropout and stochastic depth
             self.progress.enter("forward")
             losses = self.engine(batch.images, batch.labels, draws, values.mask_loss_weight)
@@ -268,7 +266,7 @@ class Trainer:
 
     def _settle(self) -> None:
         """Wait for the save that is being written. Raises TrainingError if it fails."""
-        if not self.checkpoints.settle():
+        if not self.checkpoints.wait():
             raise TrainingError(f"the last checkpoint, of step {self.position.saved_step}, could not be written")
         self._report_saves()
 
@@ -291,7 +289,7 @@ class Trainer:
         named = {names.get(k, f"loss_{k}"): v for k, v in losses.items()}
         scheduled = {"lr": values.lr}
         if not isinstance(self.model, Classifier):
-            scheduled = {k: v for k, v in values._asdict().items() if k != "generator"}
+            scheduled = {k: v for k, v in values._asdict().items() if k != "train_generator"}
         self.log.train(self.position.step, epoch, named | scheduled | {"skipped_steps": skipped})
 
     def _check_skipped(self) -> None:
@@ -309,7 +307,7 @@ class Trainer:
             if not math.isfinite(v)
         ]
         about = self.about | {"step_values": self.schedule.at(step - 1)._asdict()}
-        root = self.checkpoints.root.parent / "dumps"
+        root = self.checkpoints.run / "dumps"
         dump = write_dump(root, self.checkpoints, self.engine, self.last_batches, asdict(self.position), about)
         self._report_saves()
         look = f"Look into it with `automix replay {dump}`" if dump else "Its dump could not be written"

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from automix_dist.report import ReportError
+from automix_dist.report import check_run_folder, duration
 from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics
 
 RECENT = 20
@@ -21,8 +21,7 @@ def watch(run: Path, *, once: bool, seconds: float = 2.0, say: Callable[[str], o
 
     Raises ReportError if there is no run in the folder.
     """
-    if not run.is_dir():
-        raise ReportError(f"no such run: {run}")
+    check_run_folder(run)
     while True:
         began = time.monotonic()
         lines, finished = describe(run, datetime.now(UTC))
@@ -34,12 +33,9 @@ def watch(run: Path, *, once: bool, seconds: float = 2.0, say: Callable[[str], o
 
 
 def describe(run: Path, now: datetime) -> tuple[list[str], bool]:
-    """What there is to say of a run, line by line, and whether it has finished. Raises ReportError if it is none."""
-    if not (run / METRICS).is_file():
-        if not (run / "config.yaml").is_file():
-            raise ReportError(f"{run} is not the folder of a run: it has neither {METRICS} nor config.yaml")
-        return [f"{run}: nothing recorded yet"], False
-    records, _ = read_metrics(run)  # a line that is being written is left out until it is whole
+    """What there is to say of a run, line by line, and whether it has finished."""
+    # A line that is being written is left out until it is whole.
+    records = read_metrics(run)[0] if (run / METRICS).is_file() else []
     if not records:
         return [f"{run}: nothing recorded yet"], False
     start = max((i for i, r in enumerate(records) if r["kind"] == "start"), default=0)
@@ -67,7 +63,7 @@ def _state(last: dict[str, Any], finished: bool, now: datetime) -> str:
     age = _age(last, now)
     if age is None:
         return "training"
-    return f"training, last record {_duration(age)} ago" + (" (silent)" if age > SILENT_SECONDS else "")
+    return f"training, last record {duration(age)} ago" + (" (silent)" if age > SILENT_SECONDS else "")
 
 
 def _place(step: int, start: dict[str, Any], finished: bool, session: list[dict[str, Any]]) -> str:
@@ -80,7 +76,7 @@ def _place(step: int, start: dict[str, Any], finished: bool, session: list[dict[
     if finished or len(recent) < 2 or recent[-1][0] == recent[0][0]:
         return text
     per_step = (recent[-1][1] - recent[0][1]).total_seconds() / (recent[-1][0] - recent[0][0])
-    return f"{text}, {_duration(max(per_step, 0) * (total - step))} left"
+    return f"{text}, {duration(max(per_step, 0) * (total - step))} left"
 
 
 def _values(title: str, record: dict[str, Any] | None, wanted: Callable[[str], bool]) -> str:
@@ -116,7 +112,7 @@ def _saved(record: dict[str, Any] | None, now: datetime) -> str:
     if record is None:
         return f"{'checkpoint':<10} none yet"
     age = _age(record, now)
-    ago = "" if age is None else f", {_duration(age)} ago"
+    ago = "" if age is None else f", {duration(age)} ago"
     return f"{'checkpoint':<10} step {record['step']:,}{ago}"
 
 
@@ -146,14 +142,3 @@ def _moment(record: dict[str, Any]) -> datetime | None:
 def _age(record: dict[str, Any], now: datetime) -> float | None:
     moment = _moment(record)
     return None if moment is None else max((now - moment).total_seconds(), 0)
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h} h"
-    if hours:
-        return f"{h} h {m:02d} min"
-    return f"{m} min {s:02d} s" if m else f"{s} s"

@@ -103,6 +103,15 @@ def test_starting_weights_from_a_file(tmp_path):
         create_backbone(config.model, -2, 64)
 
 
+def test_starting_weights_of_a_distilled_model_leave_both_classifiers_out(tmp_path):
+    config = {"backbone": "deit_tiny_distilled_patch16_224", "timm_kwargs": {"depth": 2}}
+    source = timm.create_model(config["backbone"], img_size=64, depth=2, num_classes=7)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    config["weights"] = str(tmp_path / "weights.safetensors")
+    loaded = create_backbone(from_dict({"model": config}).model, 0, 64).model.state_dict()
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.items())
+
+
 def test_starting_weights_of_other_programs(tmp_path):
     """A checkpoint of torch.save, from data parallel training at another image size, as timm itself loads it."""
     torch.manual_seed(1)
@@ -167,7 +176,7 @@ def saved_model(config, model, folder) -> Saved:
     about = {"config": to_dict(config), "classes": ["a", "b", "c"], "environment": {"commit": None}}
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     checkpoints.save(engine, {"step": 1}, about)
-    assert checkpoints.settle()
+    assert checkpoints.wait()
     return verify(folder / "checkpoints" / "step_00000001")
 
 

@@ -509,6 +509,22 @@ def test_the_first_images_of_each_class(tmp_path):
     beton.verify(tmp_path / "x.beton", progress=False)
 
 
+def test_the_next_images_stand_in_for_unreadable_ones(tmp_path):
+    good = {f"{name}/{i}.jpg": jpeg(photo(i)) for name in "ab" for i in range(4)}
+    root = make_tree(tmp_path / "tree", good | {"a/0.jpg": b"", "a/1.jpg": b"<html>", "b/3.jpg": b""})
+    out = tmp_path / "x.beton"
+    with pytest.raises(BetonError, match="1 of 2 images"):
+        write(root, out, per_class=1)
+    manifest = write(root, out, per_class=1, skip_broken=True, write_mode="jpg")
+    assert (manifest.class_counts, len(manifest.skipped)) == ([1, 1], 2)
+    assert [stored(out, k) for k in range(2)] == [good["b/0.jpg"], good["a/2.jpg"]]
+    manifest = write(root, out, per_class=3, skip_broken=True, write_mode="jpg")
+    assert (manifest.class_counts, len(manifest.skipped)) == ([2, 3], 2)
+    for workers in (1, 5):  # every second image of the file, not of the folder
+        manifest = write(root, out, per_class=2, skip_broken=True, write_mode="proportion", workers=workers)
+        assert (manifest.count, manifest.jpeg_count) == (4, 2)
+
+
 def test_images_of_no_class_are_told_of_few_as_of_all(tmp_path):
     make_shard(tmp_path / "s.tar", {"1.jpg": jpeg(photo(0)), "1.cls": b"1", "2.jpg": jpeg(photo(1)), "2.cls": b"x"})
     with pytest.raises(BetonError, match="1 of 2 images"):

@@ -33,8 +33,8 @@ from automix_dist.checkpoint import (
     CheckpointError,
     Checkpoints,
     UnreadableError,
-    chosen,
-    committed,
+    committed_steps,
+    find_checkpoint,
     load_module_state,
     newest,
     reshard,
@@ -93,10 +93,10 @@ def test_what_is_passed_over_is_told_beside_the_output(two_steps, tmp_path, caps
 
 def test_the_best_checkpoint_is_asked_for(two_steps, tmp_path):
     with pytest.raises(CheckpointError, match="no evaluation up to step 4"):
-        chosen(two_steps, best=True)
+        find_checkpoint(two_steps, best=True)
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 3; it has \[2, 4\]"):
-        chosen(two_steps, 3)
-    assert chosen(two_steps, 2).step == 2
+        find_checkpoint(two_steps, 3)
+    assert find_checkpoint(two_steps, 2).step == 2
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_killed_while_saving_leaves_the_one_before(point, tmp_path):
     writer.start()
     writer.join(timeout=120)
     assert writer.exitcode == -signal.SIGKILL
-    assert committed(tmp_path / "checkpoints") == [2]
+    assert committed_steps(tmp_path) == [2]
     assert newest(tmp_path).step == 2
     # The next run picks it up, saves the step again, and clears the leftovers away.
     (parameters,) = run_ranks(1, resume_and_prune, config, tmp_path)
@@ -198,7 +198,7 @@ def test_one_killed_rank_publishes_nothing(tmp_path):
     """DeepSpeed's `latest` would point at a checkpoint that lacks this rank's shard."""
     with pytest.raises(AssertionError, match="rank 0 of 2 failed"):
         run_ranks(2, rank_one_dies, tiny_config(engine={"zero_stage": 2}), tmp_path, None, timeout=60)
-    assert committed(tmp_path / "checkpoints") == [2]
+    assert committed_steps(tmp_path) == [2]
     assert newest(tmp_path).step == 2
 
 
@@ -224,9 +224,9 @@ def train_while_saving(config, folder: Path) -> tuple[dict, dict, int]:
     checkpoint._write_shard = lambda *arguments: disk.wait(60) and write(*arguments)
     checkpoints.save(engine, {"step": 2}, {})
     engine_steps(config, process, model, engine, 2, 4)
-    visible = len(committed(folder / "checkpoints"))
+    visible = len(committed_steps(folder))
     disk.set()
-    assert checkpoints.settle()
+    assert checkpoints.wait()
     (result,) = checkpoints.finished()
     assert result.written and result.step == 2 and 0 < result.stall_seconds < result.seconds and result.bytes > 1000
     state = load_module_state(newest(folder), "")
@@ -270,7 +270,7 @@ def save_where_nothing_can_be_listed(config, folder: Path) -> tuple[bool, list[s
     def broken(root: Path) -> list[int]:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    checkpoint.committed = broken
+    checkpoint.committed_steps = broken
     return save(checkpoints, engine, 1), said
 
 
@@ -352,8 +352,8 @@ def prune_many(config, folder: Path) -> list[list[int]]:
     kept = []
     for step in range(1, 6):
         checkpoints.save(engine, {"step": step, "best_step": 2 if step >= 2 else None}, {})
-        assert checkpoints.settle()
-        kept.append(sorted(committed(checkpoints.root)))
+        assert checkpoints.wait()
+        kept.append(sorted(committed_steps(checkpoints.run)))
     return kept
 
 
@@ -389,7 +389,7 @@ def save_again(config, folder: Path) -> list[dict]:
     found = []
     for evaluated in (0, 4):
         checkpoints.save(engine, {"step": 4, "evaluated_step": evaluated, "best_step": evaluated or None}, {})
-        assert checkpoints.settle()
+        assert checkpoints.wait()
         found.append(newest(folder).manifest)
     return found
 
@@ -412,7 +412,7 @@ def save_as_another(config, folder: Path) -> list[list[str]]:
             checkpoints.load(engine, checkpoints.agree_on_newest())
         engine_steps(config, process, model, engine, 0, steps)
         checkpoints.save(engine, {"step": 4, "resumed": not steps}, {"config": steps})
-        assert checkpoints.settle()
+        assert checkpoints.wait()
         found.append(newest(folder).manifest)
     return found
 
@@ -435,14 +435,24 @@ def miss_the_best(config, folder: Path) -> list[list[int]]:
     for step, best in ((5, 5), (6, 5), (7, 7), (8, 7), (9, 7)):
         checkpoint._write_shard = full if step == 7 else write
         checkpoints.save(engine, {"step": step, "best_step": best}, {})
-        checkpoints.settle()
-        kept.append(sorted(committed(checkpoints.root)))
+        checkpoints.wait()
+        kept.append(sorted(committed_steps(checkpoints.run)))
     return kept
 
 
 def test_the_best_stays_until_a_better_one_is_written(tmp_path):
     (kept,) = run_ranks(1, miss_the_best, tiny_config(checkpoint={"keep_last": 1}), tmp_path)
     assert kept == [[5], [5, 6], [5, 6], [5, 8], [5, 9]]
+
+
+def test_checkpoints_on_a_disk_that_is_away_are_not_taken_for_none(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UnreadableError, match=r"a link to .*scratch, which is not there"):
+        newest(run)
+    for resume, overwrite in ((False, False), (True, False), (False, True)):
+        assert "which is not there" in runs._open_folder(run, resume, overwrite)
 
 
 def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, monkeypatch):
@@ -457,7 +467,7 @@ def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, m
         stubborn.setattr(shutil, "rmtree", lambda *_, **__: None)
         assert "steps [4] could not be deleted" in runs._open_folder(run, resume=False, overwrite=True)
     assert runs._open_folder(run, resume=False, overwrite=True) is None
-    assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and committed(other) == [1]
+    assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and (other / "step_00000001").is_dir()
     assert not (run / "gallery").exists()
 
 
@@ -490,7 +500,7 @@ def test_a_disk_that_is_away_for_a_moment_does_not_look_like_no_checkpoint(two_s
     monkeypatch.setattr(checkpoint, "_sha256", broken)
     with pytest.raises(UnreadableError, match=f"{two_steps} has no .*{os.strerror(number)}.*--overwrite"):
         newest(two_steps)
-    monkeypatch.setattr(checkpoint, "committed", broken)
+    monkeypatch.setattr(checkpoint, "committed_steps", broken)
     with pytest.raises(UnreadableError, match=f"checkpoints: {os.strerror(number)}"):
         newest(two_steps)
 

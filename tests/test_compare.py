@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,10 @@ import yaml
 from scipy import stats
 from test_training import digits, run  # noqa: F401 - one of them is a fixture
 
+from automix_dist import compare as compare_module
 from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize
 from automix_dist.config import POLICIES, ConfigError, load_config, to_yaml
-from automix_dist.policy import complete
+from automix_dist.policy import with_policy_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +68,7 @@ def test_few_and_unpaired_seeds():
         ({"policies": {"a/b": []}}, "a name of letters"),
         ({"policies": {"none": [], "long": ["epochs=99"]}}, "policies.long has epochs = 99 and none has 24"),
         ({"policies": {"none": ["policy.name=nothing"]}}, "policy.name"),
+        ({"seeds": [0, -1]}, "seed = -1"),
     ],
 )
 def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
@@ -90,6 +94,15 @@ def test_a_policy_that_cannot_be_built_is_named_before_anything_is_trained(tmp_p
         compare(write(tmp_path, policies=policies), ["false"], print)
     with pytest.raises(ConfigError, match=r"metric = 'top1_momentum': policies.none is evaluated by top1_query, "):
         compare(write(tmp_path, metric="top1_momentum"), ["false"], print)
+    with pytest.raises(ConfigError, match=r"metric = 'loss_query': policies.none is evaluated by top1_query, "):
+        compare(write(tmp_path, metric="loss_query"), ["false"], print)
+    with pytest.raises(CompareError, match="exit code 1"):  # settings for GPUs are no reason to refuse here
+        compare(
+            write(tmp_path, settings=["engine.kernels=triton", "engine.device=cuda", "automix.norm=none"]),
+            ["false"],
+            print,
+        )
+    shutil.rmtree(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -104,6 +117,28 @@ def test_a_stopped_run_stops_the_comparison_and_a_failed_one_is_named(tmp_path):
     assert said[-1] == "stopped; the same command continues"
     with pytest.raises(CompareError, match="none_seed0: training ended with exit code 1"):
         compare(write(tmp_path), ["false"], said.append)
+
+
+def test_a_signal_reaches_a_training_once(tmp_path, monkeypatch):
+    """A second one would not let it save, however late the comparison sees the first."""
+    save = f"""
+import os, pathlib, signal, sys, time
+came = []
+signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(2)
+pathlib.Path({str(tmp_path)!r}, "signals").write_text(str(len(came)))
+sys.exit(75)
+"""
+    wait = compare_module._first_to_end
+
+    def busy(*arguments):
+        time.sleep(1.5)
+        return wait(*arguments)
+
+    monkeypatch.setattr(compare_module, "_first_to_end", busy)
+    assert compare(write(tmp_path), [sys.executable, "-c", save], lambda _: None) == 75
+    assert (tmp_path / "signals").read_text() == "1"
 
 
 def test_runs_beside_each_other_have_a_gpu_and_a_share_of_the_cores_each(tmp_path, monkeypatch):
@@ -157,7 +192,7 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path):
         run = comparison.run("mixup", 0)
         if not run.exists():
             run.mkdir(parents=True)
-            config = complete(load_config(comparison.base, comparison.overrides("mixup", 0)))
+            config = with_policy_settings(load_config(comparison.base, comparison.overrides("mixup", 0)))
             (run / "config.yaml").write_text(to_yaml(config))
             (run / "metrics.jsonl").write_text("")
         return result(comparison, "mixup", 0)
@@ -171,7 +206,9 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path):
 
 @pytest.mark.slow
 def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):  # noqa: F811
-    settings = [f"data.train={digits / 'train.beton'}", f"data.val={digits / 'val.beton'}", "epochs=1"]
+    for each in digits.iterdir():
+        shutil.copy(each, tmp_path)
+    settings = [f"data.train={tmp_path / 'train.beton'}", f"data.val={tmp_path / 'val.beton'}", "epochs=1"]
     settings += ["optimizer.warmup_epochs=0", "batch_size=480", "log.tensorboard=false", "log.gallery_pairs=0"]
     settings += ["model.timm_kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_width: 8}"]
     file = write(tmp_path, settings=settings)
@@ -190,8 +227,15 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):  # n
     said = []
     assert compare(file, ["false"], said.append) == 0  # nothing is started again
     assert not [line for line in said if line.startswith("training")]
+    shutil.rmtree(out / "none_seed1" / "checkpoints")  # to make room
+    assert compare(file, ["false"], said.append) == 0
     with pytest.raises(ConfigError, match="was trained with epochs = 1, the comparison asks for 2"):
         compare(write(tmp_path, settings=[*settings, "epochs=2"]), ["false"], said.append)
+
+    write(tmp_path, settings=settings)
+    run("prepare", "digits:20", tmp_path / "train.beton", "--write-mode", "raw")
+    with pytest.raises(ConfigError, match=r"none_seed0 was made with other images than data.train"):
+        compare(file, ["false"], said.append)
 
     evaluated = run("eval", out / "automix_seed0", "--attack", "fgsm", "--out", tmp_path / "eval")
     assert json.loads(evaluated.stdout)["conditions"].keys() == {"fgsm"}

@@ -23,6 +23,7 @@ def test_overrides_replace_the_file(tmp_path):
     # Text is what the user wrote, also where YAML would see a comment.
     assert load_config(path, ["output=runs/exp #2"]).output == "runs/exp #2"
     assert load_config(path, ["output='runs/exp #2'"]).output == "runs/exp #2"
+    assert load_config(path, ["output=2024-31-12"]).output == "2024-31-12"  # YAML sees a date with a 31st month
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,7 @@ def test_overrides_replace_the_file(tmp_path):
         ("optimizer.lr=[", ["optimizer.lr", "YAML"]),
         ("model.timm_kwargs={num_classes: 3}", ["model.timm_kwargs.num_classes"]),
         ("batch_size=1", ["batch_size", "pairs"]),
+        (f"optimizer.lr={10**400}", ["optimizer.lr", "finite"]),
     ],
 )
 def test_a_mistake_names_key_value_and_what_is_valid(override, parts):
@@ -84,7 +86,11 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "resnet50.yaml").write_text("epochs: 3\n")
     with pytest.raises(ConfigError, match=r"resnet5\.yaml.*did you mean .*resnet50.yaml"):
         load_config(tmp_path / "resnet5.yaml")
-    for name, text, message in (("list", "- 1\n", "key: value"), ("torn", "a: [1\n", "not valid YAML")):
+    for name, text, message in (
+        ("list", "- 1\n", "key: value"),
+        ("torn", "a: [1\n", "not valid YAML"),
+        ("date", "output: 2024-31-12\n", "month must be in 1..12"),
+    ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(tmp_path / name)

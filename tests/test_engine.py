@@ -10,10 +10,12 @@ from unittest import mock
 import pytest
 import torch
 from ranks import run_ranks
-from tiny import micro_batch, rank_draws, tiny_config, tiny_model
+from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist import automix, convolutions, distributed
+from automix_dist.automix import AutoMix
 from automix_dist.checkpoint import Checkpoints
+from automix_dist.config import ConfigError
 from automix_dist.draws import Draws, MixDraw
 from automix_dist.engines import build_engine
 from automix_dist.momentum import MomentumUpdate
@@ -84,7 +86,7 @@ def engine_steps(config, process, model, engine, first: int, last: int) -> None:
 
 def save(checkpoints: Checkpoints, engine, step: int) -> bool:
     checkpoints.save(engine, {"step": step}, {})
-    return checkpoints.settle()
+    return checkpoints.wait()
 
 
 def whole_parameters(engine, folder: Path, process, config) -> dict[str, torch.Tensor]:
@@ -240,6 +242,48 @@ def test_resume_is_bit_for_bit(engine, tmp_path):
             assert torch.equal(got[name], expected[name]), name
         for name in expected_buffers:
             assert torch.equal(got_buffers[name], expected_buffers[name]), name  # each rank's own BatchNorm statistics
+
+
+class ScaledBackbone(TinyBackbone):
+    """With a parameter that has no dimensions, as NFNets have."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(()))
+
+    def features_and_embedding(self, images):
+        features, embedding = super().features_and_embedding(images)
+        return features, self.gain * embedding
+
+
+def train_scaled(config, folder: Path, first: int, last: int) -> dict[str, torch.Tensor]:
+    process = distributed.start(config.engine)
+    torch.manual_seed(0)
+    model = AutoMix(ScaledBackbone(), CLASSES, config.automix)
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    if first:
+        checkpoints.load(engine, checkpoints.agree_on_newest())
+    engine_steps(config, process, model, engine, first, last)
+    return whole_parameters(engine, folder, process, config)
+
+
+@pytest.mark.parametrize("optimizer", [{"name": "sgd"}, {"name": "adamw", "lr": 0.01, "mix_momentum": None}])
+def test_scalars_have_their_optimizer_state_back(optimizer, tmp_path):
+    config = tiny_config(engine=ENGINES["ddp"], optimizer=optimizer)
+    run_ranks(2, train_scaled, config, tmp_path, 0, 3)
+    resumed, _ = run_ranks(2, train_scaled, config, tmp_path, 3, 6)
+    through, _ = run_ranks(2, train_scaled, config, tmp_path / "through", 0, 6)
+    assert through["query.backbone.gain"].shape == () and through["query.backbone.gain"] != 1
+    assert_same(resumed, through, tolerance=0)
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero3", "fsdp2"])
+def test_engines_that_take_no_scalars_say_so(engine):
+    config = tiny_config(engine=ENGINES[engine])
+    model = AutoMix(ScaledBackbone(), CLASSES, config.automix)
+    with pytest.raises(ConfigError, match=r"takes no parameters .* as query.backbone.gain is: set it to ddp"):
+        build_engine(model, build_optimizer(model, config.optimizer), config, None)
 
 
 MOVES = [

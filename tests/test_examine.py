@@ -33,7 +33,8 @@ class Loader:
         own = torch.arange(rank, count, world_size)
         self.batches = [Batch(images[i], labels[i], i) for i in own.split(8)] if len(own) else []
         self.images, self.labels = images, labels
-        self.num_classes, self.num_samples, self.batch_size = CLASSES, count, 8
+        self.num_classes, self.num_samples = CLASSES, count
+        self.num_batches = -(-count // (8 * world_size))
         self.manifest = SimpleNamespace(classes=[f"<class {i}>" for i in range(CLASSES)])
 
     def __iter__(self):
@@ -141,6 +142,7 @@ def test_what_cannot_be_evaluated_is_said(model):
     for options, word in (
         ({"corruptions": ("fog",)}, "gaussian_noise"),
         ({"epsilon": 0.0}, "8/255"),
+        ({"seed": -1}, "--seed -1"),
         ({"occlusion": (1.5,)}, "between 0 and 1"),
     ):
         with pytest.raises(ConfigError, match=word):
@@ -148,7 +150,7 @@ def test_what_cannot_be_evaluated_is_said(model):
     with pytest.raises(ConfigError, match="no answer teacher: expected one of query, query_mix"):
         examine(model, Loader(), Alone(), Conditions(answer="teacher"), COLOR)
     assert fraction("8/255") == 8 / 255 and fraction("0.03") == 0.03
-    for text in ("1/0", "much"):
+    for text in ("1/0", "much", "1e400"):
         with pytest.raises(ValueError):
             fraction(text)
 

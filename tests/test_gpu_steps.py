@@ -44,11 +44,11 @@ def train(engine: dict) -> float:
     model = build_model(config, TinyBackbone(), CLASSES, torch.bfloat16).to(process.device).train()
     if config.engine.compile:
         model.compile_regions()
-    parts = model, build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
     if config.engine.cuda_graph:
         CapturedStep(model)
     loader = SimpleNamespace(steps_per_epoch=WARM_UP + WATCHED)
-    trainer = Trainer(config, process, *parts, loader, None, None, None, None, {})
+    trainer = Trainer(config, process, engine, loader, None, None, None, None, {})
     batches = [micro_batch(step, 0, config.batch_size) for step in range(WARM_UP + WATCHED)]
     batches = [Batch(*(each.to(process.device) for each in batch), None) for batch in batches]
 

@@ -91,7 +91,7 @@ def test_split_weights_refuses(change, error, message):
         ({"mode": "bicubic"}, ValueError, "mode must be 'nearest' or 'bilinear', got 'bicubic'"),
         ({"lam_margin": 0.6}, ValueError, r"lam_margin must lie in \[0, 0.5\], got 0.6"),
         ({"dtype": torch.uint8}, TypeError, "dtype must be a floating-point type"),
-        ({"blended": 4}, ValueError, r"blended must lie in 0..3, the number of images, got 4"),
+        ({"num_mixed": 4}, ValueError, r"num_mixed must lie in 0..3, the number of images, got 4"),
         ({"std": torch.ones(1)}, ValueError, r"std must have shape \[3\]"),
         ({"implementation": "triton"}, RuntimeError, "tensors are on cpu"),
     ],

@@ -82,18 +82,18 @@ def test_attention_backward_as_written_out(partner, offsets):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
-@pytest.mark.parametrize("blended", [0, 2])
-def test_a_blend_of_the_first_images_is_that_of_all_cut_off(mode, blended):
+@pytest.mark.parametrize("num_mixed", [0, 2])
+def test_a_blend_of_the_first_images_is_that_of_all_cut_off(mode, num_mixed):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     images = torch.randint(0, 256, (4, 6, 8, 3), generator=generator, dtype=torch.uint8)
     partner, lam = torch.tensor([3, 2, 0, 1]), torch.full((4,), 0.5)
     arguments = (logits, images, partner, lam, torch.zeros(3), torch.ones(3), mode, 0.0, torch.float64)
-    mixed, *means = reference.mask_blend(*arguments, blended)
+    mixed, *means = reference.mask_blend(*arguments, num_mixed)
     whole, *expected_means = reference.mask_blend(*arguments)
-    assert torch.equal(mixed, whole[:blended]) and all(map(torch.equal, means, expected_means))
+    assert torch.equal(mixed, whole[:num_mixed]) and all(map(torch.equal, means, expected_means))
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in (mixed, *means)]
-    (expected,) = torch.autograd.grad([whole[:blended], *expected_means], logits, grads)
+    (expected,) = torch.autograd.grad([whole[:num_mixed], *expected_means], logits, grads)
     (actual,) = torch.autograd.grad([mixed, *means], logits, grads)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
     written_out = reference.mask_blend_backward(

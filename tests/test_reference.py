@@ -141,7 +141,7 @@ def recorded_draws(recording: dict, step: int, mode: str) -> Draws:
         mix_block=MixDraw(lams[0].expand(batch), recording[f"step{step}.index_mb"], mode),
         classifier=MixDraw(lams[1].expand(batch), recording[f"step{step}.index_bb"], mode),
         adjust_mask=False,
-        train_mixed_momentum=True,
+        train_generator=True,
     )
 
 

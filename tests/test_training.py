@@ -330,6 +330,19 @@ def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
                f"data.train={moved}")  # fmt: skip
     assert "optimizer.lr: 0.05 -> 0.01" in told.stderr
 
+    # Other images to be evaluated on: the best so far was the best of others.
+    others, once = tmp_path / "others.beton", ["epochs=1", "optimizer.warmup_epochs=0", f"data.train={moved}"]
+    run("prepare", "digits:100", others, "--split", "val")
+    told = run("train", settings, "--resume", *once, f"data.val={others}").stderr
+    assert "other images than before: there is no best checkpoint yet" in told and "best top-1" in told
+    # A run whose checkpoints were deleted to make room: what it has logged is no one's to delete.
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "what it logged is kept as lost_" in run("train", settings, *once).stderr
+    assert next((tmp_path / "run").glob("lost_*_metrics.jsonl")).read_bytes() == before
+    run("train", settings, *once, "--overwrite")
+    assert len(list((tmp_path / "run").glob("lost_*_metrics.jsonl"))) == 1
+
 
 @pytest.mark.slow
 def test_steps_that_are_not_finite_end_the_run_with_a_reason_and_a_dump(settings, tmp_path):

@@ -30,7 +30,7 @@ from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
 from automix_dist.bench import check_counts, results_folder, write_results
-from automix_dist.checkpoint import Checkpoints, verify
+from automix_dist.checkpoint import Checkpoints, step_folder, verify
 from automix_dist.config import CheckpointConfig, Config, from_dict
 from automix_dist.engine_state import pieces
 from automix_dist.engines import Engine, build_engine
@@ -175,13 +175,13 @@ class Ours(Way):
         self.checkpoints.save(self.engine, {"step": 1}, {})
 
         def wait() -> None:
-            if not self.checkpoints.settle():
+            if not self.checkpoints.wait():
                 raise RuntimeError("the checkpoint could not be written")
 
         return wait
 
     def restore(self) -> None:
-        self.checkpoints.load(self.engine, verify(self.folder / "checkpoints" / "step_00000001"))
+        self.checkpoints.load(self.engine, verify(step_folder(self.folder, 1)))
 
 
 class TorchSave(Way):

@@ -283,8 +283,8 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     lines = [
         "# A whole training job", "",
-        f"{result['config']}; {machine['device']}; {versions}; load average at the start "
-        f"{machine['load_average']:.2f}. {result['data']}; {measured['steps']} measured steps of "
+        f"{' '.join([result['config'], *result['overrides']])}; {machine['device']}; {versions}; load average at "
+        f"the start {machine['load_average']:.2f}. {result['data']}; {measured['steps']} measured steps of "
         f"{result['batch_size']} images.", "",
         "| what | |", "|---|---|",
     ]  # fmt: skip
@@ -316,7 +316,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(argv: list[str]) -> int:
     """Runs the job, measures and prints; returns the job's exit code."""
     options = parse(argv)
-    recipe = policy.complete(load_config(options.config, options.overrides))
+    recipe = policy.with_policy_settings(load_config(options.config, options.overrides))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with contextlib.ExitStack() as stack:
         folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="automix-bench-")))

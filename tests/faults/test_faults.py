@@ -20,7 +20,7 @@ from test_trainer import train
 from tiny import tiny_config
 
 import automix_dist
-from automix_dist.checkpoint import ShardReader, committed, newest
+from automix_dist.checkpoint import ShardReader, committed_steps, newest
 
 PACKAGE = str(Path(automix_dist.__file__).parent)
 CALLS = 1200
@@ -182,7 +182,7 @@ def test_damaged_again_and_again(damage, kind, tmp_path, undisturbed):
     generator = random.Random(f"{damage.__name__} {kind}")
     for _ in range(3):
         session(config(), tmp_path, [generator.randrange(CALLS, 2 * CALLS)])
-        steps = sorted(committed(tmp_path / "checkpoints"))
+        steps = sorted(committed_steps(tmp_path))
         for step in steps[-generator.choice([1, 1, 2]) :]:
             folder = tmp_path / "checkpoints" / f"step_{step:08d}"
             files = [path for path in folder.glob(kind) if path.is_file()]
@@ -195,7 +195,7 @@ def test_damaged_again_and_again(damage, kind, tmp_path, undisturbed):
 
 def test_all_checkpoints_damaged_starts_from_the_beginning(tmp_path, undisturbed):
     assert not session(config(), tmp_path, [2 * CALLS])
-    steps = committed(tmp_path / "checkpoints")
+    steps = committed_steps(tmp_path)
     assert steps
     for step in steps:
         remove(tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json", random)
