@@ -120,7 +120,7 @@ class Classifier(nn.Module):
             if draw is None:
                 logits = self.query(clean, "one")
                 return AveragedLogits(logits, self.momentum(clean, "one")) if self.has_average else Logits(logits)
-            draw = self.policy.look(self.query, clean, labels, draw)
+            draw = self.policy.prepare(self.query, clean, labels, draw)
             if labels is None:
                 mix = self.policy.mix(clean, draw)
                 return mix and Mixes(mix.mask.expand(-1, *clean.shape[2:]), mix.images, mix.lam, draw.partner)

@@ -43,7 +43,7 @@ class Draw(NamedTuple):
     """[B] float32, the share of each image in its pair that the policy aims at."""
     partner: Tensor
     """[B] int64, a permutation: the image that each image is mixed with."""
-    more: dict[str, Any]
+    extra: dict[str, Any]
     """What the policy drew besides: tensors [B, ...] on the device, or plain numbers and names."""
 
 
@@ -59,9 +59,9 @@ class Mix(NamedTuple):
 class Policy(nn.Module):
     """A way to mix a batch with a permutation of itself.
 
-    A subclass gives `mask`; `partners`, where the partner's pixels change too; `look`, where the mix depends on what
+    A subclass gives `mask`; `partners`, where the partner's pixels change too; `prepare`, where the mix depends on what
     the network says; or `forward`, where the mixing happens inside it. All of it runs on the device, for the whole
-    batch at once; what is random is drawn on the host in `draw_lam` and `draw_more`, and nowhere else.
+    batch at once; what is random is drawn on the host in `draw_lam` and `draw_extra`, and nowhere else.
 
     Args:
         settings: the Settings of the policy's file.
@@ -81,7 +81,7 @@ class Policy(nn.Module):
         """Raise ConfigError if this backbone lacks something that the policy needs."""
 
     def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
-        """The draws of one micro batch: one lambda, a permutation, and what `draw_more` adds.
+        """The draws of one micro batch: one lambda, a permutation, and what `draw_extra` adds.
 
         `shared` is the same on all ranks (draws.shared_generator).
         """
@@ -94,16 +94,16 @@ class Policy(nn.Module):
     def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
         """A draw with given lambdas [B] and partners [B]; the images tell size and device."""
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
-        more = self.draw_more(generator, lam, height, width)
+        extra = self.draw_extra(generator, lam, height, width)
         device = images.device
-        more = {k: on_device(v, device) if isinstance(v, np.ndarray) else v for k, v in more.items()}
-        return Draw(on_device(lam, device), on_device(partner, device), more)
+        extra = {k: on_device(v, device) if isinstance(v, np.ndarray) else v for k, v in extra.items()}
+        return Draw(on_device(lam, device), on_device(partner, device), extra)
 
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         """Further draws: arrays whose first axis is the batch, or plain numbers; for lambdas [B] and H x W pixels."""
         return {}
 
-    def look(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
+    def prepare(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
         """Before all else: a draw that holds what the mix needs to know from the encoder; without labels for a gallery.
 
         It must run the same modules on all ranks.

@@ -5,12 +5,37 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: see automix_dist/cli.py
 
 import torch
+from ranks import ROOT, run
 
 TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    for source, split in (("digits:48", "train"), ("digits", "val")):
+        run("prepare", source, folder / f"{split}.beton", "--split", split, "--write-mode", "raw")
+    return folder
+
+
+@pytest.fixture
+def settings(digits, tmp_path) -> Path:
+    """A config file for four epochs of 15 steps of a small network."""
+    values = yaml.safe_load((ROOT / "configs" / "digits" / "automix_resnet10.yaml").read_text())
+    values |= {"output": str(tmp_path / "run"), "epochs": 4, "batch_size": 32, "eval_every_epochs": 2}
+    values["data"] |= {"train": str(digits / "train.beton"), "val": str(digits / "val.beton")}
+    values["model"]["timm_kwargs"] = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
+    values["checkpoint"] = {"every_epochs": 3, "keep_last": 10}
+    values["engine"] = {"device": "cpu"}  # where results repeat to the bit, and two ranks need no two GPUs
+    values["log"] = {"every_steps": 5}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def pytest_addoption(parser):

@@ -1,6 +1,7 @@
 """Runs functions and the command `automix` on real processes, as a launcher would, without a start's seconds:
 every process is a fork of one that has imported everything."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -117,6 +118,19 @@ class Command:
     def _written(self, which: int) -> str:
         path = Path(self._files[which])
         return path.read_text() if path.exists() else ""
+
+
+def run(*arguments: str | Path, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+    """`automix ARGUMENTS` to its end, which is to have this exit code."""
+    result = Command(*arguments, ranks=ranks).wait()
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    """A run's log: the records of one kind."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def _command(arguments: list[str], environment: dict[str, str], *files: str) -> None:

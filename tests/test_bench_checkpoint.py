@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from engine_steps import ENGINES, engine_steps, start_engine
 from ranks import run_ranks
-from test_engine import ENGINES, engine_steps, start_engine
 from tiny import tiny_config
 
 from automix_dist.bench import checkpoint

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from automix_dist import distributed
-from automix_dist.bench import checkpoint, memory, scaling
-from automix_dist.bench.scaling import ENGINES, Link, Sizes, Work, collective_seconds, fit, predict, sent, traffic
+from automix_dist.bench import ENGINES, checkpoint, memory, scaling
+from automix_dist.bench.scaling import Link, Sizes, Work, collective_seconds, fit, predict, sent, traffic
 from automix_dist.config import EngineConfig
 
 NODE_400G = Link(host=50e9, hop_seconds=5e-6, gpu=400e9, gpus_per_host=8)

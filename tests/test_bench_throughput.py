@@ -94,7 +94,8 @@ def test_extrapolation():
 
 def test_the_verdict():
     result = {
-        "config": "c", "machine": {"device": "abacus", "versions": {}, "load_average": 0.0}, "data": "beads",
+        "config": "c", "overrides": ["epochs=3"], "data": "beads",
+        "machine": {"device": "abacus", "versions": {}, "load_average": 0.0},
         "batch_size": 8, "epochs": 1, "images": [1, 1], "loader_alone": 200.0, "training_sizes": [160],
         "measured": {"images_per_second": 100.0, "world_size": 1, "step_ms": 80.0, "waiting_share": 0.2,
                      "filling_share": 0.0, "saving_share": 0.0, "saving_seconds": 0.0, "steps": 3,
@@ -102,6 +103,7 @@ def test_the_verdict():
         "recipe": {"hours": 1.0, "training": 1.0, "evaluating": 0.0, "saving": 0.0, "device_hours": 1.0},
     }  # fmt: skip
     text = bench.markdown(result)
+    assert "\nc epochs=3; abacus; " in text
     assert "| training images | 160 px |" in text
     assert "20.0%: the loader holds the job up" in text and "2.50 J/image" in text and "2.0 times" in text
     result["measured"] |= {"waiting_share": 0.01, "joules_per_image": None, "joules_unknown": "no GPU"}

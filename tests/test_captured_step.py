@@ -6,8 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from engine_steps import ENGINES, assert_same, train_plain, train_with_engine
 from ranks import run_ranks
-from test_engine import ENGINES, assert_same, train_plain, train_with_engine
 from tiny import CLASSES, SIZE, TinyBackbone, micro_batch, tiny_config, tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode

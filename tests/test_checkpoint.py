@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import own_process, run_ranks
-from test_engine import (
+from engine_steps import (
     ENGINES,
     assert_same,
     engine_steps,
@@ -25,6 +24,7 @@ from test_engine import (
     train_plain,
     whole_parameters,
 )
+from ranks import own_process, run_ranks
 from tiny import tiny_config
 
 from automix_dist import checkpoint, distributed

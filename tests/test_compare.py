@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from ranks import run
 from scipy import stats
-from test_training import digits, run  # noqa: F401 - one of them is a fixture
 
 from automix_dist import compare as compare_module
 from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize
@@ -205,7 +205,7 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path):
 
 
 @pytest.mark.slow
-def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):  # noqa: F811
+def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
     for each in digits.iterdir():
         shutil.copy(each, tmp_path)
     settings = [f"data.train={tmp_path / 'train.beton'}", f"data.val={tmp_path / 'val.beton'}", "epochs=1"]

@@ -8,8 +8,8 @@ import pytest
 import timm
 import torch
 from automix_kernels import api
+from engine_steps import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine
 from ranks import run_ranks
-from test_engine import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist import distributed, engines
@@ -251,7 +251,7 @@ def test_the_momentum_encoder_follows_a_float64_restatement(engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_four_ranks_agree_with_one_process(engine, tmp_path):
-    from test_engine import assert_same, train_plain, train_with_engine
+    from engine_steps import assert_same, train_plain, train_with_engine
 
     config = tiny_config(engine={**ENGINES[engine], "accumulation_steps": 1}, optimizer={"clip_norm": 0.5})
     ranks = run_ranks(4, train_with_engine, config, tmp_path, 4)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from test_training import digits, run, settings  # noqa: F401 - two of them are fixtures
+from ranks import run
 
 from automix_dist import distributed, heartbeat
 from automix_dist.config import EngineConfig
@@ -234,7 +234,7 @@ def test_a_slow_rank_is_reported(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_training_that_lost_a_rank_names_it_and_resumes(settings, tmp_path):  # noqa: F811
+def test_a_training_that_lost_a_rank_names_it_and_resumes(settings, tmp_path):
     output = tmp_path / "run"
     arguments = [
         "train",

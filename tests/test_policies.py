@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run, run_ranks
 from safetensors.torch import save_file
-from test_training import digits, failing, run, settings, shards  # noqa: F401 - two of them are fixtures
+from test_training import failing, shards
 from tiny import CLASSES, SIZE, TinyBackbone, micro_batch, tiny_config
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -146,7 +146,7 @@ def test_mixes_are_what_the_mask_says(name):
         mask = mix.mask.expand(-1, 24, 32)
         assert mask.min() >= 0 and mask.max() <= 1
         torch.testing.assert_close(mix.lam, 1 - mask.mean(dim=(1, 2)))
-        inner = made.policies[this.more["policy"]] if name == "switch" else made
+        inner = made.policies[this.extra["policy"]] if name == "switch" else made
         expected = images * (1 - mask[:, None]) + inner.partners(images, this) * mask[:, None]
         torch.testing.assert_close(mix.images, expected, atol=1e-6, rtol=1e-5)
         if name not in ("resizemix", "switch"):
@@ -215,7 +215,7 @@ def test_resizemix_pastes_the_shrunk_partner():
         this = draw(made, images, step)
         mix = made.mix(images, this)
         for i in range(4):
-            top, bottom, left, right = this.more["boxes"][i].tolist()
+            top, bottom, left, right = this.extra["boxes"][i].tolist()
             expected = images[i].clone()
             if bottom > top and right > left:
                 partner = images[this.partner[i]][None]
@@ -230,11 +230,11 @@ def test_fmix_is_thresholded_noise_with_the_published_spectrum():
     made, images = make("fmix"), images_of(2, 24, 32)
     for step in range(10):
         this = draw(made, images, step)
-        noise = this.more["noise"][0].double().numpy()
+        noise = this.extra["noise"][0].double().numpy()
         frequency = np.sqrt(np.fft.fftfreq(24)[:, None] ** 2 + np.fft.rfftfreq(32) ** 2)
         spectrum = (noise[..., 0] + 1j * noise[..., 1]) / np.maximum(frequency, 1 / 32) ** 3
         gray = np.fft.irfft2(spectrum, (24, 32)).ravel()
-        area = this.more["own_pixels"][0].item()
+        area = this.extra["own_pixels"][0].item()
         assert area in (math.floor(this.lam[0].item() * 768), math.ceil(this.lam[0].item() * 768))
         own = np.zeros(768)
         own[gray.argsort()[::-1][:area]] = 1
@@ -314,7 +314,7 @@ def test_manifold_mixup_mixes_where_it_says():
     assert torch.equal(share, this.lam)
     assert not net.layer1._forward_hooks
 
-    drawn = {draw(make("manifoldmix"), images, step).more["layer"] for step in range(50)}
+    drawn = {draw(make("manifoldmix"), images, step).extra["layer"] for step in range(50)}
     assert drawn == {"", "layer1", "layer2"}
 
 
@@ -436,7 +436,7 @@ def test_transmix_weighs_labels_by_the_class_token_s_attention():
 
 def test_switch_draws_by_share():
     made = make("switch", policies=[{"name": "mixup", "settings": {"alpha": 0.8}}, {"name": "cutmix"}], shares=[3, 1])
-    chosen = [draw(made, images_of(2), step).more["policy"] for step in range(2000)]
+    chosen = [draw(made, images_of(2), step).extra["policy"] for step in range(2000)]
     assert np.mean(chosen) == pytest.approx(0.25, abs=0.03)
 
 
@@ -890,7 +890,7 @@ def test_ranks_agree_on_switching_off():
 
 
 @pytest.mark.slow
-def test_a_hand_made_policy_from_the_command_line(settings, tmp_path, capsys):  # noqa: F811
+def test_a_hand_made_policy_from_the_command_line(settings, tmp_path, capsys):
     extra = ("policy.name=switch", "policy.average=0.9", "epochs=2", "checkpoint.every_epochs=1")
     through, broken = tmp_path / "through", tmp_path / "broken"
     run("train", settings, f"output={through}", *extra)

@@ -199,7 +199,7 @@ def test_blocks_lie_where_they_were_moved_to():
 def looked(made, images, step: int = 0) -> Draw:
     """A draw with a saliency map, as from an encoder."""
     this = draw(made, images, step)
-    return this._replace(more=this.more | {"saliency": saliency_of(len(images), images.shape[2], 3.0)})
+    return this._replace(extra=this.extra | {"saliency": saliency_of(len(images), images.shape[2], 3.0)})
 
 
 @pytest.mark.parametrize("move_pixels", [None, 2])
@@ -209,13 +209,13 @@ def test_the_mix_shows_moved_blocks_of_both_images(move_pixels):
     seen, moved = set(), 0
     for step in range(12):
         this = looked(made, images, step)
-        seen.add(this.more["blocks"])
+        seen.add(this.extra["blocks"])
         mix, fixed = made.mix(images, this), plain.mix(images, this)
         assert torch.equal(mix.mask, fixed.mask) and set(mix.mask.unique().tolist()) <= {0, 0.5, 1}
         torch.testing.assert_close(mix.lam, 1 - mix.mask.mean(dim=(1, 2)))
         expected = torch.lerp(images, images[this.partner], fixed.mask[:, None])
         torch.testing.assert_close(fixed.images, expected)
-        side = min(move_pixels or 4, 32 // this.more["blocks"])
+        side = min(move_pixels or 4, 32 // this.extra["blocks"])
         for i in range(6):  # wholly shown blocks are blocks of the image that is shown there
             for source, where in ((i, mix.mask[i] == 0), (int(this.partner[i]), mix.mask[i] == 1)):
                 tiles = images[source].unfold(1, side, side).unfold(2, side, side).flatten(1, 2)
@@ -246,7 +246,7 @@ def test_saliency_is_the_gradient_in_evaluation_mode():
     images, labels = images_of(3, 32, 32), torch.tensor([2, 0, 3])
     state = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     this = classifier.draw(images, seed=0, step=0)
-    got = classifier.policy.look(classifier.query, images, labels, this).more["saliency"]
+    got = classifier.policy.prepare(classifier.query, images, labels, this).extra["saliency"]
     assert classifier.training and all(module.training for module in classifier.query.modules())
     assert all(torch.equal(state[name], tensor) for name, tensor in classifier.state_dict().items())
     assert all(p.grad is None for p in classifier.parameters()) and not images.requires_grad
@@ -256,9 +256,9 @@ def test_saliency_is_the_gradient_in_evaluation_mode():
         F.nll_loss(classifier.query(pixels, "one").log_softmax(dim=1), labels[i : i + 1]).backward()
         torch.testing.assert_close(got[i], (pixels.grad[0] ** 2).mean(dim=0).sqrt(), atol=1e-6, rtol=1e-4)
     answers = classifier.query(images, "one").argmax(dim=1)
-    same = classifier.policy.look(classifier.query, images, answers, this).more["saliency"]
+    same = classifier.policy.prepare(classifier.query, images, answers, this).extra["saliency"]
     with torch.no_grad():  # as for a gallery
-        assert torch.equal(classifier.policy.look(classifier.query, images, None, this).more["saliency"], same)
+        assert torch.equal(classifier.policy.prepare(classifier.query, images, None, this).extra["saliency"], same)
 
 
 def test_draws_are_the_only_randomness_and_certainty_is_no_error():
@@ -292,6 +292,6 @@ def test_mistakes_name_their_key(values, message):
 
 
 def test_blocks_must_divide_the_image():
-    assert {draw(make("puzzlemix"), images_of(2, 28, 28), step).more["blocks"] for step in range(20)} == {2, 4}
+    assert {draw(make("puzzlemix"), images_of(2, 28, 28), step).extra["blocks"] for step in range(20)} == {2, 4}
     with pytest.raises(ConfigError, match=r"policy.settings.blocks = \(2, 4, 8, 16\): .* divisor of .* 27 x 27 pixels"):
         draw(make("puzzlemix"), images_of(2, 27, 27))

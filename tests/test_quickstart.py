@@ -5,8 +5,7 @@ import subprocess
 import time
 
 import pytest
-from ranks import ROOT
-from test_training import records
+from ranks import ROOT, records
 
 
 @pytest.mark.slow

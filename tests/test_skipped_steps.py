@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from engine_steps import ENGINES, STEPS_PER_EPOCH, TOLERANCE, assert_same, start_engine, whole_parameters
 from ranks import run_ranks
-from test_engine import ENGINES, STEPS_PER_EPOCH, TOLERANCE, assert_same, start_engine, whole_parameters
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist.batchnorm import RunningStatistics

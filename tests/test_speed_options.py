@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 import torch
+from engine_steps import assert_same, train_plain, train_with_engine
 from ranks import run_ranks
-from test_engine import assert_same, train_plain, train_with_engine
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist.automix import AutoMix

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_steps import engine_steps, save, start_engine, whole_parameters
 from ranks import run_ranks
-from test_engine import engine_steps, save, start_engine, whole_parameters
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist import distributed

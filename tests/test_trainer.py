@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from engine_steps import start_engine
 from ranks import run_ranks
-from test_engine import start_engine
 from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
 from automix_dist import distributed

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from ranks import ROOT, Command
+from ranks import ROOT, Command, records, run
 
 from automix_dist import cli
 from automix_dist.checkpoint import newest
@@ -22,40 +22,6 @@ from automix_dist.cli import main
 from automix_dist.errors import EXIT_STOPPED
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
-
-
-def run(*arguments: str | Path, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    result = Command(*arguments, ranks=ranks).wait()
-    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-    return result
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    for source, split in (("digits:48", "train"), ("digits", "val")):
-        run("prepare", source, folder / f"{split}.beton", "--split", split, "--write-mode", "raw")
-    return folder
-
-
-@pytest.fixture
-def settings(digits, tmp_path) -> Path:
-    """A config file for four epochs of 15 steps of a small network."""
-    values = yaml.safe_load((ROOT / "configs" / "digits" / "automix_resnet10.yaml").read_text())
-    values |= {"output": str(tmp_path / "run"), "epochs": 4, "batch_size": 32, "eval_every_epochs": 2}
-    values["data"] |= {"train": str(digits / "train.beton"), "val": str(digits / "val.beton")}
-    values["model"]["timm_kwargs"] = {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8}
-    values["checkpoint"] = {"every_epochs": 3, "keep_last": 10}
-    values["engine"] = {"device": "cpu"}  # where results repeat to the bit, and two ranks need no two GPUs
-    values["log"] = {"every_steps": 5}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def shards(folder: Path) -> list[str]:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import platform
 import queue
 import shutil
 import socket
@@ -18,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,12 @@ from torch import Tensor
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import check_counts, results_folder, write_results
+from automix_dist.bench import ENGINES, check_counts, cpu_name, results_folder, write_results
 from automix_dist.checkpoint import Checkpoints, step_folder, verify
 from automix_dist.config import CheckpointConfig, Config, from_dict
 from automix_dist.engine_state import pieces
 from automix_dist.engines import Engine, build_engine
 from automix_dist.optimizer import build_optimizer
-
-ENGINES = {
-    **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)}, "ddp": {"name": "ddp"}, "fsdp2": {"name": "fsdp2"}
-}  # fmt: skip
 
 
 def run(arguments: list[str]) -> int:
@@ -67,8 +62,8 @@ def run(arguments: list[str]) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     about = {
-        "date": date.today().isoformat(), "torch": torch.__version__, "cores": os.cpu_count(),
-        "machine": platform.machine(), "backbone": options.backbone, "optimizer": options.optimizer,
+        "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "machine": cpu_name(), "backbone": options.backbone, "optimizer": options.optimizer,
         "engine": options.engine, "ranks": options.ranks, "rounds": options.rounds,
     }  # fmt: skip
     text = markdown(about, rows)

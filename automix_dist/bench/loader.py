@@ -712,7 +712,7 @@ def bars_svg(result: dict) -> str:
     )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="automix bench loader", description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1024, help=f"a multiple of {BATCH} (default: 1024)")
     parser.add_argument(
@@ -731,7 +731,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--memory-limit", type=int, metavar="MIB",
         help=f"also stream a file {MEMORY_FACTOR} times as large through a process held to so much more memory",
     )  # fmt: skip
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     if options.images < BATCH or options.images % BATCH:
         parser.error(f"--images {options.images}: expected a multiple of {BATCH}, the batch size")
     for storage in options.sizes:
@@ -750,9 +750,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(argv: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Measures, prints the table, and with --out writes it; returns 1 if one of our own rows has no figures, else 0."""
-    options = parse(argv)
+    options = parse(arguments)
     workers = options.workers or usable_cores()
     result = {
         "machine": describe_machine(workers),

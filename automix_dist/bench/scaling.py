@@ -39,17 +39,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import check_counts, results_folder, write_results
+from automix_dist.bench import ENGINES, check_counts, results_folder, write_results
 from automix_dist.config import Config, EngineConfig, from_dict
 from automix_dist.distributed import Process
 from automix_dist.draws import draw_step
 from automix_dist.engines import build_engine
 from automix_dist.optimizer import build_optimizer
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"name": "ddp"}, "zero0": {"zero_stage": 0}, "zero1": {"zero_stage": 1}, "zero2": {"zero_stage": 2},
-    "zero3": {"zero_stage": 3}, "fsdp2": {"name": "fsdp2"},
-}  # fmt: skip
 HIDES = {"ddp": 0.33, "zero0": 0.0, "zero1": 0.33, "zero2": 0.33, "zero3": 0.9, "fsdp2": 0.0}
 """The share of a GPU's step behind which collectives hide: the query encoder's gradients are final with a third of the
 step to go. ZeRO 3 also prefetches; ZeRO 0 reduces after the backward pass, and FSDP2 gathers the model as one unit."""

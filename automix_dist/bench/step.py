@@ -16,16 +16,14 @@ import contextlib
 import gc
 import json
 import math
-import os
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from itertools import count, groupby, pairwise
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.sax.saxutils import escape
@@ -38,10 +36,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from automix_dist import provenance
 from automix_dist.automix import lay_out
 from automix_dist.backbone import create_backbone, create_timm_model
-from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
+from automix_dist.bench import Clock, check_counts, describe_machine, replaced, results_folder, write_results
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import CapturedStep
@@ -398,36 +395,6 @@ def peak_bytes(trained: Trained, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-class Clock:
-    """Times between marks on the device's own line of work: events on a GPU, the wall clock on a CPU."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
-
-    def spans(self) -> list[tuple[str, float]]:
-        """For each mark but the first its name and the milliseconds since the one before."""
-        if self.device.type != "cuda":
-            return [(name, (end - start) * 1e3) for (_, start), (name, end) in pairwise(self.marks)]
-        torch.cuda.synchronize()
-        return [(name, start.elapsed_time(end)) for (_, start), (name, end) in pairwise(self.marks)]
-
-    def milliseconds(self) -> dict[str, float]:
-        """Sums of the spans by name."""
-        sums: dict[str, float] = {}
-        for name, ms in self.spans():
-            sums[name] = sums.get(name, 0.0) + ms
-        return sums
-
-
 def groups(ways: list[Way]) -> list[list[Way]]:
     """The ways that are measured together, in the order in which they are; CUDA graphs one by one."""
     found = []
@@ -583,31 +550,8 @@ def measure_parts(case: Case, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-@contextlib.contextmanager
-def replaced(owner: Any, attribute: str, value: Callable) -> Iterator[None]:
-    """Within the block, the owner's attribute is another one."""
-    own = vars(owner).get(attribute)
-    setattr(owner, attribute, value)
-    try:
-        yield
-    finally:
-        delattr(owner, attribute) if own is None else setattr(owner, attribute, own)
-
-
 def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def describe_machine() -> dict[str, Any]:
-    about = provenance.environment()
-    device = about["gpus"][0] if about["gpus"] else f"CPU, {torch.get_num_threads()} threads, {cpu_name()}"
-    return {
-        "device": device,
-        "versions": {k: about["versions"][k] for k in ("torch", "triton", "timm")} | {"python": about["python"]},
-        "commit": about["commit"],
-        "load_average": os.getloadavg()[0],
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def fastest(rows: list[dict], network: str, way: str) -> dict | None:
@@ -783,7 +727,7 @@ def compare(result: dict, before: dict) -> tuple[str, bool]:
     return "\n".join(lines or ["nothing moved beyond the spread"]), slower
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="automix bench step", description=__doc__.splitlines()[0])
     names = [network.name for network in NETWORKS]
     parser.add_argument("--networks", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
@@ -806,7 +750,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--compare", type=Path, metavar="STEP_JSON", help="say what moved since; exit code 1 if anything is slower"
     )
     parser.add_argument("--out", type=results_folder, help="folder for step.json, step.md and step.svg")
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     check_counts(parser, options, batch_size=2, image_size=1, rounds=1, steps=1)
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: expected a positive number")
@@ -825,9 +769,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(argv: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Measures and prints; returns 1 if a way failed, or with --compare if one became slower."""
-    options = parse(argv)
+    options = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 
 from automix_dist import beton, data, policy, trainer
-from automix_dist.bench import check_counts, results_folder, write_results
-from automix_dist.bench.step import Clock, describe_machine, replaced
+from automix_dist.bench import Clock, check_counts, describe_machine, replaced, results_folder, write_results
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError, load_config
 from automix_dist.run import train
@@ -291,7 +290,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {text} |" for name, text in rows]) + "\n"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="automix bench throughput", description=__doc__.splitlines()[0])
     parser.add_argument("config", help="a YAML file")
     parser.add_argument(
@@ -304,7 +303,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--real", action="store_true", help="read the config's own files instead")
     parser.add_argument("--data", type=Path, help="folder to keep and reuse them in (default: a temporary one)")
     parser.add_argument("--out", type=results_folder, help="folder for throughput.json and throughput.md")
-    options = parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(arguments)
     check_counts(parser, options, steps=2, warmup=1, images=16)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.data is None:
         parser.error("--data FOLDER is needed under a launcher: all ranks share it")
@@ -313,9 +312,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(argv: list[str]) -> int:
+def run(arguments: list[str]) -> int:
     """Runs the job, measures and prints; returns the job's exit code."""
-    options = parse(argv)
+    options = parse(arguments)
     recipe = policy.with_policy_settings(load_config(options.config, options.overrides))
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     with contextlib.ExitStack() as stack:

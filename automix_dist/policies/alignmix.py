@@ -38,7 +38,7 @@ class Policy(policy.Policy):
         if getattr(model, "output_fmt", "NCHW") != "NCHW" or hasattr(model, "num_prefix_tokens"):
             raise ConfigError("policy.name = 'alignmix' needs a CNN, whose last feature map is [B, C, h, w]")
 
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         align, partner_moves = generator.integers(2, size=2)
         return {"align": bool(align), "partner_moves": bool(partner_moves)}
 
@@ -47,7 +47,7 @@ class Policy(policy.Policy):
 
     def forward(self, encoder: nn.Module, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         # Both ways run the same modules in the same order, as engines with sharded weights need it of all ranks.
-        align = draw.more["align"]
+        align = draw.extra["align"]
         if not align:
             images = torch.lerp(images[draw.partner], images, draw.lam.view(-1, 1, 1, 1))
         maps = encoder.backbone.last_map(images)
@@ -62,7 +62,7 @@ class Policy(policy.Policy):
             with torch.no_grad():
                 # Each row of one and each column of the other is a weighting of the other map's positions.
                 plan = transport(own, partner, self.settings.epsilon, self.settings.iterations) * own.shape[1]
-            if draw.more["partner_moves"]:
+            if draw.extra["partner_moves"]:
                 partner = plan @ partner
             else:
                 own = plan.transpose(1, 2) @ own

@@ -26,7 +26,7 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         noise = generator.standard_normal((1, height, width // 2 + 1, 2))
         rounded = np.ceil if generator.integers(2) else np.floor
         return {"noise": noise, "own_pixels": rounded(lam * height * width).astype(np.int64)}
@@ -36,7 +36,7 @@ class Policy(policy.Policy):
         rows = torch.fft.fftfreq(height, device=images.device)
         columns = torch.fft.rfftfreq(width, device=images.device)
         frequency = (rows[:, None].square() + columns.square()).sqrt().clamp(min=1 / max(height, width))
-        spectrum = torch.view_as_complex(draw.more["noise"]) / frequency**self.settings.decay
+        spectrum = torch.view_as_complex(draw.extra["noise"]) / frequency**self.settings.decay
         noise = torch.fft.irfft2(spectrum, s=(height, width)).flatten(1)
         rank = noise.argsort(dim=1, descending=True).argsort(dim=1)
-        return (rank >= draw.more["own_pixels"][:, None]).float().view(-1, height, width)
+        return (rank >= draw.extra["own_pixels"][:, None]).float().view(-1, height, width)

@@ -36,7 +36,7 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         settings = self.settings
         holes = generator.integers(settings.holes[0], settings.holes[1] + 1)
         hole_aspect, area, aspect = (
@@ -53,7 +53,7 @@ class Policy(policy.Policy):
         }
 
     def mask(self, images: Tensor, draw: Draw) -> Tensor:
-        return draw.more["rows"].unsqueeze(2) * draw.more["columns"].unsqueeze(1)
+        return draw.extra["rows"].unsqueeze(2) * draw.extra["columns"].unsqueeze(1)
 
 
 def _holes(size: int, crop: int, cell: int, share: np.ndarray, place: float) -> np.ndarray:

@@ -31,7 +31,7 @@ class Policy(policy.Policy):
                 children = ", ".join(child for child, _ in _model(backbone).named_children())
                 raise ConfigError(f"policy.settings.layers: the backbone has no module {name!r}; it has {children}")
 
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         return {"layer": self.settings.layers[generator.integers(len(self.settings.layers))]}
 
     def mix(self, images: Tensor, draw: Draw) -> None:
@@ -42,7 +42,7 @@ class Policy(policy.Policy):
             lam = draw.lam.to(hidden.dtype).view(-1, *[1] * (hidden.ndim - 1))
             return lam * hidden + (1 - lam) * hidden[draw.partner]
 
-        layer = draw.more["layer"]
+        layer = draw.extra["layer"]
         if not layer:
             return encoder(mixed(images), "one"), draw.lam
         hook = _model(encoder.backbone).get_submodule(layer).register_forward_hook(lambda _, __, out: mixed(out))

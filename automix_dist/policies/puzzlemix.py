@@ -67,12 +67,12 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         fitting = [n for n in self.settings.blocks if height % n == 0 and width % n == 0]
         require(bool(fitting), "blocks", self.settings.blocks, f"a divisor of the image's {height} x {width} pixels")
         return {"blocks": fitting[generator.integers(len(fitting))]}
 
-    def look(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
+    def prepare(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
         pixels, training = images.detach().requires_grad_(), encoder.training
         encoder.eval()
         with torch.enable_grad():
@@ -81,10 +81,10 @@ class Policy(policy.Policy):
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), pixels)
         encoder.train(training)
         torch.clear_autocast_cache()  # its casts of the weights hang on the graph that was just freed
-        return draw._replace(more=draw.more | {"saliency": gradient.float().square().mean(dim=1).sqrt()})
+        return draw._replace(extra=draw.extra | {"saliency": gradient.float().square().mean(dim=1).sqrt()})
 
     def mix(self, images: Tensor, draw: Draw) -> Mix:
-        blocks, saliency, partner = draw.more["blocks"], draw.more["saliency"], images[draw.partner]
+        blocks, saliency, partner = draw.extra["blocks"], draw.extra["saliency"], images[draw.partner]
         mask = best_mask(*self.energy(images, share_of_blocks(saliency, (blocks, blocks)), draw))
         mask = mask.unsqueeze(1) / (self.settings.levels - 1)
         if self.settings.move:

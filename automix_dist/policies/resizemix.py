@@ -28,7 +28,7 @@ class Policy(cutmix.Policy):
 
     def partners(self, images: Tensor, draw: Draw) -> Tensor:
         """Each partner shrunk into its box, by the nearest pixel; what lies outside of the box does not matter."""
-        top, bottom, left, right = draw.more["boxes"].unsqueeze(2).unbind(dim=1)
+        top, bottom, left, right = draw.extra["boxes"].unsqueeze(2).unbind(dim=1)
         rows = _sources(top, bottom, images.shape[2]).unsqueeze(2)
         columns = _sources(left, right, images.shape[3]).unsqueeze(1)
         return images.permute(0, 2, 3, 1)[draw.partner[:, None, None], rows, columns].permute(0, 3, 1, 2)

@@ -26,7 +26,7 @@ class Policy(policy.Policy):
     def draw_lam(self, generator: np.random.Generator) -> float:
         return 0.5  # of no account: the mask's mean decides
 
-    def draw_more(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         centre = generator.integers(height), generator.integers(width)
         sigma = generator.uniform(*self.settings.sigma) * height
         rows, columns = (
@@ -36,4 +36,4 @@ class Policy(policy.Policy):
         return {"rows": rows, "columns": columns}
 
     def mask(self, images: Tensor, draw: Draw) -> Tensor:
-        return (draw.more["rows"].unsqueeze(2) * draw.more["columns"].unsqueeze(1)).expand(len(images), -1, -1)
+        return (draw.extra["rows"].unsqueeze(2) * draw.extra["columns"].unsqueeze(1)).expand(len(images), -1, -1)

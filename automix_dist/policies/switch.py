@@ -47,14 +47,14 @@ class Policy(policy.Policy):
     def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
         return self._mark(0, self.policies[0].finish_draw(generator, lam, partner, images))
 
-    def look(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
-        return self.policies[draw.more["policy"]].look(encoder, images, labels, draw)
+    def prepare(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
+        return self.policies[draw.extra["policy"]].prepare(encoder, images, labels, draw)
 
     def mix(self, images: Tensor, draw: Draw) -> Mix | None:
-        return self.policies[draw.more["policy"]].mix(images, draw)
+        return self.policies[draw.extra["policy"]].mix(images, draw)
 
     def forward(self, encoder: nn.Module, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
-        return self.policies[draw.more["policy"]](encoder, images, draw)
+        return self.policies[draw.extra["policy"]](encoder, images, draw)
 
     def _mark(self, chosen: int, draw: Draw) -> Draw:
-        return draw._replace(more=draw.more | {"policy": chosen})
+        return draw._replace(extra=draw.extra | {"policy": chosen})

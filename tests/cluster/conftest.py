@@ -1,14 +1,10 @@
 """Hosts, Slurm and data, made once for all tests of this folder."""
 
-import sys
 from pathlib import Path
 
 import hosts as hosts_module
 import pytest
 import slurm as slurm_module
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_training import digits, settings  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training import records
+from ranks import records
 
 from automix_dist.checkpoint import newest
 from automix_dist.errors import EXIT_STOPPED

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ranks import records
 from test_hosts import no_rank_is_left, trained, until
-from test_training import records
 
 from automix_dist.checkpoint import newest
 
