@@ -291,7 +291,7 @@ def test_while_all_save_the_rank_at_its_disk_is_the_culprit():
 
 
 def test_a_background_save_is_no_excuse_in_a_step():
-    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    process = distributed.Process(0, 0, 2, torch.device("cpu"), None)
     watch = Heartbeat(process, EngineConfig(), None)
     process.progress.writing = True
     for phase, writing in (("forward", False), ("saving", True)):
@@ -330,7 +330,7 @@ def test_stragglers_against_the_median():
 
 
 def test_a_step_that_is_slow_by_nature_gets_its_time():
-    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    process = distributed.Process(0, 0, 2, torch.device("cpu"), None)
     watch = Heartbeat(process, EngineConfig(stall_seconds=10, timeout_minutes=10), None)
 
     def stuck_after(seconds: float) -> bool:
@@ -354,7 +354,7 @@ def watch(monkeypatch):
     """Rank 0's heartbeat without store and thread; what it says is in `said`."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.0)
-    process = distributed.Process(0, 0, 2, 2, torch.device("cpu"), None)
+    process = distributed.Process(0, 0, 2, torch.device("cpu"), None)
     watch = Heartbeat(process, EngineConfig(stall_seconds=0.01, timeout_minutes=10), None)
     watch._thread, watch.said = threading.Thread(), []
     watch._thread.start()
@@ -406,7 +406,7 @@ def test_progress_adds_up_own_work_apart_from_patient_steps(monkeypatch):
 
 def test_one_process_or_zero_seconds_need_no_heartbeat():
     for world_size, seconds in ((1, 45), (2, 0)):
-        process = distributed.Process(0, 0, world_size, 1, torch.device("cpu"), None)
+        process = distributed.Process(0, 0, world_size, torch.device("cpu"), None)
         before = signal.getsignal(signal.SIGTERM)
         with Heartbeat(process, EngineConfig(stall_seconds=seconds), None):
             assert signal.getsignal(signal.SIGTERM) is before
