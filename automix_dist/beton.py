@@ -19,6 +19,8 @@ import io
 import json
 import os
 import platform
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -267,20 +269,22 @@ def _write_file(
     todo = chosen
     while len(todo):
         numbered = enumerate(todo.tolist(), start=len(chosen) - len(todo))
-        encoded = _in_order(partial(_encode, images, options), numbered, workers)
-        for i, stored in zip(todo, tqdm(encoded, "write", len(todo), unit="img", disable=not progress), strict=True):
-            if isinstance(stored, Broken):
-                broken.append(stored)
-                usable[i] = False
-                continue
-            start, unit = _place(end, len(stored.data))
-            file.seek(start)
-            file.write(stored.data)
-            end, page = start + len(stored.data), max(page, unit)
-            records[kept] = ((stored.mode, stored.width, stored.height, start), stored.label)
-            allocations[kept] = (kept, start, len(stored.data))
-            sums[kept] = stored.sum
-            kept += 1
+        with _ctrl_c_held() as stop_if_asked:
+            encoded = _in_order(partial(_encode, images, options), numbered, workers, stop_if_asked)
+            bar = tqdm(encoded, "write", len(todo), unit="img", disable=not progress)
+            for i, stored in zip(todo, bar, strict=True):
+                if isinstance(stored, Broken):
+                    broken.append(stored)
+                    usable[i] = False
+                    continue
+                start, unit = _place(end, len(stored.data))
+                file.seek(start)
+                file.write(stored.data)
+                end, page = start + len(stored.data), max(page, unit)
+                records[kept] = ((stored.mode, stored.width, stored.height, start), stored.label)
+                allocations[kept] = (kept, start, len(stored.data))
+                sums[kept] = stored.sum
+                kept += 1
         # The next ones of their classes stand in for those that could not be read.
         wanted = _first_of_each_class(images.labels, usable, options["per_class"])
         todo = np.setdiff1d(wanted, chosen) if options["skip_broken"] else chosen[:0]
@@ -309,7 +313,9 @@ def _first_of_each_class(labels: np.ndarray, usable: np.ndarray, per_class: int 
     return np.sort(by_class[(place_in_class < per_class) | (sorted_labels < 0)])
 
 
-def _in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+def _in_order(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, stop_if_asked: Callable[[], None]
+) -> Iterator[Any]:
     """The function of each item, computed by threads, of which a few results at most wait in memory."""
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
@@ -317,11 +323,38 @@ def _in_order(function: Callable[[Any], Any], items: Iterable[Any], workers: int
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) >= 4 * workers:
+                stop_if_asked()
                 yield pending.popleft().result()
         while pending:
+            stop_if_asked()
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_held() -> Iterator[Callable[[], None]]:
+    """Ctrl-C interrupts only the function that is yielded: elsewhere it may leave a lock taken that threads need."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came = []
+
+    def note(*_: Any) -> None:
+        if came:  # twice: whatever it leaves behind
+            raise KeyboardInterrupt
+        came.append(True)
+
+    def stop_if_asked() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield stop_if_asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _place(end: int, size: int) -> tuple[int, int]:
@@ -633,12 +666,10 @@ def verify(path: Path, *, workers: int = 0, progress: bool = False) -> Manifest:
         return whole and (image["mode"] == RAW or decodes(stored, int(image["height"]), int(image["width"])))
 
     workers = workers or usable_cores()
-    results = _in_order(sample_is_sound, range(manifest.count), workers)
-    bad = [
-        i
-        for i, sound in enumerate(tqdm(results, "verify", manifest.count, unit="img", disable=not progress))
-        if not sound
-    ]
+    with _ctrl_c_held() as stop_if_asked:
+        results = _in_order(sample_is_sound, range(manifest.count), workers, stop_if_asked)
+        bar = tqdm(results, "verify", manifest.count, unit="img", disable=not progress)
+        bad = [i for i, sound in enumerate(bar) if not sound]
     if bad:
         shown = ", ".join(map(str, bad[:100])) + (", ..." if len(bad) > 100 else "")
         raise BetonError(

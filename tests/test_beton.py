@@ -611,6 +611,35 @@ def test_an_interrupted_write_leaves_nothing_that_looks_finished(tmp_path, how, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
+def test_ctrl_c_in_the_midst_of_a_lock_leaves_it_to_the_threads(tmp_path):
+    """The signal comes when the main thread has just taken a lock that a worker needs to deliver its image."""
+    code = """
+import os, signal, sys, threading
+from automix_dist import beton
+signal.signal(signal.SIGINT, signal.default_int_handler)
+take, taken = threading.Condition.__enter__, []
+def interrupted(condition):
+    result = take(condition)
+    if threading.get_ident() == main:
+        taken.append(condition)
+        if len(taken) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.get_ident()  # where the interpreter looks for signals
+    return result
+main = threading.get_ident()
+threading.Condition.__enter__ = interrupted
+try:
+    beton.prepare("synthetic:100000x64@10", sys.argv[1], workers=1, progress=False)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.beton")], capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout == "stopped\n", run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_killed_between_file_and_manifest(copy):
     beton.manifest_path(copy).unlink()
     with pytest.raises(BetonError, match=r"no manifest.*interrupted"):
