@@ -78,7 +78,12 @@ def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize(
     ("name", "seeds", "reference"),
-    [("digits_compare", 5, "none"), ("digits_few_compare", 5, "none"), ("digits_speed_compare", 8, "automix")],
+    [
+        ("digits_compare", 5, "none"),
+        ("digits_few_compare", 5, "none"),
+        ("digits_speed_compare", 8, "automix"),
+        ("cifar10_few_compare", 5, "none"),
+    ],
 )
 def test_the_comparisons_of_the_repository_can_be_run(name, seeds, reference):
     comparison = load_comparison(ROOT / "configs" / f"{name}.yaml")
