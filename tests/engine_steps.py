@@ -29,10 +29,14 @@ ENGINES = {
 def train_plain(config, ranks: int, steps: int) -> dict[str, torch.Tensor]:
     """Micro batches of `ranks` ranks in one process, without any engine."""
     model = tiny_model(config).train()
-    optimizer = build_optimizer(model, config.optimizer)
+    return plain_steps(config, model, build_optimizer(model, config.optimizer), ranks, 0, steps)
+
+
+def plain_steps(config, model, optimizer, ranks: int, first: int, last: int) -> dict[str, torch.Tensor]:
+    """`engine_steps` of `ranks` ranks in one process; returns the parameters."""
     update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
     size = config.batch_size // ranks
-    for step in range(steps):
+    for step in range(first, last):
         values = schedule.at(step)
         set_learning_rates(optimizer, values)
         optimizer.zero_grad()

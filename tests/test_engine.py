@@ -11,10 +11,10 @@ import pytest
 import torch
 from engine_steps import (
     ENGINES,
-    STEPS_PER_EPOCH,
     TOLERANCE,
     assert_same,
     engine_steps,
+    plain_steps,
     save_after,
     start_engine,
     train_plain,
@@ -30,9 +30,7 @@ from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import ConfigError
 from automix_dist.draws import Draws, MixDraw
 from automix_dist.engines import build_engine
-from automix_dist.momentum import MomentumUpdate
-from automix_dist.optimizer import build_optimizer, set_learning_rates
-from automix_dist.schedules import Schedule
+from automix_dist.optimizer import build_optimizer
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -249,20 +247,7 @@ def resume_plain(config, folder: Path, ranks: int, last: int) -> dict[str, torch
             if parameter.requires_grad:
                 for key, value in saved.manifest["optimizer_scalars"].items():
                     optimizer.state[parameter][key] = torch.tensor(value)
-    update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
-    size = config.batch_size // ranks
-    for step in range(saved.step, last):
-        values = schedule.at(step)
-        set_learning_rates(optimizer, values)
-        optimizer.zero_grad()
-        for rank in range(ranks):
-            losses = model(
-                *micro_batch(step, rank, size), rank_draws(config, step, rank, size), values.mask_loss_weight
-            )
-            (losses.total / ranks).backward()
-        optimizer.step()
-        update(values.momentum)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return plain_steps(config, model, optimizer, ranks, saved.step, last)
 
 
 def engine_clipping(config) -> float:
