@@ -51,28 +51,29 @@ class MixBlock(nn.Module):
         """
         h, w = features.shape[2:]
         tokens = features.flatten(2).transpose(1, 2)
-        query_weight, value_weight, query_lambda, value_lambda = kernels.split_weights(
+        weight, query_lambda, value_lambda = kernels.split_weights(
             self.query_weight,
             self.value_weight,
             self.channels,
             surrounding_autocast(features.device, features.dtype),
             implementation=self.implementation,
         )
-        projection = F.linear(tokens, query_weight)
-        value = F.linear(tokens, value_weight).squeeze(2)
+        projection = F.linear(tokens, weight)  # with the value as a column
         if self.norm is None:
             logits = kernels.mix_attention(
                 projection,
-                value,
+                None,
                 partner,
                 lam,
                 query_lambda,
                 self.query_bias,
                 value_lambda,
                 self.value_bias,
+                self.width,
                 implementation=self.implementation,
             )
         else:
+            projection, value, _ = projection.split([self.width, 1, projection.shape[2] - self.width - 1], dim=2)
 
             def attend(partner: Tensor, lam: Tensor) -> Tensor:
                 return self._attend_normed(projection, value, partner, lam, query_lambda, value_lambda, (h, w))
@@ -98,7 +99,7 @@ class MixBlock(nn.Module):
         queries, keys = (self._normed(tokens, size) for tokens in (queries, keys))
         with torch.autocast(projection.device.type, enabled=False):
             attention = torch.softmax(torch.bmm(queries, keys.transpose(1, 2)) / math.sqrt(self.width), dim=2)
-            logits = torch.bmm(attention, values.unsqueeze(2)).squeeze(2) + self.value_bias
+            logits = torch.bmm(attention, values).squeeze(2) + self.value_bias
             if self.lam_concat:
                 logits = logits + (1 - lam)[:, None] * value_lambda
         return logits

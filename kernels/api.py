@@ -60,17 +60,19 @@ def split_weights(
     dtype: torch.dtype,
     *,
     implementation: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The Mix Block's two weights, cut into what its products read and what its attention reads. Differentiable.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The Mix Block's two weights, cut into what its product reads and what its attention reads. Differentiable.
 
     Args:
         query_weight: [D, columns] float32 (other types in plain PyTorch).
         value_weight: [1, columns], of the same type.
         channels: C of the features; columns is C, or C + 1 with one for lambda.
-        dtype: of the products.
+        dtype: of the product.
 
     Returns:
-        [D, C] and [1, C] in `dtype`, dense; lambda's columns [D] and [1] in the weights' type, or None and None.
+        [D + 1 and zeros up to a multiple of 16, C] in `dtype`, the query weight's rows and below them the value's: the
+        features times its transpose are `mix_attention`'s projection with the value inside. Lambda's columns [D] and
+        [1] in the weights' type, or None and None.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device.
@@ -88,19 +90,20 @@ def split_weights(
         split = triton_split_weights.split_weights
     else:
         split = reference.split_weights
-    query, value, *of_lambda = split(query_weight, value_weight, channels, dtype)
-    return query, value, *(of_lambda if columns > channels else (None, None))
+    joined, *of_lambda = split(query_weight, value_weight, channels, dtype)
+    return joined, *(of_lambda if columns > channels else (None, None))
 
 
 def mix_attention(
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None = None,
     query_bias: Tensor | None = None,
     value_lambda: Tensor | None = None,
     value_bias: Tensor | None = None,
+    width: int | None = None,
     *,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, ...]:
@@ -118,11 +121,13 @@ def mix_attention(
     Args:
         projection: [B, N, D] float32, bfloat16 or float16 (float64 in plain PyTorch). A slice of a wider tensor is
             fine; fastest where its row stride is a multiple of 16 elements.
-        value: [B, N], any of these dtypes.
+        value: [B, N], any of these dtypes; or None, and the projection is [B, N, more than D]: D columns of queries and
+            keys, one of the value, and others that nobody reads and whose gradient is zero.
         partner: [B] or [R, B] int64 in 0..B-1, not checked; repetitions are allowed.
         lam: float32 of partner's shape.
         query_lambda, query_bias: [D] or None; query_lambda may be a column of a matrix.
         value_lambda, value_bias: [1] or None.
+        width: D, where `value` is None.
         implementation: "auto", "triton" or "reference".
 
     Returns:
@@ -133,9 +138,16 @@ def mix_attention(
         RuntimeError: implementation="triton" where Triton cannot run.
     """
     _check("projection", projection, (None, None, None))
-    batch, positions, channels = projection.shape
+    batch, positions, columns = projection.shape
     device = projection.device
-    _check("value", value, (batch, positions), device=device)
+    if value is not None:
+        _check("value", value, (batch, positions), device=device)
+    if (value is None) != (width is not None) or (width is not None and not 0 < width < columns):
+        raise ValueError(
+            f"width must be that of queries and keys, 1..{columns - 1}, where value is None (a column of the "
+            f"projection), and else None; got {width}"
+        )
+    channels = columns if width is None else width
     draws = () if isinstance(partner, Tensor) and partner.dim() == 1 else (None,)
     _check("partner", partner, (*draws, batch), (torch.int64,), device)
     _check("lam", lam, tuple(partner.shape), device=device)
@@ -148,10 +160,12 @@ def mix_attention(
     ):
         if tensor is not None:
             _check(name, tensor, (size,), device=device)
-    obstacle = _dtype_obstacle("projection", projection) or _dtype_obstacle("value", value)
+    obstacle = _dtype_obstacle("projection", projection)
+    if value is not None:
+        obstacle = obstacle or _dtype_obstacle("value", value)
     if not _takes_triton(implementation, device, obstacle):
         return reference.mix_attention(
-            projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias
+            projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias, width
         )
     logits, others, *_ = triton_mix_attention.mix_attention(
         projection,
@@ -162,6 +176,7 @@ def mix_attention(
         None if query_bias is None else query_bias.contiguous(),
         value_lambda,
         value_bias,
+        width,
     )
     return logits if partner.dim() == 1 else (logits, *others)
 

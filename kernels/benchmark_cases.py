@@ -371,15 +371,15 @@ def block(
     attend_both: Callable[..., tuple[Tensor, Tensor]],
     mask_blend: Callable,
 ) -> Candidate:
-    """One projection for both draws. `attend_both`: `mix_attention` of partners and lams [2, B] to two logits."""
+    """`attend_both`: two logits from the features, the joined weight, partners and lams [2, B] and the parameters."""
 
     def call(inputs: Inputs) -> list[Tensor]:
-        query_weight, value_weight, query_lambda, value_lambda = split_weights(
+        weight, query_lambda, value_lambda = split_weights(
             inputs["query_weight"], inputs["value_weight"], shape.channels, dtype
         )
         logits = attend_both(
-            F.linear(inputs["features"], query_weight),
-            F.linear(inputs["features"], value_weight).squeeze(2),
+            inputs["features"],
+            weight,
             inputs["partners"],
             inputs["lams"],
             query_lambda,
@@ -398,10 +398,21 @@ def block(
     return call
 
 
-def one_by_one(attention: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Both draws by an attention of one."""
+def together(width: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """One product for projection and value, one attention for both draws."""
 
-    def attend_both(y, v, partners, lams, *parameters) -> tuple[Tensor, Tensor]:
+    def attend_both(features, weight, *arguments) -> tuple[Tensor, Tensor]:
+        return api.mix_attention(F.linear(features, weight), None, *arguments, width)
+
+    return attend_both
+
+
+def one_by_one(attention: Callable[..., Tensor], width: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Projection and value by a product each, which serve both draws; these by an attention of one."""
+
+    def attend_both(features, weight, partners, lams, *parameters) -> tuple[Tensor, Tensor]:
+        y = F.linear(features, weight[:width])
+        v = F.linear(features, weight[width : width + 1]).squeeze(2)
         first = attention(y, v, partners[0], lams[0], *parameters)
         with torch.no_grad():
             return first, attention(y.detach(), v.detach(), partners[1], lams[1], *parameters)
@@ -463,11 +474,12 @@ def block_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
         return {**{name: tensor.requires_grad_() for name, tensor in leaf.items()}, **plain}
 
     def plain(attention: Callable, dtype: torch.dtype = dtype) -> Candidate:
-        return block(shape, dtype, mode, reference.split_weights, one_by_one(attention), reference.mask_blend)
+        attend_both = one_by_one(attention, shape.width)
+        return block(shape, dtype, mode, reference.split_weights, attend_both, reference.mask_blend)
 
     published = block_published(shape, dtype, mode)
     candidates = {
-        "ours": block(shape, dtype, mode, api.split_weights, api.mix_attention, api.mask_blend),
+        "ours": block(shape, dtype, mode, api.split_weights, together(shape.width), api.mask_blend),
         "published": published,
         "rearranged": plain(attention_rearranged),
     }

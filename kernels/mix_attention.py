@@ -24,6 +24,9 @@ mapping will do, not only permutations.
 
 Several draws of partners and lambdas over the same projection share both launches of the forward. Only the first one
 has a gradient; of the others nothing but the logits is kept.
+
+The value may be a column of the projection, so that one product of the features gives both. Its gradient is then the
+same column of the projection's, and one product gives the gradients of both weights.
 """
 
 import math
@@ -32,6 +35,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.reference import split_projection
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -253,6 +257,7 @@ def _backward_kernel(
     STRIDE_N: tl.constexpr,
     STRIDE_VALUE_N: tl.constexpr,
     STRIDE_LAMBDA: tl.constexpr,
+    STRIDE_GRAD_N: tl.constexpr,
     HAS_LAMBDA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_UNIT: tl.constexpr,
@@ -261,13 +266,15 @@ def _backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
     """Rows of one image's gradient: as queries of its own pair, then as keys of every pair that names it.
 
     Grid: (tiles of rows, images). The scores' gradient of one role stays in registers while its product runs over the
     channels; each role (and each BLOCK_N columns of it) is added to what this same program wrote before. grad_offset[b,
     tile] gets the tile's part of the gradient of a[b], grad_sum[b, tile] its sum of grad_logits. unit[b] is a power of
-    two near the largest dS of pair b: divided by it, dS stays within float16's range; other types need none.
+    two near the largest dS of pair b: divided by it, dS stays within float16's range; other types need none. A row
+    of the projection's gradient that is longer than D ends with the value's gradient and zeros.
     """
     HAS_OFFSET: tl.constexpr = HAS_LAMBDA or HAS_BIAS
     EVEN: tl.constexpr = D % BLOCK_D == 0
@@ -277,7 +284,7 @@ def _backward_kernel(
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < N
     own_base = projection_ptr + image * stride_b
-    output_base = grad_projection_ptr + image * (N * D)
+    output_base = grad_projection_ptr + image * (N * STRIDE_GRAD_N)
 
     partner = tl.load(partner_ptr + image).to(tl.int64)
     # An infinite denominator: rows outside the image have probability zero, and add nothing to the sums over rows.
@@ -310,7 +317,7 @@ def _backward_kernel(
                 if start_n > 0:
                     offset_sum += tl.load(offset_pointers, mask=column_mask, other=0.0)
                 tl.store(offset_pointers, offset_sum, mask=column_mask)
-            pointers = output_base + rows[:, None] * D + columns[None, :]
+            pointers = output_base + rows[:, None] * STRIDE_GRAD_N + columns[None, :]
             mask = row_mask[:, None] & column_mask[None, :]
             if start_n > 0:
                 product += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -350,13 +357,19 @@ def _backward_kernel(
                         query_lambda_ptr, query_bias_ptr, lam, columns, D, STRIDE_LAMBDA, HAS_LAMBDA, HAS_BIAS
                     )  # fmt: skip
                     product += offset_weight[:, None] * offset[None, :]
-                pointers = output_base + rows[:, None] * D + columns[None, :]
+                pointers = output_base + rows[:, None] * STRIDE_GRAD_N + columns[None, :]
                 mask = row_mask[:, None] & (columns < D)[None, :]
                 product += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
                 tl.store(pointers, product.to(grad_projection_ptr.dtype.element_ty), mask=mask)
             tl.debug_barrier()
         pair = _next_pair(partner_ptr, image, pair, batch, BLOCK_B)
-    tl.store(grad_value_ptr + image * N + rows, grad_value.to(grad_value_ptr.dtype.element_ty), mask=row_mask)
+    if STRIDE_GRAD_N == D:
+        tl.store(grad_value_ptr + image * N + rows, grad_value.to(grad_value_ptr.dtype.element_ty), mask=row_mask)
+    else:
+        rest = tl.arange(0, BLOCK_REST)
+        values = tl.where(rest[None, :] == 0, grad_value[:, None], 0.0).to(grad_projection_ptr.dtype.element_ty)
+        pointers = output_base + rows[:, None] * STRIDE_GRAD_N + D + rest[None, :]
+        tl.store(pointers, values, mask=row_mask[:, None] & (rest < STRIDE_GRAD_N - D)[None, :])
 
 
 @triton.jit
@@ -461,36 +474,41 @@ def _rows_are_contiguous(projection: Tensor) -> Tensor:
 @torch.library.custom_op("automix::mix_attention", mutates_args=(), device_types="cuda")
 def mix_attention(
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None,
     query_bias: Tensor | None,
     value_lambda: Tensor | None,
     value_bias: Tensor | None,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For partners and lambdas [B] or [R, B]: logits [B, N] of the first draw and [R - 1, B, N] of the others, and for
     the first one's backward m and lse [B, N] (see the module's docstring) and u [R * B, N]; float32.
 
-    u is empty where neither lambda nor a bias enters the query.
+    u is empty where neither lambda nor a bias enters the query. Without `value` it is column D = `width` of a wider
+    projection.
     """
     with torch.cuda.device_of(projection):
-        return launch_forward(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias)
+        return launch_forward(
+            projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias, width
+        )
 
 
 def launch_forward(
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None,
     query_bias: Tensor | None,
     value_lambda: Tensor | None,
     value_bias: Tensor | None,
+    width: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mix_attention` with a tile of one's choice."""
-    projection = _rows_are_contiguous(projection)
+    projection, value = split_projection(_rows_are_contiguous(projection), value, width)
     batch, positions, channels = projection.shape
     architecture = _architecture(projection.device)
     tile = tile or forward_tile(architecture, projection.element_size(), positions, channels)
@@ -575,7 +593,7 @@ def _element_stride(vector: Tensor | None) -> int:
 
 
 @mix_attention.register_fake
-def _(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias):
+def _(projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias, width=None):
     return _empty_outputs(projection, partner, query_lambda, query_bias)
 
 
@@ -583,7 +601,7 @@ def _(projection, value, partner, lam, query_lambda, query_bias, value_lambda, v
 def mix_attention_backward(
     grad_logits: Tensor,
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None,
@@ -591,22 +609,23 @@ def mix_attention_backward(
     attended: Tensor,
     lse: Tensor,
     key_offset: Tensor,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
 
-    Of one draw, with its partner, lam, attended, lse and key_offset alone. The third is empty where neither lambda nor
-    a bias enters the query.
+    Of one draw, with its partner, lam, attended, lse and key_offset alone. The second is empty where the value is a
+    column of the projection, the third where neither lambda nor a bias enters the query.
     """
     with torch.cuda.device_of(projection):
         return launch_backward(
-            grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset
+            grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset, width
         )
 
 
 def launch_backward(
     grad_logits: Tensor,
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None,
@@ -614,10 +633,12 @@ def launch_backward(
     attended: Tensor,
     lse: Tensor,
     key_offset: Tensor,
+    width: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`mix_attention_backward` with a tile of one's choice."""
-    projection = _rows_are_contiguous(projection)
+    joined, columns = value is None, projection.shape[2]
+    projection, value = split_projection(_rows_are_contiguous(projection), value, width)
     grad_logits = grad_logits.contiguous()
     batch, positions, channels = projection.shape
     architecture = _architecture(projection.device)
@@ -627,9 +648,9 @@ def launch_backward(
     # More than one block of columns is added up in memory, which is done in float32.
     one_block = positions <= tile.columns
     grad_projection = projection.new_empty(
-        batch, positions, channels, dtype=projection.dtype if one_block else torch.float32
+        batch, positions, columns, dtype=projection.dtype if one_block else torch.float32
     )
-    grad_value = value.new_empty(batch, positions)
+    grad_value = value.new_empty(0 if joined else (batch, positions))
     grad_offset = lse.new_empty(batch, row_tiles, channels)
     grad_sum = lse.new_empty(batch, row_tiles)
     grad_query = lse.new_empty(2 if has_offset else 0, channels)
@@ -664,6 +685,7 @@ def launch_backward(
         STRIDE_N=projection.stride(1),
         STRIDE_VALUE_N=value.stride(1),
         STRIDE_LAMBDA=_element_stride(query_lambda),
+        STRIDE_GRAD_N=columns,
         HAS_LAMBDA=query_lambda is not None,
         HAS_BIAS=query_bias is not None,
         HAS_UNIT=unit is not None,
@@ -672,6 +694,7 @@ def launch_backward(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_D=tile.width,
+        BLOCK_REST=triton.next_power_of_2(max(columns - channels, 1)),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
@@ -695,19 +718,18 @@ def launch_backward(
 
 
 @mix_attention_backward.register_fake
-def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset):
-    batch, positions, channels = projection.shape
+def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset, width=None):
     has_offset = query_lambda is not None or query_bias is not None
     return (
-        projection.new_empty(batch, positions, channels),
-        value.new_empty(batch, positions),
-        lse.new_empty(2 if has_offset else 0, channels),
+        projection.new_empty(projection.shape),
+        projection.new_empty(0) if value is None else value.new_empty(value.shape),
+        lse.new_empty(2 if has_offset else 0, projection.shape[2] if width is None else width),
         lse.new_empty(2),
     )
 
 
 def _save_for_backward(ctx, inputs, output):
-    projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias = inputs
+    projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias, width = inputs
     _, others, attended, lse, key_offset = output
     ctx.mark_non_differentiable(others, attended, lse, key_offset)
     ctx.set_materialize_grads(False)
@@ -715,16 +737,21 @@ def _save_for_backward(ctx, inputs, output):
         partner, lam, key_offset = partner[0], lam[0], key_offset[: len(attended)]
     ctx.save_for_backward(projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset)
     ctx.value_dtypes = [None if p is None else p.dtype for p in (value_lambda, value_bias)]
+    ctx.width = width
 
 
 def _backward(ctx, grad_logits, *_):
     if grad_logits is None:
-        return (None,) * 8
-    grad_projection, grad_value, grad_query, grad_constant = mix_attention_backward(grad_logits, *ctx.saved_tensors)
+        return (None,) * 9
+    grad_projection, grad_value, grad_query, grad_constant = mix_attention_backward(
+        grad_logits, *ctx.saved_tensors, ctx.width
+    )
+    if ctx.saved_tensors[1] is None:
+        grad_value = None
     query_parameters = ctx.saved_tensors[4:6]
     grad_query = [None if p is None else grad_query[i].to(p.dtype) for i, p in enumerate(query_parameters)]
     grad_constant = [None if d is None else grad_constant[i : i + 1].to(d) for i, d in enumerate(ctx.value_dtypes)]
-    return grad_projection, grad_value, None, None, *grad_query, *grad_constant
+    return grad_projection, grad_value, None, None, *grad_query, *grad_constant, None
 
 
 mix_attention.register_autograd(_backward, setup_context=_save_for_backward)

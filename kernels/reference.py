@@ -15,46 +15,66 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+ROWS = 16
+"""Projection and value are one product, whose columns are filled up to a multiple of this: then each of its rows begins
+where matrix products and wide loads want it."""
+
+
+def joined_rows(width: int) -> int:
+    """Rows of the joined weight: D of queries and keys, one of the value, and zeros."""
+    return -(-(width + 1) // ROWS) * ROWS
+
+
 def split_weights(
     query_weight: Tensor, value_weight: Tensor, channels: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The Mix Block's weights [D, columns] and [1, columns], cut into what is read by whom.
 
     Returns:
-        their first `channels` columns in `dtype`, [D, channels] and [1, channels]; and the last column of each, for
-        lambda, [D] and [1] in the weights' type, empty where there is none.
+        their first `channels` columns, one below the other, [joined_rows(D), channels] in `dtype` with zeros at the
+        end; and the last column of each, for lambda, [D] and [1] in the weights' type, empty where there is none.
     """
+    width, columns = query_weight.shape
     (query, query_lambda), (value, value_lambda) = (
-        weight.split([channels, weight.shape[1] - channels], dim=1) for weight in (query_weight, value_weight)
+        weight.split([channels, columns - channels], dim=1) for weight in (query_weight, value_weight)
     )
-    return (
-        query.to(dtype, copy=True),
-        value.to(dtype, copy=True),
-        query_lambda.flatten().clone(),
-        value_lambda.flatten().clone(),
-    )
+    filling = query.new_zeros(joined_rows(width) - width - 1, channels)
+    joined = torch.cat([query, value, filling]).to(dtype)
+    return joined, query_lambda.flatten().clone(), value_lambda.flatten().clone()
 
 
 def split_weights_backward(
-    grad_query: Tensor, grad_value: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor
+    grad_joined: Tensor, grad_query_lambda: Tensor, grad_value_lambda: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """The weights' gradients [D, columns] and [1, columns], in float32 (float64 for float64 gradients)."""
-    dtype, columns = _accumulate_dtype(grad_query), len(grad_value_lambda)
-    return (
-        torch.cat([grad_query.to(dtype), grad_query_lambda.view(-1, columns) if columns else grad_query[:, :0]], dim=1),
-        torch.cat([grad_value.to(dtype), grad_value_lambda.view(1, columns)], dim=1),
+    columns = len(grad_value_lambda)
+    grad_query, grad_value, _ = grad_joined.to(_accumulate_dtype(grad_joined)).split(
+        [width, 1, len(grad_joined) - width - 1]
     )
+    return (
+        torch.cat([grad_query, grad_query_lambda.view(width, columns)], dim=1),
+        torch.cat([grad_value, grad_value_lambda.view(1, columns)], dim=1),
+    )
+
+
+def split_projection(projection: Tensor, value: Tensor | None, width: int | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, N, D], and the value [B, N]: without `value` column D = `width` of the projection."""
+    if value is not None:
+        return projection, value
+    queries, value, _ = projection.split([width, 1, projection.shape[2] - width - 1], dim=2)
+    return queries, value.squeeze(2)
 
 
 def mix_attention(
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None = None,
     query_bias: Tensor | None = None,
     value_lambda: Tensor | None = None,
     value_bias: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Mask logits of each image with its partner, before upsampling and sigmoid.
 
@@ -65,18 +85,21 @@ def mix_attention(
 
     Args:
         projection: [B, N, D], the features times the shared query/key weight, without lambda and bias.
-        value: [B, N], the features times the value weight, without lambda and bias.
+        value: [B, N], the features times the value weight, without lambda and bias; or None, and it is column D of a
+            wider projection, whose columns beyond it are read by nobody.
         partner: [B] or [R, B] int64, the partner of each image in each draw.
         lam: [B] or [R, B] float32, the share of each image in its pair.
         query_lambda: [D], the projection's weight for the lambda channel; None without lambda embedding.
         query_bias: [D] or None.
         value_lambda: [1], the value's weight for the lambda channel, or None.
         value_bias: [1] or None.
+        width: D, where `value` is None.
 
     Returns:
         [B, N] float32, or for [R, B] a tuple of R such tensors, of which the first alone carries a gradient. Products
         are accumulated in float32 (float64 for float64 inputs) whatever the input's dtype.
     """
+    projection, value = split_projection(projection, value, width)
     if partner.dim() == 2:
         parameters = (query_lambda, query_bias, value_lambda, value_bias)
         first = mix_attention(projection, value, partner[0], lam[0], *parameters)
@@ -118,13 +141,14 @@ def _add_constants(logits: Tensor, lam: Tensor, value_lambda: Tensor | None, val
 
 def mix_attention_forward(
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None,
     query_bias: Tensor | None,
     value_lambda: Tensor | None,
     value_bias: Tensor | None,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mix_attention`, and what the first draw's backward needs.
 
@@ -133,6 +157,7 @@ def mix_attention_forward(
         constants; lse [B, N], sqrt(D) times the logarithm of the softmax's denominator; u [R * B, N], empty without
         lambda and bias: u[b, j] = (lam[b] * query_lambda + query_bias) . y[p, j].
     """
+    projection, value = split_projection(projection, value, width)
     if partner.dim() == 2:
         parameters = (query_lambda, query_bias, value_lambda, value_bias)
         draws = [
@@ -164,7 +189,7 @@ def _unscaled_scores(own: Tensor, keys: Tensor, key_offset: Tensor) -> Tensor:
 def mix_attention_backward(
     grad_logits: Tensor,
     projection: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     partner: Tensor,
     lam: Tensor,
     query_lambda: Tensor | None,
@@ -172,6 +197,7 @@ def mix_attention_backward(
     attended: Tensor,
     lse: Tensor,
     key_offset: Tensor,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
 
@@ -179,8 +205,10 @@ def mix_attention_backward(
 
         dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - m[b, i]) / sqrt(D)
 
-    The third is empty without lambda and bias.
+    The second is empty where the value is a column of the projection, the third without lambda and bias.
     """
+    joined, columns = value is None, projection.shape[2]
+    projection, value = split_projection(projection, value, width)
     accumulate = lse.dtype
     lam = lam.to(accumulate)
     grad_logits = grad_logits.to(accumulate)
@@ -205,6 +233,10 @@ def mix_attention_backward(
         grad_query = torch.stack([lam @ grad_offset, grad_offset.sum(dim=0)])
     grad_sums = grad_logits.sum(dim=1)
     grad_constant = torch.stack([(1 - lam) @ grad_sums, grad_sums.sum()])
+    if joined:
+        grad_projection = torch.cat([grad_projection, grad_value.unsqueeze(2)], dim=2)
+        grad_projection = F.pad(grad_projection, (0, columns - width - 1))
+        grad_value = grad_value.new_empty(0)
     return grad_projection.to(projection.dtype), grad_value.to(value.dtype), grad_query, grad_constant
 
 

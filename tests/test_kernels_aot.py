@@ -15,6 +15,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from automix_kernels import mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
+from automix_kernels.reference import joined_rows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -134,25 +135,30 @@ ATTENTION_CASES = [
 
 @pytest.mark.parametrize(("architecture", "batch", "positions", "channels", "dtype"), ATTENTION_CASES)
 def test_mix_attention(record, tmp_path, architecture, batch, positions, channels, dtype):
-    query = meta(channels, 2 * channels + 1)[:, -1], meta(channels)
-    check_attention(
-        record, tmp_path, architecture, meta(batch, positions, channels, dtype=dtype), query, (meta(1), meta(1))
-    )
+    """As the Mix Block has it: the value inside the projection, and rows that begin at multiples of 16."""
+    projection = meta(batch, positions, joined_rows(channels), dtype=dtype), None
+    query = meta(channels), meta(channels)
+    check_attention(record, tmp_path, architecture, projection, query, (meta(1), meta(1)), channels)
+
+
+def test_mix_attention_with_a_value_apart_and_a_column_for_lambda(record, tmp_path):
+    projection = meta(256, 196, 512, dtype=torch.bfloat16), meta(256, 196, dtype=torch.bfloat16)
+    query = meta(512, 1025)[:, -1], meta(512)
+    check_attention(record, tmp_path, "sm90", projection, query, (meta(1), meta(1)))
 
 
 def test_mix_attention_with_a_bias_alone(record, tmp_path):
     """As without lambda among the channels (automix.lam_concat)."""
-    projection = meta(100, 64, 128, dtype=torch.bfloat16)
-    check_attention(record, tmp_path, "sm90", projection, (None, meta(128)), (None, meta(1)))
+    projection = meta(100, 64, 144, dtype=torch.bfloat16), None
+    check_attention(record, tmp_path, "sm90", projection, (None, meta(128)), (None, meta(1)), 128)
 
 
-def check_attention(record, tmp_path, architecture, projection, query, constant):
+def check_attention(record, tmp_path, architecture, projection, query, constant, width=None):
     launches = record(mix_attention, architecture)
-    batch, positions, _ = projection.shape
-    value = meta(batch, positions, dtype=projection.dtype)
+    batch = len(projection[0])
     partner, lam = meta(2, batch, dtype=torch.int64), meta(2, batch)
-    logits, _, *saved = mix_attention.launch_forward(projection, value, partner, lam, *query, *constant)
-    mix_attention.launch_backward(logits, projection, value, partner[0], lam[0], *query, *saved)
+    logits, _, *saved = mix_attention.launch_forward(*projection, partner, lam, *query, *constant, width)
+    mix_attention.launch_backward(logits, *projection, partner[0], lam[0], *query, *saved, width)
     assert [kernel.__name__ for kernel, _ in launches] == [
         "_key_offset_kernel", "_forward_kernel", "_backward_kernel", "_parameter_grad_kernel"
     ]  # fmt: skip
@@ -195,7 +201,7 @@ def test_mask_blend(record, tmp_path, architecture, cells, factor, kind, mode):
 def test_split_weights(record, tmp_path, architecture, columns):
     launches = record(split_weights, architecture)
     parts = split_weights.launch_split(meta(512, columns), meta(1, columns), 1024, torch.bfloat16)
-    split_weights.launch_join(*parts)
+    split_weights.launch_join(*parts, 512)
     assert [kernel.__name__ for kernel, _ in launches] == ["_split_kernel", "_join_kernel"]
     assert_fits(launches, architecture, tmp_path)
 

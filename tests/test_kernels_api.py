@@ -47,6 +47,9 @@ def blend_arguments(batch=3, mode="nearest", h=3, w=2):
     [
         ({"projection": torch.zeros(3, 6)}, ValueError, r"projection must have shape \[any, any, any\], got \[3, 6\]"),
         ({"value": torch.zeros(3, 5)}, ValueError, r"value must have shape \[3, 6\], got \[3, 5\]"),
+        ({"value": None}, ValueError, r"width must be that of queries and keys, 1..7, .* got None"),
+        ({"value": None, "width": 8}, ValueError, r"width must be that of queries and keys, 1..7, .* got 8"),
+        ({"width": 5}, ValueError, r"and else None; got 5"),
         ({"partner": torch.zeros(3, dtype=torch.int32)}, TypeError, "partner must be torch.int64, got torch.int32"),
         ({"lam": torch.zeros(2)}, ValueError, r"lam must have shape \[3\], got \[2\]"),
         ({"lam": 0.5}, TypeError, "lam must be a tensor, got float"),

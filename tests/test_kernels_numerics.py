@@ -244,6 +244,26 @@ def test_attention_reads_slices_in_place():
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("columns", [25, 32])
+@pytest.mark.parametrize(("positions", "dtype"), [(20, torch.float32), (40, torch.bfloat16), (289, torch.float16)])
+def test_attention_with_the_value_inside_the_projection(positions, dtype, columns):
+    """The bits of a value apart; columns beyond it are read by nobody, and their gradient is zero."""
+    projection, value, *rest = attention_tensors(2, positions, 24, dtype, [1, 1])
+    wide = torch.full((2, positions, columns), torch.nan, dtype=dtype, device=DEVICE)
+    wide[:, :, :24], wide[:, :, 24] = projection.detach(), value.detach()
+    grad = torch.randn(2, positions, device=DEVICE, generator=generator(3))
+    leaves, logits, grads = {}, {}, {}
+    for name, tensors in (("apart", [projection, value, *rest]), ("inside", [wide.requires_grad_(), None, *rest, 24])):
+        leaves[name] = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        logits[name] = api.mix_attention(*tensors, implementation="triton")
+        grads[name] = torch.autograd.grad(logits[name], leaves[name], grad)
+    assert torch.equal(logits["inside"], logits["apart"])
+    grad_wide, *parameters = grads["inside"]
+    assert not grad_wide[:, :, 25:].any()
+    for ours, expected in zip((grad_wide[:, :, :24], grad_wide[:, :, 24], *parameters), grads["apart"], strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("parameters", [(1, 1, 1, 1), (0, 0, 0, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_draws_side_by_side_have_the_bits_of_draws_apart(dtype, parameters):
@@ -280,16 +300,16 @@ def test_split_weights(width, channels, with_lambda, dtype):
     columns = channels + with_lambda
     query = torch.randn(columns, width, device=DEVICE, generator=generator()).T
     leaves = [query.requires_grad_(), torch.randn(1, columns, device=DEVICE, generator=generator(1)).requires_grad_()]
-    *products, query_lambda, value_lambda = api.split_weights(*leaves, channels, dtype, implementation="triton")
-    for part, weight in zip(products, leaves, strict=True):
-        assert part.is_contiguous() and torch.equal(part, weight[:, :channels].to(dtype))
-    parts, grads = list(products), [torch.randn(part.shape, device=DEVICE).to(dtype) for part in products]
-    expected = [grad.float() for grad in grads]
+    joined, query_lambda, value_lambda = api.split_weights(*leaves, channels, dtype, implementation="triton")
+    assert joined.is_contiguous() and len(joined) % 16 == 0 and not joined[width + 1 :].any()
+    assert torch.equal(joined[: width + 1], torch.cat(leaves)[:, :channels].to(dtype))
+    parts, grads = [joined], [torch.randn(joined.shape, device=DEVICE).to(dtype)]
+    expected = [grads[0][:width].float(), grads[0][width : width + 1].float()]
     if with_lambda:
         assert torch.equal(query_lambda, leaves[0][:, -1]) and torch.equal(value_lambda, leaves[1][:, -1])
         parts += [query_lambda, value_lambda]
-        grads += [torch.randn(part.shape, device=DEVICE) for part in parts[2:]]
-        expected = [torch.cat([grad, grads[i + 2][:, None]], dim=1) for i, grad in enumerate(expected)]
+        grads += [torch.randn(part.shape, device=DEVICE) for part in parts[1:]]
+        expected = [torch.cat([grad, grads[i + 1][:, None]], dim=1) for i, grad in enumerate(expected)]
     else:
         assert query_lambda is value_lambda is None
     for ours, theirs in zip(torch.autograd.grad(parts, leaves, grads), expected, strict=True):
@@ -513,13 +533,14 @@ def test_momentum_skips():
 @pytest.mark.skipif(api.INTERPRETED, reason="the interpreter is no GPU")
 def test_capture_in_a_cuda_graph():
     """Forward of two draws and backward of the block, replayed on new inputs, without a wait for the host."""
-    projection, value, partner, lam, *parameters = attention_tensors(4, 49, 64, torch.bfloat16)
+    _, _, partner, lam, *parameters = attention_tensors(4, 49, 64, torch.bfloat16)
+    projection = torch.randn(4, 49, 80, device=DEVICE).bfloat16().requires_grad_()
     partner, lam = torch.stack([partner, partner.roll(1)]), torch.stack([lam, 1 - lam])
     _, images, _, _ = blend_inputs(4, (7, 7), (4, 4), "uint8")
-    leaves = [projection, value, *parameters]
+    leaves = [projection, *parameters]
 
     def step():
-        logits, other = api.mix_attention(projection, value, partner, lam, *parameters, implementation="triton")
+        logits, other = api.mix_attention(projection, None, partner, lam, *parameters, 64, implementation="triton")
         mixed, mean, _ = api.mask_blend(
             logits.view(4, 7, 7), images, partner[0], lam[0], MEAN, STD, "nearest", 0.08, torch.bfloat16, 3,
             implementation="triton",

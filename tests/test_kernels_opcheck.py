@@ -22,7 +22,7 @@ def test_split(columns, device):
     weights = on(device, [torch.randn(3, columns), torch.randn(1, columns)])
     opcheck(split_weights.split_weights, (*(each.requires_grad_() for each in weights), 5, torch.bfloat16))
     parts = split_weights.split_weights(*(each.detach() for each in weights), 5, torch.bfloat16)
-    opcheck(split_weights.split_weights_backward, parts)
+    opcheck(split_weights.split_weights_backward, (*parts, 3))
 
 
 @pytest.mark.parametrize("with_offset", [True, False])
@@ -37,6 +37,9 @@ def test_attention(with_offset, device):
     opcheck(mix_attention.mix_attention_backward, (logits, *detached[:6], *saved))
     leaves[2:4] = torch.stack([leaves[2], leaves[2].roll(1)]), torch.rand(2, 2, device=device)
     opcheck(mix_attention.mix_attention, leaves)
+    joined = torch.randn(2, 6, 16, device=device)
+    opcheck(mix_attention.mix_attention_backward, (logits, joined, None, *detached[2:6], *saved, 8))
+    opcheck(mix_attention.mix_attention, (joined.requires_grad_(), None, *leaves[2:], 8))
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])

@@ -39,10 +39,11 @@ def test_weights_are_cut_and_their_gradients_put_together(columns):
     weights = [torch.randn(n, columns, generator=generator, dtype=torch.float64, requires_grad=True) for n in (3, 1)]
     assert torch.autograd.gradcheck(lambda *pair: reference.split_weights(*pair, 4, torch.float64), weights)
     parts = reference.split_weights(*weights, 4, torch.bfloat16)
-    assert [part.dtype for part in parts] == [torch.bfloat16] * 2 + [torch.float64] * 2
+    assert [part.dtype for part in parts] == [torch.bfloat16] + [torch.float64] * 2
+    assert torch.equal(parts[0][:4], torch.cat(weights)[:, :4].bfloat16()) and not parts[0][4:].any()
     grads = [torch.randn(part.shape, generator=generator).to(part.dtype) for part in parts]
     expected = torch.autograd.grad(parts, weights, grads)
-    actual = reference.split_weights_backward(*grads)
+    actual = reference.split_weights_backward(*grads, 3)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, check_dtype=False)
 
@@ -62,6 +63,41 @@ def test_gradcheck_of_blend(mode, kind):
         lambda x: reference.mask_blend(x, images, torch.tensor([1, 2, 2]), lam, mean, std, mode, 0.05, torch.float64),
         [logits],
     )
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_rows_of_the_product_begin_at_multiples_of_16(width):
+    """One product is both: the features times the joined weight are projection and value, and zeros."""
+    weights = torch.randn(width, 6), torch.randn(1, 6)
+    features = torch.randn(2, 3, 5)
+    joined, query_lambda, value_lambda = reference.split_weights(*weights, 5, torch.float32)
+    assert joined.shape == (16, 5) and reference.joined_rows(15) == 16 and reference.joined_rows(16) == 32
+    projection, value = reference.split_projection(F.linear(features, joined), None, width)
+    torch.testing.assert_close(projection, features @ weights[0][:, :5].T)
+    torch.testing.assert_close(value, (features @ weights[1][:, :5].T).squeeze(2))
+    assert torch.equal(query_lambda, weights[0][:, 5]) and torch.equal(value_lambda, weights[1][:, 5])
+
+
+@pytest.mark.parametrize("columns", [5, 8])
+def test_attention_with_the_value_inside_the_projection(columns):
+    """As with the value apart, in the definition and as written out; columns beyond it have no part in anything."""
+    projection, value, partner, lam, *parameters = attention_inputs(3, 5, 4, [1, 1, 0])
+    wide = torch.full((3, 5, columns), 7.0, dtype=torch.float64)
+    wide[:, :, :4], wide[:, :, 4] = projection, value
+    for draws in ((partner, lam), (torch.stack([partner, partner.flip(0)]), torch.stack([lam, 1 - lam]))):
+        apart = reference.mix_attention(projection, value, *draws, *parameters)
+        inside = reference.mix_attention(wide, None, *draws, *parameters, 4)
+        torch.testing.assert_close(inside, apart, rtol=0, atol=0)
+    forward = reference.mix_attention_forward(wide, None, partner, lam, *parameters, 4)
+    grad_logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    saved = parameters[:2] + list(forward[2:])
+    grad_wide, empty, *grads = reference.mix_attention_backward(grad_logits, wide, None, partner, lam, *saved, 4)
+    expected = reference.mix_attention_backward(grad_logits, projection, value, partner, lam, *saved)
+    assert empty.shape == (0,) and not grad_wide[:, :, 5:].any()
+    for ours, theirs in zip((grad_wide[:, :, :4], grad_wide[:, :, 4], *grads), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    inside = reference.mix_attention(wide.requires_grad_(), None, partner, lam, *parameters, 4)
+    torch.testing.assert_close(torch.autograd.grad(inside, wide, grad_logits)[0], grad_wide, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("partner", [[2, 0, 1, 3], [1, 1, 1, 0]])

@@ -340,8 +340,9 @@ class HostReads(TorchDispatchMode):
 
 def attention_flops(projection, value, partner, *args, out_shape=None, **kwargs) -> int:
     """Products of the fused attention: the scores of every pair."""
-    _, positions, channels = projection
-    return 2 * math.prod(partner) * positions**2 * channels
+    _, positions, columns = projection
+    width = args[-1] if value is None else columns  # with the value as a column of the projection
+    return 2 * math.prod(partner) * positions**2 * width
 
 
 def attention_backward_flops(grad, *args, out_shape=None, **kwargs) -> int:
