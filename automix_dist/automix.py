@@ -282,7 +282,12 @@ class AutoMix(nn.Module):
             return Mixes(mask, mixed, draw.lam, draw.partner)
 
     def _blend(
-        self, logits: Tensor, images: Tensor, draw: MixDraw, lam_margin: float = 0.0, num_mixed: int | None = None
+        self,
+        logits: Tensor,
+        images: Tensor,
+        draw: MixDraw,
+        lam_margin: float | None = None,
+        num_mixed: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         mixed, mask_mean, mask_square_mean = kernels.mask_blend(
             logits,
@@ -306,9 +311,8 @@ class AutoMix(nn.Module):
         target = draws.mix_block.lam if self.config.mask_adjust_lam == "mix_block" else draw.lam
         own = 1 - kernels.upsample_mask(logits, tuple(images.shape[2:]), draw.upsampling)
         own = adjust_mask(own, target)
-        if self.config.lam_margin > 0:
-            outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
-            own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
+        outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
+        own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
         mixed = torch.lerp(images[draw.partner], images, own.unsqueeze(1))
         return lay_out(mixed.to(surrounding_autocast(images.device)))
 

@@ -83,7 +83,7 @@ class Schedule:
         automix = self.config.automix
         if self.config.policy.average:
             return self.config.policy.average
-        if step < automix.momentum_start * self.total_steps:
+        if step < int(automix.momentum_start * self.total_steps):
             return automix.momentum
         return cosine(automix.momentum, automix.momentum_end, step / self.total_steps)
 

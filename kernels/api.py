@@ -189,7 +189,7 @@ def mask_blend(
     mean: Tensor,
     std: Tensor,
     mode: str,
-    lam_margin: float = 0.0,
+    lam_margin: float | None = None,
     dtype: torch.dtype = torch.float32,
     num_mixed: int | None = None,
     *,
@@ -198,7 +198,7 @@ def mask_blend(
     """Mix each image with its partner under the upsampled mask m: n(x) + (n(x[partner]) - n(x)) * m.
 
     m = sigmoid(upsample(logits)); n() is the normalisation of uint8 pixels. Where lam <= lam_margin or
-    lam >= 1 - lam_margin (and lam_margin > 0) the mask is the constant 1 - lam, without gradient.
+    lam >= 1 - lam_margin the mask is the constant 1 - lam, without gradient.
     Differentiable in the logits only. The same inputs give the same bits every time.
 
     Args:
@@ -209,7 +209,8 @@ def mask_blend(
         lam: [B] float32.
         mean, std: [3] float32 on the [0, 1] scale; used for uint8 images.
         mode: "nearest", or "bilinear" (corners not aligned).
-        lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, 0 to 0.5; 0 = never.
+        lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, 0 to 0.5, the margin included; None =
+            never.
         dtype: of the mixed images.
         num_mixed: mix only so many images, the first ones, with partners from the whole batch; None = all. The
             means are of all masks.
@@ -240,8 +241,8 @@ def mask_blend(
     _check_no_grad("lam", lam)
     if mode not in ("nearest", "bilinear"):
         raise ValueError(f"mode must be 'nearest' or 'bilinear', got {mode!r}")
-    if not 0 <= lam_margin <= 0.5:
-        raise ValueError(f"lam_margin must lie in [0, 0.5], got {lam_margin}")
+    if lam_margin is not None and not 0 <= lam_margin <= 0.5:
+        raise ValueError(f"lam_margin must lie in [0, 0.5] or be None, got {lam_margin}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point type, got {dtype}")
     if num_mixed is not None and not 0 <= num_mixed <= batch:

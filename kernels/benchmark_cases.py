@@ -314,14 +314,14 @@ BLEND = ("logits", "images", "partner", "lam", "mean", "std")
 
 def blend_published(
     logits: Tensor, images: Tensor, partner: Tensor, lam: Tensor, mean: Tensor, std: Tensor,
-    mode: str, lam_margin: float, dtype: torch.dtype,
+    mode: str, lam_margin: float | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Upsample, sigmoid, both masks side by side, and the blend of float32 images."""
     if images.dtype == torch.uint8:
         images = normalize_published(images, mean, std, mean.dtype)
     corners = {} if mode == "nearest" else {"align_corners": False}
     mask = torch.sigmoid(F.interpolate(logits.unsqueeze(1), size=images.shape[2:], mode=mode, **corners))
-    if lam_margin > 0:
+    if lam_margin is not None:
         is_plain = ((lam <= lam_margin) | (lam >= 1 - lam_margin))[:, None, None, None]
         mask = torch.where(is_plain, (1 - lam)[:, None, None, None], mask)
     both = torch.cat([1 - mask, mask], dim=1)
@@ -341,7 +341,7 @@ def blend_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
         }
 
     def bound(function: Callable, dtype: torch.dtype = dtype) -> Candidate:
-        return takes(lambda *tensors: function(*tensors, mode, 0.0, dtype), BLEND)
+        return takes(lambda *tensors: function(*tensors, mode, None, dtype), BLEND)
 
     candidates = {"ours": bound(api.mask_blend), "published": bound(blend_published)}
     if device == "cuda":
@@ -388,7 +388,7 @@ def block(
             inputs["value_bias"],
         )
         outputs = []
-        for draw, lam_margin in enumerate((0.0, LAM_MARGIN)):
+        for draw, lam_margin in enumerate((None, LAM_MARGIN)):
             with torch.set_grad_enabled(draw == 0):
                 maps = logits[draw].view(-1, shape.cells, shape.cells)
                 plain = (inputs["partners"][draw], inputs["lams"][draw], inputs["mean"], inputs["std"])
@@ -443,7 +443,7 @@ def block_published(shape: Shape, dtype: torch.dtype, mode: str) -> Candidate:
     def call(inputs: Inputs) -> list[Tensor]:
         images = normalize_published(inputs["images"], inputs["mean"], inputs["std"], torch.float32)
         outputs = []
-        for draw, lam_margin in enumerate((0.0, LAM_MARGIN)):
+        for draw, lam_margin in enumerate((None, LAM_MARGIN)):
             with torch.set_grad_enabled(draw == 0):
                 partner, lam = inputs["partners"][draw], inputs["lams"][draw]
                 maps = logits(inputs, partner, lam)

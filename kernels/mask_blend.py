@@ -324,7 +324,7 @@ def _sum_taps_kernel(
     tl.store(pointers, total.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
-def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: float) -> dict:
+def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: float | None) -> dict:
     """What forward and backward kernel are told alike."""
     _, h, w = logits.shape
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
@@ -333,9 +333,9 @@ def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: floa
     block_w = triton.next_power_of_2(w)
     block_y = max(1, min(triton.next_power_of_2(height // h), TILE_ELEMENTS // (block_s * block_w)))
     return {
-        # A margin of 0 turns nothing into plain mixup, not even lambda 0 or 1.
-        "low": lam_margin if lam_margin > 0 else -1.0,
-        "high": 1 - lam_margin if lam_margin > 0 else 2.0,
+        # Without a margin no lambda reaches these.
+        "low": -1.0 if lam_margin is None else lam_margin,
+        "high": 2.0 if lam_margin is None else 1 - lam_margin,
         "H_CELLS": h,
         "W_CELLS": w,
         "FACTOR_Y": height // h,
@@ -366,7 +366,7 @@ def launch_forward(
     mean: Tensor,
     std: Tensor,
     mode: str,
-    lam_margin: float,
+    lam_margin: float | None,
     dtype: torch.dtype,
     num_mixed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -424,7 +424,7 @@ def launch_backward(
     lam: Tensor,
     std: Tensor,
     mode: str,
-    lam_margin: float,
+    lam_margin: float | None,
 ) -> Tensor:
     """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images."""
     logits, images = logits.contiguous(), _dense(images)

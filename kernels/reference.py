@@ -275,13 +275,13 @@ def mask_blend(
     mean: Tensor,
     std: Tensor,
     mode: str,
-    lam_margin: float = 0.0,
+    lam_margin: float | None = None,
     dtype: torch.dtype = torch.float32,
     num_mixed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix each image with its partner under the upsampled mask m: x + (x[partner] - x) * m.
 
-    Where lam <= lam_margin or lam >= 1 - lam_margin (and lam_margin > 0) the mask is the constant 1 - lam.
+    Where lam <= lam_margin or lam >= 1 - lam_margin the mask is the constant 1 - lam.
 
     Args:
         logits: [B, h, w] mask logits of the partner.
@@ -290,7 +290,7 @@ def mask_blend(
         lam: [B] float32.
         mean, std: [3] float32 on the [0, 1] scale, for uint8 images.
         mode: "nearest" or "bilinear".
-        lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup; 0 = never.
+        lam_margin: how near to 0 or 1 lambda turns the mix into plain mixup, the margin included; None = never.
         dtype: of the mixed images.
         num_mixed: mix only so many images, the first ones; None = all.
 
@@ -306,9 +306,9 @@ def mask_blend(
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
 
 
-def _mask(logits: Tensor, lam: Tensor, size: tuple[int, int], mode: str, lam_margin: float) -> Tensor:
+def _mask(logits: Tensor, lam: Tensor, size: tuple[int, int], mode: str, lam_margin: float | None) -> Tensor:
     mask = upsample_mask(logits.to(_accumulate_dtype(logits)), size, mode)
-    if lam_margin > 0:
+    if lam_margin is not None:
         mask = torch.where(_is_plain(lam, lam_margin)[:, None, None], (1 - lam)[:, None, None].to(mask.dtype), mask)
     return mask
 
@@ -327,7 +327,7 @@ def mask_blend_backward(
     lam: Tensor,
     std: Tensor,
     mode: str,
-    lam_margin: float,
+    lam_margin: float | None,
 ) -> Tensor:
     """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images only.
 
@@ -347,7 +347,7 @@ def mask_blend_backward(
     if grad_square_mean is not None:
         grad_mask += grad_square_mean[:, None, None] * 2 * mask / (size[0] * size[1])
     grad = (grad_mask * mask * (1 - mask)).unsqueeze(1)
-    if lam_margin > 0:
+    if lam_margin is not None:
         grad = grad.masked_fill(_is_plain(lam, lam_margin)[:, None, None, None], 0)
     shape = [logits.shape[0], 1, *logits.shape[1:]]
     if mode == "bilinear":

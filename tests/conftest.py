@@ -49,13 +49,14 @@ def reference_folder(config) -> Path:
 
 
 def pytest_generate_tests(metafunc):
-    for fixture, prefix in (("mix_block_recording", "mix_block_"), ("train_step_recording", "train_step_")):
-        if fixture in metafunc.fixturenames:
-            folder = reference_folder(metafunc.config)
-            files = sorted(folder.glob(f"{prefix}*.npz"))
-            if not files:
-                raise pytest.UsageError(f"no {prefix}*.npz in {folder}: give a folder of recordings with --reference")
-            metafunc.parametrize(fixture, files, ids=lambda path: path.stem)
+    kinds = {"mix_block_recording": "mix_block_*.npz", "train_step_recording": "train_step_*.npz"}
+    for fixture in kinds.keys() & set(metafunc.fixturenames):
+        folder = reference_folder(metafunc.config)
+        recordings = {each: sorted(folder.glob(pattern)) for each, pattern in kinds.items()}
+        if not any(recordings.values()):
+            wanted = " and no ".join(kinds.values())
+            raise pytest.UsageError(f"no {wanted} in {folder}: give a folder of recordings with --reference")
+        metafunc.parametrize(fixture, recordings[fixture], ids=lambda path: path.stem)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -211,7 +211,7 @@ def test_the_block_takes_few_launches(monkeypatch):
     with Operators() as forward, torch.autocast("cpu", torch.bfloat16):
         logits = block(features, draws.partner, draws.lam)
         outputs, _ = (
-            kernels.mask_blend(each, images, draw.partner, draw.lam, mean, std, "nearest", 0.0, torch.bfloat16)
+            kernels.mask_blend(each, images, draw.partner, draw.lam, mean, std, "nearest", None, torch.bfloat16)
             for each, draw in zip(logits, (draws.mix_block, draws.classifier), strict=True)
         )
     with Operators() as backward:

@@ -92,7 +92,7 @@ def test_split_weights_refuses(change, error, message):
         ({"images": torch.zeros(2, 3, 6, 8)}, ValueError, r"images must have shape \[3, 3, any, any\]"),
         ({"images": torch.zeros(3, 3, 6, 8, requires_grad=True)}, ValueError, "images gets no gradient"),
         ({"mode": "bicubic"}, ValueError, "mode must be 'nearest' or 'bilinear', got 'bicubic'"),
-        ({"lam_margin": 0.6}, ValueError, r"lam_margin must lie in \[0, 0.5\], got 0.6"),
+        ({"lam_margin": 0.6}, ValueError, r"lam_margin must lie in \[0, 0.5\] or be None, got 0.6"),
         ({"dtype": torch.uint8}, TypeError, "dtype must be a floating-point type"),
         ({"num_mixed": 4}, ValueError, r"num_mixed must lie in 0..3, the number of images, got 4"),
         ({"std": torch.ones(1)}, ValueError, r"std must have shape \[3\]"),

@@ -340,7 +340,7 @@ def eager_blend(logits, images, partner, lam, mode, lam_margin, dtype):
     return mixed, mask.mean(dim=(1, 2)), mask.square().mean(dim=(1, 2))
 
 
-def check_blend(logits, images, partner, lam, mode, lam_margin=0.0, dtype=torch.float32, wanted=(1, 1, 1)):
+def check_blend(logits, images, partner, lam, mode, lam_margin=None, dtype=torch.float32, wanted=(1, 1, 1)):
     def grads_of(outputs, leaf):
         used = [(o, g.to(o.dtype)) for o, g, want in zip(outputs, grads, wanted, strict=True) if want]
         return torch.autograd.grad([o for o, _ in used], leaf, [g for _, g in used])[0]
@@ -354,7 +354,9 @@ def check_blend(logits, images, partner, lam, mode, lam_margin=0.0, dtype=torch.
     eager = eager_blend(logits_eager, images, partner, lam, mode, lam_margin, dtype)
     exact_images = images if images.dtype == torch.uint8 else images.double()
     # The comparison with the margin is one of float32 numbers.
-    exact_lam = lam.double().masked_fill(reference._is_plain(lam, lam_margin) & (lam_margin > 0), -1.0)
+    exact_lam = lam.double()
+    if lam_margin is not None:
+        exact_lam = exact_lam.masked_fill(reference._is_plain(lam, lam_margin), -1.0)
     exact = list(eager_exact(logits_exact, exact_images, partner, lam, exact_lam, mode))
     for name, ours, theirs, truth in zip(("mixed", "mean", "square mean"), actual, eager, exact, strict=True):
         assert_within_budget(ours, theirs, truth, name)
@@ -408,12 +410,15 @@ def test_blend_gradient_of_each_output(wanted, mode):
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_blend_margin(mode):
-    """0.08 itself is inside the margin, its neighbour is not; samples inside have no gradient."""
+    """0.08 itself is inside the margin, its neighbour is not; samples inside have no gradient. Nor have lambda 0 and 1
+    with a margin of 0, as in the published code."""
     logits, images, partner, _ = blend_inputs(6, (1, 2), (4, 4), "uint8")
     lam = torch.tensor([0.08, 0.0, 0.92, 1.0, 0.0801, 0.5], device=DEVICE)
     *_, grad = check_blend(logits, images, partner, lam, mode, 0.08)
     assert not grad[:4].any() and grad[4:].any(dim=(1, 2)).all()
     *_, grad = check_blend(logits, images, partner, lam, mode, 0.0)
+    assert grad.any(dim=(1, 2)).tolist() == [True, False, True, False, True, True]
+    *_, grad = check_blend(logits, images, partner, lam, mode, None)
     assert grad.any(dim=(1, 2)).all()
 
 
@@ -422,7 +427,7 @@ def test_blend_margin(mode):
 def test_blend_of_the_first_images_has_the_bits_of_all(mode, num_mixed):
     """And the gradient of a mean over the batch, which is one number for all images, is read in place."""
     logits, images, partner, lam = blend_inputs(4, (3, 2), (4, 5), "uint8")
-    arguments = (logits, images, partner, lam, MEAN, STD, mode, 0.0, torch.float32)
+    arguments = (logits, images, partner, lam, MEAN, STD, mode, None, torch.float32)
     mixed, *means = api.mask_blend(*arguments, num_mixed, implementation="triton")
     whole, *expected_means = api.mask_blend(*arguments, implementation="triton")
     assert mixed.isfinite().all() and torch.equal(mixed, whole[:num_mixed])

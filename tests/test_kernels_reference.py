@@ -124,7 +124,7 @@ def test_a_blend_of_the_first_images_is_that_of_all_cut_off(mode, num_mixed):
     logits = torch.randn(4, 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
     images = torch.randint(0, 256, (4, 6, 8, 3), generator=generator, dtype=torch.uint8)
     partner, lam = torch.tensor([3, 2, 0, 1]), torch.full((4,), 0.5)
-    arguments = (logits, images, partner, lam, torch.zeros(3), torch.ones(3), mode, 0.0, torch.float64)
+    arguments = (logits, images, partner, lam, torch.zeros(3), torch.ones(3), mode, None, torch.float64)
     mixed, *means = reference.mask_blend(*arguments, num_mixed)
     whole, *expected_means = reference.mask_blend(*arguments)
     assert torch.equal(mixed, whole[:num_mixed]) and all(map(torch.equal, means, expected_means))
@@ -133,7 +133,7 @@ def test_a_blend_of_the_first_images_is_that_of_all_cut_off(mode, num_mixed):
     (actual,) = torch.autograd.grad([mixed, *means], logits, grads)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
     written_out = reference.mask_blend_backward(
-        *grads, logits.detach(), images, partner, lam, torch.ones(3), mode, 0.0
+        *grads, logits.detach(), images, partner, lam, torch.ones(3), mode, None
     )  # fmt: skip
     torch.testing.assert_close(written_out, expected, rtol=1e-12, atol=1e-14)
 
@@ -234,6 +234,16 @@ def test_lambda_at_the_margin_is_plain_mixup():
     torch.testing.assert_close(mixed[:2], (1 - weight) * images[:2] + weight * images[partner[:2]])
     torch.testing.assert_close(mean[:2], 1 - lam[:2])
     torch.testing.assert_close(square_mean[:2], (1 - lam[:2]) ** 2)
+
+
+@pytest.mark.parametrize(("margin", "plain"), [(0.0, [True, True, False]), (None, [False, False, False])])
+def test_lambda_at_its_ends_is_plain_mixup_unless_there_is_no_margin(margin, plain):
+    """As in the published code, which compares margin >= lambda and margin >= 1 - lambda."""
+    lam, logits = torch.tensor([0.0, 1.0, 1e-6]), torch.zeros(3, 2, 2)
+    arguments = (torch.rand(3, 3, 4, 4), torch.tensor([1, 2, 0]), lam, IDENTITY_MEAN, IDENTITY_STD, "nearest", margin)
+    _, mean, _ = reference.mask_blend(logits, *arguments)
+    expected = torch.where(torch.tensor(plain), 1 - lam, 0.5)
+    torch.testing.assert_close(mean, expected)
 
 
 def test_momentum_update_moves_by_its_share():

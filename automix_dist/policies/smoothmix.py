@@ -1,6 +1,7 @@
 """SmoothMix (Lee et al., CVPR workshops 2020): the partner shows through a Gaussian at a random place.
 
-The labels' shares follow the mask's mean; lambda is not drawn.
+The labels' shares follow the mask's mean; lambda is not drawn. OpenMixup gives the image's own label the share that its
+partner has in the pixels, and the other way round; here both agree.
 """
 
 from dataclasses import dataclass
