@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import yaml
 
@@ -115,7 +115,9 @@ class DataConfig:
         _require(0 < lo <= hi, "data.crop_ratio", self.crop_ratio, "0 < low <= high")
         _require(self.pad >= 0, "data.pad", self.pad, "0 or more pixels")
         _require(0 < self.eval_crop_ratio <= 1, "data.eval_crop_ratio", self.eval_crop_ratio, "a fraction in (0, 1]")
-        _require(all(s > 0 for s in self.std), "data.std", self.std, "three positive numbers")
+        scale = "on the [0, 1] scale: divide those on the 0 to 255 scale by 255"
+        _require(all(0 <= m <= 1 for m in self.mean), "data.mean", self.mean, f"three numbers {scale}")
+        _require(all(0 < s <= 1 for s in self.std), "data.std", self.std, f"three positive numbers {scale}")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or a number of threads")
         _require(self.batches_ahead >= 1, "data.batches_ahead", self.batches_ahead, "1 or more")
         self.rand_augment_policy()  # raises for what cannot be read
@@ -187,6 +189,8 @@ class ModelConfig:
                 raise ConfigError(
                     f"model.timm_kwargs.{key} is decided elsewhere (dataset, model.drop_path, model.pretrained)"
                 )
+        if self.timm_kwargs.get("in_chans", 3) != 3:
+            raise ConfigError("model.timm_kwargs.in_chans must be 3: images are RGB, gray ones are stored so as well")
 
 
 POLICIES = sorted(path.stem for path in Path(__file__).with_name("policies").glob("[a-z]*.py"))
@@ -616,11 +620,38 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or an impossible combination.
     """
     values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_yaml(Path(path))
-    for override in sorted(overrides, key=lambda each: not each.startswith("policy.name=")):
-        values = _over(values, _read_override(override))
-    return from_dict(values)
+    try:
+        if path is not None:
+            values = _read_yaml(Path(path))
+        # First those that drop others: see _over.
+        for override in sorted(overrides, key=lambda each: not each.startswith(("policy.name=", "model.backbone="))):
+            values = _over(values, _read_override(override))
+        config = from_dict(values)
+        to_dict(config)  # finds a mapping that holds itself
+        return config
+    except RecursionError as error:
+        raise ConfigError(f"{path or overrides}: nested too deeply, or an alias refers to itself") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: a key once, and numbers in decimal (YAML 1.1 reads 010 as 8 and 1:30 as 90)."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} is here a second time"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -630,13 +661,14 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        others = [p.name for p in path.parent.glob("*.yaml") if p.resolve() not in readers]
+        near = difflib.get_close_matches(path.name, others if isinstance(error, FileNotFoundError) else [], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         asked = f" (the base of {readers[-1]})" if readers else ""
         raise ConfigError(f"cannot read config {path}{asked}: {reason}{hint}") from error
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, _Loader) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number, and is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -649,10 +681,12 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Sections merged key by key; any other value replaces the one below it. Under another `name` (of a policy) no
-    `settings` are left from below."""
-    if "name" in above and above["name"] != below.get("name"):
-        below = {k: v for k, v in below.items() if k != "settings"}
-    both = {k: _over(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    `settings` are left from below, under another `backbone` no `timm_kwargs`; nor are they if they are empty above."""
+    for key, dependent in (("name", "settings"), ("backbone", "timm_kwargs")):
+        if above.get(dependent) == {} or (key in above and above[key] != below.get(key)):
+            below = {k: v for k, v in below.items() if k != dependent}
+    sections = {k for k, v in below.items() if isinstance(v, dict)}
+    both = {k: _over(below[k], v or {}) for k, v in above.items() if k in sections and isinstance(v, dict | None)}
     return below | above | both
 
 
@@ -662,8 +696,8 @@ def _read_override(override: str) -> dict[str, Any]:
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except ValueError:  # it looks like a date or a number, and is none
+        value = yaml.load(text, _Loader) if text.strip() else ""
+    except (ValueError, yaml.reader.ReaderError):  # it looks like a date or a number, and is none; or a path of bytes
         value = text
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
@@ -695,6 +729,9 @@ def _unknown_key(key: str, known: list[str]) -> ConfigError:
     if not near:
         near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)]
     hint = f"; did you mean {near[0]}?" if near else ""
+    if key in known:  # with the dot in it
+        section, _, leaf = key.rpartition(".")
+        hint = f"; in a file write it below its section, {section}: {{{leaf}: ...}}"
     return ConfigError(f"unknown key {key}{hint} (`automix train CONFIG --print-config` lists every key)")
 
 
@@ -707,9 +744,10 @@ def _build(cls: type, values: Any, prefix: str, known: list[str]) -> Any:
         if name not in hints:
             raise _unknown_key(f"{prefix}{name}", known)
         key, hint = f"{prefix}{name}", hints[name]
-        arguments[name] = (
-            _build(hint, value, f"{key}.", known) if dataclasses.is_dataclass(hint) else _convert(key, value, hint)
-        )
+        if dataclasses.is_dataclass(hint):  # a section without a line in it is None
+            arguments[name] = _build(hint, {} if value is None else value, f"{key}.", known)
+        else:
+            arguments[name] = _convert(key, value, hint)
     return cls(**arguments)
 
 
@@ -722,7 +760,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         choices = [str(each) for each in args]
         raise ConfigError(f"{key} = {value!r}: expected one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
     if origin is types.UnionType:
-        return None if value is None else _convert(key, value, next(a for a in args if a is not type(None)))
+        return None if value in (None, "") else _convert(key, value, next(a for a in args if a is not type(None)))
     if origin is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value] if args[-1] is Ellipsis else None
         if items is None or (args[-1] is not Ellipsis and len(items) != len(args)):

@@ -24,6 +24,8 @@ def test_overrides_replace_the_file(tmp_path):
     assert load_config(path, ["output=runs/exp #2"]).output == "runs/exp #2"
     assert load_config(path, ["output='runs/exp #2'"]).output == "runs/exp #2"
     assert load_config(path, ["output=2024-31-12"]).output == "2024-31-12"  # YAML sees a date with a 31st month
+    assert load_config(path, ["output=runs/r\udcfcn"]).output == "runs/r\udcfcn"  # as Python has bytes of a path
+    assert load_config(path, ["data.rand_augment=", "optimizer.mix_lr="]) == load_config(path)  # empty is off, or none
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,12 @@ def test_overrides_replace_the_file(tmp_path):
         ("optimizer.warmup_epochs=100", ["optimizer.warmup_epochs", "100"]),
         ("data.mean=[1, 2]", ["data.mean", "3 values"]),
         ("data.std=[0, 1, 1]", ["data.std", "positive"]),
+        ("data.std=[58.4, 57.1, 57.4]", ["data.std", "divide", "255"]),
+        ("data.mean=[123.7, 116.3, 103.5]", ["data.mean", "divide", "255"]),
+        ("model.timm_kwargs={in_chans: 1}", ["model.timm_kwargs.in_chans", "RGB"]),
+        ("seed=010", ["seed", "whole number", "'010'"]),
+        ("epochs=1:30", ["epochs", "whole number", "'1:30'"]),
+        ("model.timm_kwargs=&x {a: *x}", ["alias"]),
         ("data=3", ["data", "section"]),
         ("engine.timeout_minutes=.inf", ["engine.timeout_minutes", "finite"]),
         ("epochs.x=1", ["epochs"]),
@@ -90,13 +98,40 @@ def test_files_that_cannot_be_read(tmp_path):
         ("list", "- 1\n", "key: value"),
         ("torn", "a: [1\n", "not valid YAML"),
         ("date", "output: 2024-31-12\n", "month must be in 1..12"),
+        ("twice", "data:\n  image_size: 32\ndata:\n  flip: false\n", "key 'data' is here a second time.*\n.*line 3"),
+        ("dotted", "data.image_size: 32\n", r"unknown key data.image_size; .* data: \{image_size: \.\.\.\}"),
+        ("deep", "a: " + 3000 * "[" + 3000 * "]", "nested too deeply"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_config(tmp_path / name)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(ConfigError, match="not a text file"):
-        load_config(tmp_path / "binary")
+    (tmp_path / "wide.yaml").write_text("epochs: 3\n", "utf-16")
+    for name in ("binary", "wide.yaml"):
+        with pytest.raises(ConfigError, match=r"not a text file in UTF-8$"):
+            load_config(tmp_path / name)
+
+
+def test_a_section_without_a_line_in_it_changes_nothing(tmp_path):
+    (tmp_path / "base.yaml").write_text("data: {image_size: 32}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ndata:\n  # image_size: 64\noptimizer:\n")
+    assert load_config(tmp_path / "top.yaml") == load_config(tmp_path / "base.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.timm_kwargs.b=2"], {"a": 1, "b": 2}),
+        (["model.timm_kwargs={}"], {}),
+        (["model.backbone=resnet50"], {}),
+        (["model.timm_kwargs.b=2", "model.backbone=resnet50"], {"b": 2}),
+        (["model.backbone=resnet10t"], {"a": 1}),
+    ],
+)
+def test_settings_of_a_network_do_not_follow_to_another(overrides, expected, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {backbone: resnet10t, timm_kwargs: {a: 1}}\n")
+    assert load_config(path, overrides).model.timm_kwargs == expected
 
 
 def test_micro_batches_share_a_batch_evenly():

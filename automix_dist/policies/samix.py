@@ -37,7 +37,9 @@ class Model(AutoMix):
         for key, needed in (("lam_concat", False), ("norm", "none")):
             value = getattr(self.config, key)
             if value != needed:
-                raise ConfigError(f"automix.{key} = {value!r}: policy samix needs {needed!r}")
+                raise ConfigError(
+                    f"automix.{key} = {value!r}: policy samix needs {needed!r}; set it, or take one of its recipes"
+                )
         return SAMixBlock(channels, self.config, self.settings or Settings())
 
 
