@@ -51,6 +51,8 @@ def table(cls: type, prefix: str = "") -> str:
     rows = ["| key | takes | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         if not dataclasses.is_dataclass(hints[field.name]):
+            if field.name not in texts:
+                raise SystemExit(f"{cls.__module__}.{cls.__qualname__}.{field.name} has no docstring below it")
             cells = (f"`{prefix}{field.name}`", takes(hints[field.name]), default(field), texts[field.name])
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
