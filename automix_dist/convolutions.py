@@ -17,7 +17,8 @@ class LaidOutConv2d(nn.Conv2d):
     """nn.Conv2d, whose product reads the same numbers in the same layout, with fewer copies of its weight."""
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _reads_channels_last(images):
+        # Other paddings than zeros hand the product an image of a layout of their own.
+        if self.padding_mode == "zeros" and _reads_channels_last(images):
             weight = _LaidOut.apply(weight, surrounding_autocast(weight.device, weight.dtype))
         return super()._conv_forward(images, weight, bias)
 

@@ -160,7 +160,7 @@ def mix_attention(
     ):
         if tensor is not None:
             _check(name, tensor, (size,), device=device)
-    obstacle = _dtype_obstacle("projection", projection)
+    obstacle = _dtype_obstacle("projection", projection) or _size_obstacle(partner.numel())
     if value is not None:
         obstacle = obstacle or _dtype_obstacle("value", value)
     if not _takes_triton(implementation, device, obstacle):
@@ -247,7 +247,7 @@ def mask_blend(
         raise TypeError(f"dtype must be a floating-point type, got {dtype}")
     if num_mixed is not None and not 0 <= num_mixed <= batch:
         raise ValueError(f"num_mixed must lie in 0..{batch}, the number of images, got {num_mixed}")
-    obstacle = _dtype_obstacle("logits", logits)
+    obstacle = _dtype_obstacle("logits", logits) or _size_obstacle(batch)
     if images.is_floating_point():
         obstacle = obstacle or _dtype_obstacle("images", images)
     if dtype not in _KERNEL_DTYPES:
@@ -398,6 +398,11 @@ def _dtype_obstacle(name: str, tensor: Tensor) -> str | None:
     if tensor.dtype in _KERNEL_DTYPES:
         return None
     return f"{name} is {tensor.dtype}, and it takes float32, bfloat16 and float16"
+
+
+def _size_obstacle(pairs: int) -> str | None:
+    """A grid has one program or more for each pair in its second dimension, which ends at 65,535."""
+    return f"it takes at most 65535 pairs of images at once, not {pairs}" if pairs > 65535 else None
 
 
 def _check(

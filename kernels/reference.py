@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 ROWS = 16
 """Projection and value are one product, whose columns are filled up to a multiple of this: then each of its rows begins
 where matrix products and wide loads want it."""

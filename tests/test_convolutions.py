@@ -68,7 +68,7 @@ def test_it_computes_what_the_plain_one_does(kind, on_any_device):
     assert torch.autograd.gradgradcheck(laid_out, images(torch.float64, size=7), fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"reflecting"}))
 def test_a_gradient_is_as_its_weight_is(kind, on_any_device):
     conv = copy.deepcopy(KINDS[kind])
     lay_out_weights(conv)
@@ -99,6 +99,16 @@ def test_other_layouts_and_devices_are_left_alone():
     assert copies.count == 0
 
 
+def test_so_are_paddings_that_make_an_image_of_their_own(on_any_device):
+    """On a GPU a reflected border comes in a contiguous image, whatever the layout of the one inside."""
+    conv = copy.deepcopy(KINDS["reflecting"])
+    lay_out_weights(conv)
+    read = images(torch.float32)
+    with Copies(conv.weight.shape) as copies:
+        conv(read)
+    assert copies.count == 0
+
+
 def test_a_copied_model_reads_its_own_weights(on_any_device):
     """As the momentum encoder is made; with a padded stem."""
     model = create_backbone(ModelConfig("resnet10t"), -2, 64)
@@ -115,7 +125,7 @@ def test_a_copied_model_reads_its_own_weights(on_any_device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"reflecting"}))  # whose padding's gradient is summed by atomics
 def test_the_same_bits_on_a_gpu(kind, dtype):
     plain = copy.deepcopy(KINDS[kind]).cuda()
     laid_out = copy.deepcopy(plain)

@@ -667,6 +667,7 @@ def test_files_are_checked_before_they_are_mapped(path, tmp_path):
 
 @pytest.mark.gpu
 def test_gpu_batches_are_those_of_the_cpu(path):
+    pytest.importorskip("ffcv")
     device = torch.device("cuda", torch.cuda.current_device())
     expected = list(train_loader(path).epoch(0))
     loader = train_loader(path, device=device)

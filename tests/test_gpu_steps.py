@@ -2,6 +2,7 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest import mock
 
@@ -25,7 +26,11 @@ ENGINES = [
     pytest.param({"name": "ddp", "compile": True}, id="ddp, compiled"),
     pytest.param({"name": "ddp", "cuda_graph": True}, id="ddp, CUDA graph"),
     pytest.param({"name": "ddp", "cuda_graph": True, "compile": True}, id="ddp, compiled, CUDA graph"),
-    pytest.param({"zero_stage": 0}, id="zero0"),
+    pytest.param(
+        {"zero_stage": 0},
+        id="zero0",
+        marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+    ),
 ]
 
 

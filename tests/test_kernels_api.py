@@ -3,6 +3,8 @@
 Without a GPU the operators compute the definitions, which is what is compared here.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 from automix_kernels import api, reference
@@ -139,6 +141,15 @@ def test_momentum_update_of_two_layouts_is_not_for_the_kernel():
     turned = weights.to(memory_format=torch.channels_last)
     assert api._update_obstacle([weights, turned], [weights, turned]) is None
     assert "neither both contiguous nor both channels-last" in api._update_obstacle([weights], [turned])
+
+
+def test_more_pairs_than_a_grid_has_are_not_for_the_kernels():
+    """A grid's second dimension ends at 65,535."""
+    with pytest.raises(RuntimeError, match="at most 65535 pairs of images at once, not 80000"):
+        many = torch.zeros(40000, 1, 1), torch.zeros(40000, 1), *torch.zeros(2, 2, 40000, dtype=torch.int64)
+        with mock.patch.object(api, "device_obstacle", lambda device: None):
+            api.mix_attention(*many[:2], many[2], many[3].float(), implementation="triton")
+    assert api._size_obstacle(65535) is None
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])

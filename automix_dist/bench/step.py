@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count, groupby
+from itertools import count, groupby, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from xml.sax.saxutils import escape
@@ -795,16 +795,17 @@ def run(arguments: list[str]) -> int:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = dtype != torch.float32  # as in training
     _finish(result, rows, options.out)  # what a run that ends early leaves: all is not reached
-    for network in networks:
+    for group, network in product(groups(ways), networks):  # what decides first, of every network
+        torch.compiler.reset()
         case = Case(network, network.batch, device, dtype)
-        for group in groups(ways):
-            torch.compiler.reset()
-            measure(case, group, options.rounds, options.steps, rows[network.label], deadline)
-            gc.collect()  # a model and its recorded step hold each other
-            if on_gpu:
-                torch.cuda.empty_cache()
-            _finish(result, rows, options.out)
-        if any(way.name.startswith("AutoMix") for way in ways) and time.monotonic() < deadline:
+        measure(case, group, options.rounds, options.steps, rows[network.label], deadline)
+        gc.collect()  # a model and its recorded step hold each other
+        if on_gpu:
+            torch.cuda.empty_cache()
+        _finish(result, rows, options.out)
+    for network in networks if any(way.name.startswith("AutoMix") for way in ways) else ():
+        if time.monotonic() < deadline:
+            case = Case(network, network.batch, device, dtype)
             result["parts"][case.name] = measure_parts(case, options.rounds)
         gc.collect()
     text = _finish(result, rows, options.out)
