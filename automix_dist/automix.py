@@ -1,7 +1,7 @@
 """The method as one nn.Module: query encoder, momentum encoder, Mix Block; one forward is one training step's losses.
 
 The total loss is a sum of independent parts: the query encoder learns from the clean and the (detached) mixed batch;
-the Mix Block learns from the momentum encoder's verdict on its own mixed batch and from the mask loss. The momentum
+the Mix Block learns from the momentum encoder's loss on its own mixed batch and from the mask loss. The momentum
 encoder learns from no loss; `momentum.py` moves it after each optimizer step.
 """
 
@@ -265,7 +265,7 @@ class AutoMix(nn.Module):
         # Without those that the loss does not reach: ZeRO 3 has not gathered them, and autograd notes an empty shape.
         reached = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]
         gradients, parameters = [g for g, _ in reached], [p for _, p in reached]
-        # These nodes know the shapes of gathered weights, for as long as somebody holds them.
+        # Holding these graph nodes keeps the shapes of the gathered weights.
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters]
         return _Differentiated(loss.detach(), gradients, parameters, nodes)
 
@@ -355,7 +355,7 @@ class HeldGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale: Tensor):
-        # ZeRO 3 has let the weights go, and autograd gives a gradient the shape that its weight has at this moment.
+        # ZeRO 3 has released the gathered weights, and autograd gives a gradient its weight's shape of this moment.
         sharded = [p for p in ctx.parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
         if sharded:
             sharded[0].all_gather(sharded)

@@ -24,7 +24,7 @@ MAX_GRAPHS = 16
 
 
 class Recording(Protocol):
-    """What a function did once, done again without Python: with the same memory and what the host decided then."""
+    """A recorded computation that is replayed without Python, on the same memory and with the same host's decisions."""
 
     @property
     def outputs(self) -> Any:

@@ -45,9 +45,10 @@ from automix_dist.whole_file import write_whole
 
 BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
 """What is the same in all runs of a fair comparison."""
-MEANINGLESS = {"output", "log", "checkpoint", "engine", "profile"}
-"""Settings and sections whose change since a run was trained leaves its result what it was, but for MEANINGFUL."""
-MEANINGFUL = {"engine.precision", "engine.sync_batchnorm", "engine.accumulation_steps"}
+IRRELEVANT = {"output", "log", "checkpoint", "engine", "profile"}
+"""Settings and sections that may differ from those of a finished run without changing its result; not so those of
+RELEVANT."""
+RELEVANT = {"engine.precision", "engine.sync_batchnorm", "engine.accumulation_steps"}
 HEAD = ("Policy", "Runs", "Mean", "Standard deviation", "Difference", "p")
 
 
@@ -290,7 +291,7 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     wanted = flatten(to_dict(with_policy_settings(load_config(comparison.base, comparison.overrides(policy, seed)))))
     trained = flatten(to_dict(with_policy_settings(load_config(run / "config.yaml"))))
     for key in sorted(wanted.keys() | trained.keys()):
-        matters = key in MEANINGFUL or key.partition(".")[0] not in MEANINGLESS
+        matters = key in RELEVANT or key.partition(".")[0] not in IRRELEVANT
         if matters and wanted.get(key) != trained.get(key):
             raise ConfigError(
                 f"{run} was trained with {key} = {trained.get(key)!r}, the comparison asks for {wanted.get(key)!r}: "

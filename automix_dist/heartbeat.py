@@ -88,8 +88,8 @@ class Beat:
 class Heartbeat:
     """Beats from when it is entered until it is left; entered by all ranks together.
 
-    Left by an exception, it tells the other ranks of it; a failed collective it turns into a PeerError, or the verdict
-    on the rank that died ends the process. A single process, or engine.stall_seconds = 0, has no heartbeat.
+    If the block raises, the other ranks are told. A failed collective becomes a PeerError, unless the heartbeat first
+    finds the rank that died and ends the process. A single process, or engine.stall_seconds = 0, has no heartbeat.
     """
 
     def __init__(self, process: Process, engine: EngineConfig, log: RankLog | None):

@@ -104,7 +104,7 @@ class Policy(nn.Module):
         return {}
 
     def prepare(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
-        """Before all else: a draw that holds what the mix needs to know from the encoder; without labels for a gallery.
+        """Called before mixing: the draw with what the mix needs to know from the encoder. A gallery has no labels.
 
         It must run the same modules on all ranks.
         """

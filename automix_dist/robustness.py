@@ -94,7 +94,7 @@ def corrupt(images: Tensor, name: str, severity: int, samples: Tensor, seed: int
 
 
 def published_size(side: int) -> int:
-    """Of the sizes that have strengths the one that is nearest in proportion."""
+    """The size with published strengths (224, 64 or 32) whose ratio to `side` is nearest to one."""
     return min(STRENGTHS["contrast"], key=lambda size: abs(math.log(side / size)))
 
 

@@ -3,17 +3,17 @@
 With y = projection, v = value, p = partner[b], a = lam[b] * query_lambda + query_bias:
 
     S[b, i, j]   = (y[b, i] . y[p, j] + u[b, j]) / sqrt(D)                 u[b, j] = a[b] . y[p, j]
-    m[b, i]      = sum_j softmax_j(S[b, i, j]) * v[p, j]
-    logits[b, i] = m[b, i] + (1 - lam[b]) * value_lambda + value_bias
+    o[b, i]      = sum_j softmax_j(S[b, i, j]) * v[p, j]
+    logits[b, i] = o[b, i] + (1 - lam[b]) * value_lambda + value_bias
 
 u comes from a small kernel of its own, so that every operand of a matrix product goes from memory to the matrix units
-untouched, and the backward's transposed product sees the very same scores. Saved for the backward: the inputs, u, m and
+untouched, and the backward's transposed product sees the very same scores. Saved for the backward: the inputs, u, o and
 lse = log(sum_j exp(S[b, i, j])) * sqrt(D), [B, N] each. The backward recomputes the probabilities P, and subtracts lse
 before it divides by sqrt(D): the other way round, a fused multiply-add would leave out one of two roundings, and
 a lone score of 1e4 would not get the probability 1. As the value has one channel, the gradient of the scores needs
 neither a product nor a pass of its own (g = grad_logits):
 
-    dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - m[b, i]) / sqrt(D)
+    dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - o[b, i]) / sqrt(D)
     dv[p, j]    = sum_b sum_i P[b, i, j] * g[b, i]                         over every b whose partner is p
     dy          = (image as query)  sum_j dS[b, i, j] * y[p, j]
                 + (image as key)    sum_b sum_i dS[b, i, j] * (y[b, i] + a[b])
@@ -484,7 +484,7 @@ def mix_attention(
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For partners and lambdas [B] or [R, B]: logits [B, N] of the first draw and [R - 1, B, N] of the others, and for
-    the first one's backward m and lse [B, N] (see the module's docstring) and u [R * B, N]; float32.
+    the first one's backward o and lse [B, N] (see the module's docstring) and u [R * B, N]; float32.
 
     u is empty where neither lambda nor a bias enters the query. Without `value` it is column D = `width` of a wider
     projection.

@@ -152,7 +152,7 @@ def mix_attention_forward(
     """`mix_attention`, and what the first draw's backward needs.
 
     Returns:
-        logits [B, N] of the first draw and [R - 1, B, N] of the others; m [B, N], the softmax-weighted value before the
+        logits [B, N] of the first draw and [R - 1, B, N] of the others; o [B, N], the softmax-weighted value before the
         constants; lse [B, N], sqrt(D) times the logarithm of the softmax's denominator; u [R * B, N], empty without
         lambda and bias: u[b, j] = (lam[b] * query_lambda + query_bias) . y[p, j].
     """
@@ -200,9 +200,9 @@ def mix_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
 
-    With P the softmax, recomputed from lse, and g = grad_logits:
+    With P the softmax, recomputed from lse, g = grad_logits and o = attended:
 
-        dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - m[b, i]) / sqrt(D)
+        dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - o[b, i]) / sqrt(D)
 
     The second is empty where the value is a column of the projection, the third without lambda and bias.
     """

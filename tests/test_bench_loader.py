@@ -3,6 +3,7 @@
 import io
 import json
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,11 @@ RATES = {"median", "min", "max"}
 
 
 @pytest.mark.slow
-def test_end_to_end(tmp_path, capsys):
+def test_end_to_end(tmp_path, capsys, monkeypatch):
+    # Each is a process that imports and compiles: of raw storage two will do.
+    both_kinds = ("ours", "DataLoader + numpy.memmap")
+    fewer = [each if each.name in both_kinds else replace(each, kinds=("jpg",)) for each in loader.CANDIDATES]
+    monkeypatch.setattr(loader, "CANDIDATES", tuple(fewer))
     step = tmp_path / "step.json"
     step.write_text('{"images_per_second": 100, "device": "an abacus"}')
     out = tmp_path / "out"

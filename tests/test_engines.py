@@ -1,4 +1,4 @@
-"""Settings of the engines: DeepSpeed's JSON and what contradicts it, the linter, activation checkpointing, SyncBN."""
+"""Settings of the engines: DeepSpeed's JSON, what contradicts it, the description, activation checkpoints, SyncBN."""
 
 import json
 from types import SimpleNamespace
@@ -82,7 +82,7 @@ def test_impossible_engines_are_refused(engine, message):
         tiny_config(engine=engine)
 
 
-def test_the_linter_says_what_the_settings_come_to():
+def test_the_description_says_what_the_settings_come_to():
     config = tiny_config(batch_size=64, engine={"zero_stage": 2, "accumulation_steps": 2}, optimizer={"clip_norm": 5.0})
     text = "\n".join(describe(config, 4, CPU))
     assert "8 images x 4 rank(s) x 2 micro batch(es) = 64" in text and "at 5" in text and "ZeRO 2" in text
@@ -138,7 +138,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", [{"name": "ddp"}, {"zero_stage": 2}])
-def test_the_linter_says_when_gradients_are_reduced(engine):
+def test_the_description_says_when_gradients_are_reduced(engine):
     def reduction(**settings):
         config = tiny_config(engine={"device": "cuda", "precision": "bfloat16", **engine, **settings})
         return next(line for line in describe(config, 4, torch.device("cuda")) if line.startswith("reduction:"))
@@ -173,7 +173,7 @@ def test_no_step_waits_for_deepspeeds_clock():
     assert run_ranks(1, waits, tiny_config(engine={"zero_stage": 0})) == [0]
 
 
-def test_what_the_linter_says_is_what_deepspeed_does():
+def test_what_the_description_says_is_what_deepspeed_does():
     config = tiny_config(engine={"zero_stage": 2, "bucket_size": 12346}, optimizer={"clip_norm": 5.0})
     assert run_ranks(1, effective_deepspeed, config) == [(0.0, 16, 2, 12346)]
 
