@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _commit(),
+        "commit": commit(),
         "platform": platform.platform(),
         "gpus": gpus,
         "cuda": torch.version.cuda,
@@ -32,7 +32,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The revision of the checkout that this file lies in, "+" = with changes; None where it is installed otherwise."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:

@@ -36,8 +36,8 @@ def results_folder(text: str) -> Path:
 
 
 def write_results(folder: Path, name: str, result: dict[str, Any], text: str, drawing: str = "") -> None:
-    """The numbers as NAME.json, and what people read as NAME.md and NAME.svg. Raises OSError."""
-    write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    """The numbers and the code's revision as NAME.json, what people read as NAME.md and NAME.svg. Raises OSError."""
+    write_whole(folder / f"{name}.json", json.dumps({"commit": provenance.commit(), **result}, indent=1) + "\n")
     write_whole(folder / f"{name}.md", text)
     if drawing:
         write_whole(folder / f"{name}.svg", drawing)
