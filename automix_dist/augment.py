@@ -59,6 +59,8 @@ AREA, BILINEAR, BICUBIC = 0, 1, 2
 RESIZE_METHODS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}
 
 CROP, FLIP, JITTER, ERASE, POLICY = 1, 2, 3, 4, 5  # the operations' own streams of random numbers
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""What splitmix64 counts by: 2^64 over the golden ratio, made odd."""
 
 
 class _Cache(FunctionCache):
@@ -131,7 +133,7 @@ def uint64_at(typing_context, address):
 
 
 @compiled()
-def mix(x):
+def splitmix64(x):
     """Splitmix64's mixing of 64 bits: a bijection in which each bit of x decides about half of the result's."""
     x = np.uint64(x)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -142,17 +144,22 @@ def mix(x):
 @compiled()
 def stream_key(seed, epoch, sample, operation):
     """Where one operation's random numbers for one sample in one epoch start."""
-    step = np.uint64(0x9E3779B97F4A7C15)
-    key = mix(np.uint64(seed) + step)
-    key = mix(key + np.uint64(epoch) + step)
-    key = mix(key + np.uint64(sample) + step)
-    return mix(key + np.uint64(operation) + step)
+    key = splitmix64(np.uint64(seed) + GOLDEN_GAMMA)
+    key = splitmix64(key + np.uint64(epoch) + GOLDEN_GAMMA)
+    key = splitmix64(key + np.uint64(sample) + GOLDEN_GAMMA)
+    return splitmix64(key + np.uint64(operation) + GOLDEN_GAMMA)
+
+
+@compiled()
+def stream_of(key, sample, operation):
+    """`stream_key` where seed and epoch are two numbers in memory, at the address `key`."""
+    return stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), sample, operation)
 
 
 @compiled()
 def uniform(key, i):
     """Random number i of a stream, in [0, 1) with 53 bits."""
-    bits = mix(key + np.uint64(0x9E3779B97F4A7C15) * np.uint64(i + 1))
+    bits = splitmix64(key + GOLDEN_GAMMA * np.uint64(i + 1))
     return np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
@@ -476,7 +483,7 @@ def _crop_and_resize(indices, images, status, records, storage, largest, sums, k
             target, size = images[i], images.shape[1]
             whole, first = (size, size), (0, 0)
             if key != 0:
-                stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), sample, CROP)
+                stream = stream_of(key, sample, CROP)
                 box = random_box(height, width, scale[0], scale[1], ratio[0], ratio[1], stream)
             elif method == AREA:
                 box = centre_box(height, width, scale[0])
@@ -516,7 +523,7 @@ def _pad_and_crop(indices, images, status, records, storage, largest, sums, key,
                 continue
             if pixels != np.uint64(scratch.ctypes.data):
                 _memcpy(pixels, np.uint64(scratch.ctypes.data), np.uint64(3 * height * width))
-            stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), sample, CROP)
+            stream = stream_of(key, sample, CROP)
             top = int(uniform(stream, 0) * (height + 2 * pad - images.shape[1] + 1)) - pad
             left = int(uniform(stream, 1) * (width + 2 * pad - images.shape[2] + 1)) - pad
             for y in range(images.shape[1]):
@@ -533,7 +540,7 @@ def _flip(images, indices, key):
     """Mirror about half of images [B, H, W, 3] from left to right, in place."""
     height, width = images.shape[1], images.shape[2]
     for i in prange(len(indices)):
-        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], FLIP)
+        stream = stream_of(key, indices[i], FLIP)
         if uniform(stream, 0) < 0.5:
             for y in range(height):
                 for x in range(width // 2):
@@ -602,7 +609,7 @@ def _jitter(images, indices, key, strength):
     """Change brightness, contrast and saturation of images [B, H, W, 3], in place."""
     flat = images.reshape(len(images), -1)
     for i in prange(len(indices)):
-        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], JITTER)
+        stream = stream_of(key, indices[i], JITTER)
         for kind, factor in jitter_steps(strength, stream):
             adjust_colour(flat[i], kind, factor)
 
@@ -628,15 +635,14 @@ def _erase(images, indices, key, probability, quantiles):
 
     One hash is enough for the three channels of a pixel: 12 of its bits choose each value.
     """
-    step = np.uint64(0x9E3779B97F4A7C15)
     for i in prange(len(indices)):
-        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], ERASE)
+        stream = stream_of(key, indices[i], ERASE)
         if uniform(stream, 0) < probability:
             top, left, height, width = erased_box(images.shape[1], images.shape[2], stream)
-            start = mix(stream + step)  # a stream of its own for the pixels
+            start = splitmix64(stream + GOLDEN_GAMMA)  # a stream of its own for the pixels
             for y in range(top, top + height):
                 for x in range(left, left + width):
-                    bits = mix(start + step * np.uint64(y * images.shape[2] + x))
+                    bits = splitmix64(start + GOLDEN_GAMMA * np.uint64(y * images.shape[2] + x))
                     for channel in range(3):
                         images[i, y, x, channel] = quantiles[channel, bits & np.uint64(4095)]
                         bits >>= np.uint64(12)

@@ -26,8 +26,7 @@ from automix_dist.augment import (
     adjust_colour,
     blend,
     compiled,
-    stream_key,
-    uint64_at,
+    stream_of,
     uniform,
 )
 from automix_dist.config import RandAugmentPolicy
@@ -282,7 +281,7 @@ def _warp(image, across, down, fill):
 def _apply_policy(images, indices, key, steps, policy, fill):
     """Take the steps of each image's policy on images [B, H, W, 3], in place."""
     for i in prange(len(indices)):
-        stream = stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), indices[i], POLICY)
+        stream = stream_of(key, indices[i], POLICY)
         for step in range(steps):
             operation, argument = policy_step(step, policy, stream)
             apply_operation(images[i], operation, argument, fill)

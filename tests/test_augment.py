@@ -90,7 +90,7 @@ def boxes(height: int, width: int, scale, ratio, count: int) -> np.ndarray:
 def test_hash_is_splitmix64():
     # The published test values of splitmix64 for seed 1234567.
     step = 0x9E3779B97F4A7C15
-    values = [int(augment.mix(np.uint64((1234567 + (i + 1) * step) % 2**64))) for i in range(3)]
+    values = [int(augment.splitmix64(np.uint64((1234567 + (i + 1) * step) % 2**64))) for i in range(3)]
     assert values == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
