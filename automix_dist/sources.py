@@ -16,10 +16,10 @@ import textwrap
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 from PIL import Image
@@ -139,7 +139,7 @@ def open_source(source: str, split: Split, classes: list[str] | None = None) -> 
 def _find_source(source: str, split: Split) -> Source:
     kind, _, argument = source.partition(":")
     if kind in SOURCES:
-        return SOURCES[kind](argument, split)
+        return SOURCES[kind](os.path.expanduser(argument), split)  # a shell expands ~ at the start of a word only
     if source and Path(source).is_dir():
         return ImageFolder(source, split)
     hint = did_you_mean(kind.lower(), SOURCES)
@@ -239,20 +239,47 @@ class WebDataset(Source, usage="webdataset:GLOB_OR_DIR"):
 
     def _read_shard(self, shard: str) -> tuple[dict[str, tuple[int, int, str]], dict[str, bytes]]:
         """By sample key: each image's (place, size, name), and the text of each label."""
-        images, labels = {}, {}
+        images, labels, longer = {}, {}, {}
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")  # WebDataset's rule: the key ends at the name's first dot
                     key, suffix = f"{folder}/{stem}", "." + suffix.lower()
-                    if member.isfile() and suffix in IMAGE_SUFFIXES:
-                        images[key] = (member.offset_data, member.size, member.name)
-                    elif member.isfile() and suffix == ".cls":
-                        labels[key] = tar.extractfile(member).read()
+                    if not member.isfile() or not stem:
+                        continue
+                    if suffix in IMAGE_SUFFIXES:
+                        found, value = images, (member.offset_data, member.size, member.name)
+                    elif suffix == ".cls":
+                        found, value = labels, tar.extractfile(member).read()
+                    else:
+                        if suffix.endswith(IMAGE_SUFFIXES):
+                            longer[key] = member.name
+                        continue
+                    if key in found:
+                        raise self.error(f"{shard} has sample {key!r} twice, the second time as {member.name!r}")
+                    found[key] = value
+                self._check_end(shard, tar.fileobj, tar.offset)
         except tarfile.TarError as error:
             raise self.error(f"{shard} is not a readable, uncompressed WebDataset shard: {error}") from error
+        if lost := longer.keys() - images.keys():
+            raise self.error(
+                f"{shard}: {longer[min(lost)]!r} is no image of a sample, whose key ends at the name's first dot; "
+                "rename it"
+            )
         return images, labels
+
+    def _check_end(self, shard: str, file: BinaryIO, end: int) -> None:
+        """Raise unless zeros, a block at least, and nothing else follow: tarfile takes damage for the end."""
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise self.error(f"{shard} is cut off or damaged at byte {end}; write or download it again")
+        while block := file.read(1 << 20):
+            if rest := block.lstrip(b"\0"):
+                raise self.error(
+                    f"{shard} ends at byte {end}, but goes on at byte {file.tell() - len(rest)}: it is damaged, or "
+                    "several were joined with cat; keep them apart, or join them with tar -A"
+                )
 
     def load(self, i: int) -> bytes:
         shard, start, size, _ = self.images[i]
@@ -381,11 +408,16 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
     """(files of the split, files of all splits) of a pattern or a folder. Raises SourceError."""
     root = Path(source.argument)
     if not root.is_dir():
-        files = sorted(glob.glob(source.argument, recursive=True))
-        if not files:
+        patterns = [source.argument] if root.exists() else expand_braces(source.argument)
+        found = {each: [each] if os.path.exists(each) else glob.glob(each, recursive=True) for each in patterns}
+        missing = [each for each, files in found.items() if not files]
+        if missing == [source.argument]:
             raise source.error(f"there is no such folder and no such file{similar(root)}")
+        if missing:
+            raise source.error(f"{len(missing)} of {len(found)} files are missing: {some(missing)}")
+        files = sorted({file for files in found.values() for file in files})
         return files, files
-    files = sorted(str(path) for path in root.rglob(f"*{suffix}"))
+    files = sorted(os.path.join(place, name) for place, names in walk(root) for name in names if name.endswith(suffix))
     if not files:
         raise source.error(f"there are no {suffix} files in that folder")
     names = [name for each in SPLIT_NAMES.values() for name in each]
@@ -403,6 +435,19 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
         found = ", ".join(f"{file} ({name or 'no split in its name'})" for name, file in example.items())
         raise source.error(f"cannot tell which files belong to {split}: there are {found}; give a pattern of files")
     return [file for file in files if split_of[file] == wanted], files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The patterns that a shell makes of {0000..0146} and {a,b}."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{},]*,[^{}]*))\}", pattern)
+    if not match:
+        return [pattern]
+    first, last, words = match.groups()
+    if words is None:
+        low, high = sorted((int(first), int(last)))
+        words = ",".join(f"{number:0{len(first)}}" for number in range(low, high + 1))
+    start, end = pattern[: match.start()], pattern[match.end() :]
+    return [each for word in words.split(",") for each in expand_braces(start + word + end)]
 
 
 def _choose(candidates: list[str], preferred: tuple[str, ...]) -> str | None:
@@ -496,10 +541,21 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """(place, names of files) of a folder and all below it, links too; each once, even where links lead in a circle."""
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = sorted(folders) if real not in seen else []
+        if real not in seen:
+            yield place, names
+        seen.add(real)
+
+
 def images_below(folder: Path) -> list[str]:
     return [
         os.path.join(place, file)
-        for place, _, names in sorted(os.walk(folder, onerror=_raise, followlinks=True))
+        for place, names in sorted(walk(folder))
         for file in sorted(names)
         if file.lower().endswith(IMAGE_SUFFIXES)
     ]

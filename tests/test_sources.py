@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_beton import jpeg, make_tree, photo, stored
+from test_beton import jpeg, make_shard, make_tree, photo, stored
 
 from automix_dist import beton, datasets, sources
 from automix_dist.beton import BetonError
@@ -648,6 +648,94 @@ def test_webdataset_folder_with_both_splits(tmp_path):
     assert [train.load(i) for i in range(2)] == PICTURES[:2]
     assert [val.load(0)] == PICTURES[2:3]
     assert train.classes == val.classes == ["0", "1", "2", "3"]
+
+
+def samples(*keys: str) -> dict[str, bytes]:
+    return {f"{key}.{kind}": data for key in keys for kind, data in (("jpg", PICTURES[0]), ("cls", b"0"))}
+
+
+def test_a_shard_that_is_not_read_to_its_end_is_refused(tmp_path):
+    a, b, shard = tmp_path / "a.tar", tmp_path / "b.tar", tmp_path / "s.tar"
+    make_shard(a, samples("1", "2"))
+    make_shard(b, samples("3"))
+    whole = a.read_bytes()
+    with tarfile.open(a) as tar:
+        header = tar.getmember("2.jpg").offset
+        end = tar.getmember("2.cls").offset_data + 512
+    assert not any(whole[end:]) and len(whole) >= end + 1024
+    second = len(whole) + next(i for i, byte in enumerate(b.read_bytes()) if byte)
+    flipped = bytearray(whole)
+    flipped[header + 100] ^= 0xFF
+    for data, message in (
+        (whole[:header], f"cut off or damaged at byte {header}"),
+        (whole[: header + 300], f"cut off or damaged at byte {header}"),
+        (whole[: header + 600], "unexpected end of data"),
+        (bytes(flipped), f"cut off or damaged at byte {header}"),
+        (whole[:end], f"cut off or damaged at byte {end}"),
+        (whole + b.read_bytes(), f"ends at byte {end}, but goes on at byte {second}: .*join them with tar -A"),
+    ):
+        shard.write_bytes(data)
+        with pytest.raises(SourceError, match=rf"s\.tar.* {message}"):
+            open_source(f"webdataset:{shard}", "train")
+    shard.write_bytes(whole)
+    subprocess.run(["tar", "--concatenate", f"--file={shard}", b], check=True)
+    assert len(open_source(f"webdataset:{shard}", "train").labels) == 3
+
+
+def test_a_sample_that_is_there_twice_is_named(tmp_path):
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name, data in 2 * [*samples("a/1").items()]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(SourceError, match=r"s\.tar has sample 'a/1' twice, the second time as 'a/1\.jpg'"):
+        open_source(f"webdataset:{shard}", "train")
+    make_shard(shard, samples("1") | {"1.png": PICTURES[0]})
+    with pytest.raises(SourceError, match=r"sample '/1' twice, the second time as '1\.png'"):
+        open_source(f"webdataset:{shard}", "train")
+
+
+def test_an_image_whose_name_has_more_dots_is_not_lost(tmp_path):
+    make_shard(tmp_path / "s.tar", samples("1", "3.v2"))
+    with pytest.raises(SourceError, match=r"s\.tar: '3\.v2\.jpg' is no image of a sample.*first dot; rename it"):
+        open_source(f"webdataset:{tmp_path}", "train")
+    make_shard(tmp_path / "s.tar", samples("1") | {"1.mask.png": PICTURES[1], "._1.jpg": b"macOS"})
+    assert open_source(f"webdataset:{tmp_path}", "train").load(0) == PICTURES[0]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["s-{0008..0011}.tar", "{a,b}/s-{08..11}.tar", "{0..3}", "{3..1}{x,}", "{a,{b,c}}", "{x}", "{}", "plain"]
+)
+def test_braces_are_expanded_as_a_shell_does(pattern):
+    shells = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True).stdout
+    assert {*sources.expand_braces(pattern)} == {*shells.split()}
+
+
+def test_shards_by_braces_and_names_with_brackets(tmp_path, monkeypatch):
+    for i in (8, 9, 10):
+        make_shard(tmp_path / f"s-{i:02d}.tar", samples(str(i)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_source("webdataset:~/s-{08..10}.tar", "train").labels) == 3
+    with pytest.raises(SourceError, match=r"2 of 5 files are missing: '.*/s-07\.tar', '.*/s-11\.tar'"):
+        open_source("webdataset:~/s-{07..11}.tar", "train")
+    for name in ("s[1].tar", "s{1,2}.tar"):
+        make_shard(tmp_path / name, samples("1", "2"))
+        assert len(open_source(f"webdataset:{tmp_path}/{name}", "train").labels) == 2
+
+
+def test_folders_are_followed_through_links_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    make_shard(tmp_path / "elsewhere/s-1.tar", samples("1"))
+    root = make_tree(tmp_path / "root", {"a/1.jpg": PICTURES[0], "a/deep/2.jpg": PICTURES[1], "b/3.jpg": PICTURES[2]})
+    (root / "part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(root)
+    assert open_source(f"webdataset:{root}", "train").name(0) == f"{root}/part/s-1.tar:1.jpg"
+    (root / "part").unlink()
+    (root / "a/self").symlink_to(".")
+    (root / "b/more").symlink_to(root / "a/deep")
+    files = open_source(str(root), "train").files
+    assert files == [f"{root}/{name}" for name in ("a/1.jpg", "a/deep/2.jpg", "b/3.jpg", "b/more/2.jpg")]
 
 
 def test_a_further_source_needs_its_class_only(monkeypatch):
