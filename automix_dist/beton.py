@@ -548,7 +548,7 @@ def read_classes(path: Path) -> list[str]:
     if path.suffix == ".beton":
         return read_manifest(path).classes
     try:
-        names = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BetonError(f"cannot read the class list {path}: {error}") from error
     if not names or len(set(names)) < len(names):

@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from automix_dist.sources import IMAGE_SUFFIXES, Files, Source, Split, images_below, similar, subfolders, whole_number
+from automix_dist.sources import IMAGE_SUFFIXES, Files, Source, Split, similar, subfolders, whole_number
 
 
 class Cifar10(Source, usage="cifar10:DIR"):
@@ -98,7 +98,7 @@ class Dataset(Files):
         """The lines of a text file, each split at most into the given number of fields. Raises SourceError."""
         path = self.need(*parts)
         try:
-            for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+            for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1):
                 values = line.strip().split(None, fields - 1)
                 if len(values) == fields:
                     yield values
@@ -131,7 +131,7 @@ class TinyImageNet(Dataset, usage="tiny-imagenet:DIR"):
             raise self.error(f"{self.root / 'train'} {_difference(present, set(classes))}")
         files, labels = [], []
         for name in classes:
-            found = images_below(self.need("train", name, "images"))
+            found = self.images_below(self.need("train", name, "images"))
             files += found
             labels += [name] * len(found)
         return classes, files, labels
@@ -313,7 +313,7 @@ class ImageNet(Dataset, usage="imagenet:DIR"):
                 raise self.error(f"{folder} {_difference(present, set(classes))}{hint}")
             files, labels = [], []
             for name in classes:
-                found = images_below(folder / name)
+                found = self.images_below(folder / name)
                 files += found
                 labels += [name] * len(found)
         fewest, most = self.images_of_class[split]
@@ -343,7 +343,7 @@ class ImageNet(Dataset, usage="imagenet:DIR"):
             found = table
             try:
                 if table.is_file():
-                    with open(table, newline="") as file:
+                    with open(table, newline="", encoding="utf-8-sig") as file:
                         return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
                 if archive.is_file():
                     found = archive

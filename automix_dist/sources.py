@@ -15,7 +15,7 @@ import tarfile
 import textwrap
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -32,6 +32,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("validation", "valid", "val", "dev", "test")}
 """How shards of a split are called; of the names for "val", the first that is there counts."""
+
+SPLIT_WORDS = {name for names in SPLIT_NAMES.values() for name in names}
+
+NO_IMAGES = (".txt", ".json", ".xml", ".csv", ".md", ".db", ".ini")
+"""What often lies beside images and needs no remark."""
 
 MAX_CLASSES = 1 << 20
 """A class number from here on is taken for a mistake where a source does not say how many classes it has."""
@@ -65,6 +70,10 @@ class Source(ABC):
     """What is unusual but no mistake, such as a different number of images than was published."""
     empty: list[str]
     """Folders of classes without images: a mistake, unless the class list is given."""
+    unused: list[str]
+    """Class numbers that no image has: unusual, unless the class list is given."""
+    ignored: list[str]
+    """Files in the folders of classes that are taken for no images."""
 
     def __init_subclass__(cls, usage: str | None = None) -> None:
         if usage is not None:
@@ -74,7 +83,7 @@ class Source(ABC):
     def __init__(self, argument: str, split: Split) -> None:
         """Find the images of one split. Raises SourceError or OSError."""
         self.argument = argument
-        self.remarks, self.empty = [], []
+        self.remarks, self.empty, self.unused, self.ignored = [], [], [], []
 
     @abstractmethod
     def load(self, i: int) -> bytes | Image.Image:
@@ -100,8 +109,24 @@ class Source(ABC):
             found.append(label_id)
         self.classes, self.labels, self.unknown = classes, np.array(found, np.int64), unknown
 
+    def numbers(self, labels: Iterable[int | str]) -> list[str]:
+        """The classes of a source that has numbers only: 0 to the largest. Notes which of them no image has."""
+        used = {label for label in labels if isinstance(label, int) and 0 <= label < MAX_CLASSES}
+        classes = range(max(used, default=0) + 1)
+        self.unused = [str(label) for label in classes if used and label not in used]
+        return [str(label) for label in classes]
+
     def use_classes(self, classes: list[str]) -> None:
-        """Number the images by another list of class names. Raises SourceError for images of a class not in it."""
+        """Number the images by another list of class names. Raises SourceError for images of a class not in it, and
+        for a name that one of two different lists has twice."""
+        if classes == self.classes:
+            return
+        for each, names in (("the class list given", classes), ("its own class list", self.classes)):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise SourceError(
+                    f"source '{self.kind}:{self.argument}': {each} has {some(twice)} more than once, and the lists "
+                    "differ: which class is meant cannot be told; give every class a name of its own"
+                )
         number = {name: i for i, name in enumerate(classes)}
         used = [self.classes[label] for label in np.unique(self.labels) if label >= 0]
         if foreign := [name for name in used if name not in number]:
@@ -133,6 +158,10 @@ def open_source(source: str, split: Split, classes: list[str] | None = None) -> 
             f"{images.empty[0]} has no images ({' '.join(IMAGE_SUFFIXES)}); remove it or fill it, or give the class "
             f"list with --classes"
         )
+    elif images.unused:
+        images.remarks.append(f"no image has the class number {some(images.unused)}, of {len(images.classes)}")
+    if images.ignored:
+        images.remarks.append(f"{len(images.ignored)} other files are ignored, such as {images.ignored[0]}")
     return images
 
 
@@ -235,7 +264,7 @@ class WebDataset(Source, usage="webdataset:GLOB_OR_DIR"):
         if not self.images:
             raise self.error(f"there are no images in {len(chosen)} shard(s)")
         labels = [whole_number(text.decode(errors="replace")) for text in texts]
-        self.label(_numbered_classes(labels), labels)
+        self.label(self.numbers(labels), labels)
 
     def _read_shard(self, shard: str) -> tuple[dict[str, tuple[int, int, str]], dict[str, bytes]]:
         """By sample key: each image's (place, size, name), and the text of each label."""
@@ -318,7 +347,8 @@ class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
 
         labels = {file: self._labels(file, label_column) for file in (self.files if classes else every_split)}
         if classes is None:
-            classes = _observed_classes([label for each in labels.values() for label in each])
+            observed = [label for each in labels.values() for label in each]
+            classes = sorted({label for label in observed if isinstance(label, str)}) or self.numbers(observed)
         groups = [
             (number, group, metadata.row_group(group).num_rows)
             for number, metadata in enumerate(self._metadata)
@@ -416,16 +446,21 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
         if missing:
             raise source.error(f"{len(missing)} of {len(found)} files are missing: {some(missing)}")
         files = sorted({file for files in found.values() for file in files})
+        if left_out := missing_shards(files):
+            source.remarks.append(f"the pattern leaves out {len(left_out)} shards: {some(left_out)}")
         return files, files
     files = sorted(os.path.join(place, name) for place, names in walk(root) for name in names if name.endswith(suffix))
     if not files:
         raise source.error(f"there are no {suffix} files in that folder")
-    names = [name for each in SPLIT_NAMES.values() for name in each]
+    if missing := missing_shards(files):
+        raise source.error(
+            f"{len(missing)} shards are missing: {some(missing)}; download them, or give a pattern of those to be read"
+        )
     split_of = {}
     for file in files:
         parts = reversed(Path(file).relative_to(root).parts)
         words = [word for part in parts for word in re.split(r"[^a-z]+", part.lower())]
-        split_of[file] = next((word for word in words if word in names), None)
+        split_of[file] = next((word for word in words if word in SPLIT_WORDS), None)
     present = set(split_of.values())
     if present == {None}:
         return files, files
@@ -435,6 +470,19 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
         found = ", ".join(f"{file} ({name or 'no split in its name'})" for name, file in example.items())
         raise source.error(f"cannot tell which files belong to {split}: there are {found}; give a pattern of files")
     return [file for file in files if split_of[file] == wanted], files
+
+
+def missing_shards(files: Iterable[str]) -> list[str]:
+    """Shards START-00007-of-00042 that are not among the files where others of the 42 are."""
+    groups = defaultdict(set)
+    for file in files:
+        if match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]+)?\.[^/]*", file):
+            groups[match[1], match[3]].add(int(match[2]))
+    missing = []
+    for (start, total), present in groups.items():
+        every = range(1, int(total) + 1) if int(total) in present else range(int(total))  # some count from 1
+        missing += [f"{start}-{number:0{len(total)}}-of-{total}" for number in every if number not in present]
+    return missing
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -461,16 +509,6 @@ def whole_number(text: str) -> int | str:
     return int(text) if re.fullmatch(r"\s*[+-]?\d{1,9}\s*", text) else text
 
 
-def _observed_classes(labels: list[int | str]) -> list[str]:
-    names = {label for label in labels if isinstance(label, str)}
-    return sorted(names) if names else _numbered_classes(labels)
-
-
-def _numbered_classes(labels: Iterable[int | str]) -> list[str]:
-    numbers = [label for label in labels if isinstance(label, int) and 0 <= label < MAX_CLASSES]
-    return [str(label) for label in range(max(numbers, default=0) + 1)]
-
-
 def similar(path: Path) -> str:
     """What may have been meant by a path that does not exist, as the end of a message; "" if nothing is close."""
     while not path.parent.is_dir() and path.parent != path:
@@ -486,6 +524,14 @@ class Files(Source):
     """Images that are files of their own."""
 
     files: list[str]
+
+    def images_below(self, folder: Path) -> list[str]:
+        """The images in a folder and all below it, sorted; notes the files that are ignored."""
+        files = [os.path.join(place, name) for place, names in sorted(walk(folder)) for name in sorted(names)]
+        images = [file for file in files if file.lower().endswith(IMAGE_SUFFIXES)]
+        others = (file for file in files if not file.lower().endswith((*IMAGE_SUFFIXES, *NO_IMAGES)))
+        self.ignored += [file for file in others if not os.path.basename(file).startswith(".")]
+        return images
 
     def load(self, i: int) -> bytes:
         return Path(self.files[i]).read_bytes()
@@ -506,12 +552,16 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         if not root.is_dir():
             raise self.error(f"no such folder{similar(root)}")
         folder = class_root = root
+        names = subfolders(root)
+        splits = [name for name in names if name.lower() in SPLIT_WORDS]
         if (root / "train").is_dir() and (root / "val").is_dir():
             folder, class_root = root / split, root / "train"
-        elif "train" in (names := subfolders(root)) and {*names} <= {"train", "test", "valid", "validation", "dev"}:
+        elif splits and (len(splits) > 1 or len(names) == 1):
             raise self.error(
-                "it has train but no val: name the other folder val, or give DIR/train and the other alone"
+                f"{some(splits)} are splits, not classes: call the folders train and val, or give one of them alone"
             )
+        elif len(names) == 1 and any(name.lower() in SPLIT_WORDS for name in subfolders(root / names[0])):
+            raise self.error(f"its only folder has the splits; did you mean {self.kind}:{root / names[0]}?")
         elif split == "val":
             raise self.error("it has no folders train and val to choose from: leave --split val out to write all of it")
         classes = subfolders(class_root)
@@ -520,9 +570,11 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         present = subfolders(folder)
         if foreign := [name for name in present if name not in classes]:
             raise SourceError(f"{folder} has {some(foreign)}, not in {class_root}: expected the same class folders")
+        if hidden := [entry.name for entry in os.scandir(class_root) if entry.is_dir() and entry.name[0] == "."]:
+            self.remarks.append(f"no classes, as their names begin with a dot: {some(hidden)}")
         self.files, labels = [], []
         for label, name in enumerate(classes):
-            found = images_below(folder / name) if name in present else []
+            found = self.images_below(folder / name) if name in present else []
             if not found and folder == class_root:  # validation may lack images of a class
                 self.empty.append(str(folder / name))
             self.files += found
@@ -538,7 +590,8 @@ def some(names: list[str]) -> str:
 
 
 def subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    """Sorted; not those whose names begin with a dot, such as .ipynb_checkpoints."""
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -550,15 +603,6 @@ def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
         if real not in seen:
             yield place, names
         seen.add(real)
-
-
-def images_below(folder: Path) -> list[str]:
-    return [
-        os.path.join(place, file)
-        for place, names in sorted(walk(folder))
-        for file in sorted(names)
-        if file.lower().endswith(IMAGE_SUFFIXES)
-    ]
 
 
 def _raise(error: OSError) -> None:

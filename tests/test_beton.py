@@ -192,10 +192,30 @@ def test_folder_with_train_and_val(tmp_path):
     assert write(tmp_path, tmp_path / "v.beton", split="val").count == 2
 
 
-def test_a_folder_with_train_and_test_is_no_set_of_two_classes(tmp_path):
-    make_tree(tmp_path, {"train/a/1.png": jpeg(photo(1)), "test/a/1.png": jpeg(photo(2))})
-    with pytest.raises(BetonError, match="train but no val"):
+@pytest.mark.parametrize("names", ["train test", "Train Val", "training validation", "train test extra", "train"])
+def test_folders_of_splits_are_no_classes(tmp_path, names):
+    make_tree(tmp_path, {f"{name}/a/1.png": jpeg(photo(1)) for name in names.split()})
+    for split in ("train", "val"):
+        with pytest.raises(BetonError, match=rf"'{names.split()[0]}'.* splits, not classes: call .* train and val"):
+            write(tmp_path, tmp_path / "t.beton", split=split)
+
+
+def test_a_folder_above_that_of_the_splits(tmp_path):
+    make_tree(tmp_path, {f"imagenet/{name}/a/1.png": jpeg(photo(1)) for name in ("train", "val")})
+    with pytest.raises(BetonError, match=rf"did you mean imagefolder:{tmp_path}/imagenet\?"):
         write(tmp_path, tmp_path / "t.beton")
+    (tmp_path / "train").mkdir()  # a class of vehicles, beside another class
+    assert beton.open_source(str(tmp_path), "train", classes=["imagenet", "train"]).classes == ["imagenet", "train"]
+
+
+def test_what_a_folder_of_classes_has_besides_is_told(tmp_path):
+    names = ("a/1.jpg", "a/2.gif", "a/3", "a/.DS_Store", "a/notes.txt", "b/4.jpg", ".ipynb_checkpoints/1.jpg")
+    make_tree(tmp_path, dict.fromkeys(names, jpeg(photo(1))))
+    source = beton.open_source(str(tmp_path), "train")
+    assert source.classes == ["a", "b"]
+    hidden, ignored = source.remarks
+    assert hidden.endswith("begin with a dot: '.ipynb_checkpoints'")
+    assert ignored == f"2 other files are ignored, such as {tmp_path}/a/2.gif"
 
 
 @pytest.mark.parametrize(
@@ -250,6 +270,8 @@ def test_the_class_list_of_another_file(tmp_path):
     (tmp_path / "classes.txt").write_text("a\nb\na\n")
     with pytest.raises(BetonError, match="each of them once"):
         beton.read_classes(tmp_path / "classes.txt")
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")  # as Windows writes it
+    assert beton.read_classes(tmp_path / "classes.txt") == ["a", "b"]
 
     make_shard(tmp_path / "s.tar", {"1.jpg": jpeg(photo(0)), "1.cls": b"1", "2.jpg": jpeg(photo(1)), "2.cls": b"x"})
     manifest = write(f"webdataset:{tmp_path}", tmp_path / "y.beton", classes=["0", "1", "2"], skip_broken=True)

@@ -471,8 +471,9 @@ def test_flat_imagenet_val_with_the_development_kit(tmp_path, how, monkeypatch):
 def test_flat_imagenet_val_with_kaggles_table(tmp_path, place):
     flat_val(tmp_path, place)
     rows = [f"ILSVRC2012_val_{i:08d},{wnid} 85 1 499 272 {wnid} 1 2 3 4" for i, wnid in reversed(TRUTH.items())]
-    (tmp_path / "LOC_val_solution.csv").write_bytes(table("ImageId,PredictionString", *rows))
-    check_flat_val(tmp_path)
+    for mark in (b"", b"\xef\xbb\xbf"):  # of UTF-8, as some editors write it
+        (tmp_path / "LOC_val_solution.csv").write_bytes(mark + table("ImageId,PredictionString", *rows))
+        check_flat_val(tmp_path)
     (tmp_path / place / "ILSVRC2012_val_00000001.JPEG").rename(tmp_path / place / "ILSVRC2012_val_00000009.JPEG")
     source = open_source(f"imagenet:{tmp_path}", "val")
     assert source.unknown == {2: "class 'unknown' is not one of the 1000 classes"}
@@ -541,6 +542,34 @@ def test_parquet_of_hugging_face(hugging_face, tmp_path):
     assert len(sums) == 1
     pattern = open_source(f"parquet:{hugging_face}/**/train-00001*.parquet", "val")
     assert pattern.labels.tolist() == [0, 0]
+
+
+def test_a_missing_shard_is_named(hugging_face):
+    (hugging_face / "data/train-00000-of-00002.parquet").unlink()
+    with pytest.raises(SourceError, match=r"1 shards are missing: '.*/data/train-00000-of-00002'; download"):
+        open_source(f"parquet:{hugging_face}", "train")
+    (remark,) = open_source(f"parquet:{hugging_face}/data/train-*", "train").remarks
+    assert remark == f"the pattern leaves out 1 shards: '{hugging_face}/data/train-00000-of-00002'"
+    hashed = [f"a/train-{i:05d}-of-00011-0123456789abcdef.parquet" for i in (*range(9), 10)]
+    assert sources.missing_shards(hashed) == ["a/train-00009-of-00011"]
+    assert sources.missing_shards(["x-1-of-2.tar", "x-2-of-2.tar", "y-0-of-1.tar", "z-3-of-4/y.tar"]) == []
+
+
+def test_a_class_name_that_stands_for_two_classes(tmp_path):
+    cranes = ["crane", "crane", "dog"]
+    parquet_shard(tmp_path / "a.parquet", structs(PICTURES[:3]), [0, 1, 2], cranes)
+    assert open_source(f"parquet:{tmp_path}", "train", cranes).labels.tolist() == [0, 1, 2]
+    for classes, which in ((["crane", "dog"], "its own class list"), ([*cranes, "cat"], "the class list given")):
+        with pytest.raises(SourceError, match=rf"{which} has 'crane' more than once"):
+            open_source(f"parquet:{tmp_path}", "train", classes)
+
+
+def test_class_numbers_that_no_image_has_are_told(tmp_path):
+    parquet_shard(tmp_path / "a/a.parquet", PICTURES[:3], [1, 2, 4])
+    assert open_source(f"parquet:{tmp_path}/a", "train").remarks == ["no image has the class number '0', '3', of 5"]
+    assert open_source(f"parquet:{tmp_path}/a", "train", [*"01234"]).remarks == []
+    make_shard(tmp_path / "s.tar", {"1.jpg": PICTURES[0], "1.cls": b"1"})
+    assert open_source(f"webdataset:{tmp_path}", "train").remarks == ["no image has the class number '0', of 2"]
 
 
 def test_parquet_reads_each_row_group_once(tmp_path, monkeypatch):
