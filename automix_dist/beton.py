@@ -33,14 +33,14 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from automix_dist import datasets  # noqa: F401 - enters the published datasets in the table of sources
 from automix_dist.cores import usable_cores
 from automix_dist.errors import AutomixError
 from automix_dist.jpeg import decodes, restart_interval
-from automix_dist.sources import Source, SourceError, Split, open_source
+from automix_dist.sources import Source, SourceError, Split, open_source, some
 
 FORMAT_VERSION = 1
 """Version of the manifest and of the sums; FFCV's own format is version 2."""
@@ -121,6 +121,8 @@ class Stored(NamedTuple):
     data: bytes
     sum: int
     label: int
+    cut: bool
+    """Whether the image has values of more than 8 bits, which become RGB by cutting them off."""
 
 
 class Broken(NamedTuple):
@@ -154,11 +156,12 @@ def prepare(
     quality: of the JPEGs made here. restart_markers: in the JPEGs made here, so that training decodes crops faster.
     workers: threads, 0 = one for each core that this process may use.
     An image is read as torchvision reads it, `Image.open(...).convert("RGB")`: no EXIF rotation, first frame, alpha
-    dropped. A file that exists is replaced.
+    dropped. A file that exists is replaced; where `out` is a link, the file that it leads to.
 
     Raises BetonError for an unknown or missing source, for images that cannot be read or have an unknown class (all
-    are listed; with skip_broken they are left out and named in the manifest) and for a file that cannot be written.
-    Warns if a published dataset has another number of images here.
+    are listed; with skip_broken they are left out and named in the manifest), where the system fails to read one that
+    is there, and for a file that cannot be written. Warns of what is unusual in the source, of classes of which no
+    image is left, and of images with more than 8 bits a pixel.
     """
     out = Path(out)
     _check_options(out, split, per_class, write_mode, max_resolution, quality, workers)
@@ -178,11 +181,18 @@ def prepare(
         "restart_markers": restart_markers,
         "skip_broken": skip_broken,
     }
-    unfinished = out.with_name(out.name + ".partial")
+    # Where `out` is a link, the file that it leads to is written, on the disk where that lies.
+    place, manifest_place = (Path(os.path.realpath(path)) for path in (out, manifest_path(out)))
+    unfinished = place.with_name(place.name + ".partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished) as file:
             records, skipped = _write_file(file, images, options, workers or usable_cores(), progress)
+            counts = np.bincount(records["label"], minlength=len(images.classes))
+            lost = np.setdiff1d(images.labels[images.labels >= 0], records["label"])
+            if len(lost):
+                names = some([images.classes[label] for label in lost])
+                warnings.warn(f"classes of which no image is left: {names}", stacklevel=2)
             file_size = os.fstat(file.fileno()).st_size
             manifest = Manifest(
                 source=source,
@@ -190,7 +200,7 @@ def prepare(
                 options=options,
                 count=len(records),
                 classes=images.classes,
-                class_counts=np.bincount(records["label"], minlength=len(images.classes)).tolist(),
+                class_counts=counts.tolist(),
                 jpeg_count=int(np.sum(records["image"]["mode"] == JPEG)),
                 height_range=_range(records["image"]["height"]),
                 width_range=_range(records["image"]["width"]),
@@ -200,7 +210,7 @@ def prepare(
                 index_checksum=_parse_index(file, file_size).checksum,
                 versions=_versions(),
             )
-            _replace_both(unfinished, out, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+            _replace_both(unfinished, place, manifest_place, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
     except OSError as error:
         raise BetonError(f"cannot write {out}: {error.strerror or error}") from error
     return manifest
@@ -264,7 +274,7 @@ def _write_file(
     allocations = np.zeros(count, ALLOCATION)
     sums = np.zeros(count, np.uint64)
     end = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + records.nbytes
-    page, kept, broken = PAGE, 0, []
+    page, kept, broken, cut = PAGE, 0, [], []
 
     todo = chosen
     while len(todo):
@@ -285,11 +295,18 @@ def _write_file(
                 allocations[kept] = (kept, start, len(stored.data))
                 sums[kept] = stored.sum
                 kept += 1
+                cut += [i] if stored.cut else []
         # The next ones of their classes stand in for those that could not be read.
         wanted = _first_of_each_class(images.labels, usable, options["per_class"])
         todo = np.setdiff1d(wanted, chosen) if options["skip_broken"] else chosen[:0]
         chosen = np.concatenate([chosen, todo])
     _judge(broken, len(chosen), options["skip_broken"])
+    if cut:
+        warnings.warn(
+            f"{len(cut)} images have more than 8 bits a pixel, such as {images.name(cut[0])}: as torchvision reads "
+            "them, values below 0 or above 255 are cut off; scale them to 8 bits if that is not meant",
+            stacklevel=3,
+        )
 
     records, allocations, sums = records[:kept], allocations[:kept], sums[:kept]
     sums_start = _align(end, ALIGNMENT)
@@ -383,9 +400,18 @@ def _encode(images: Source, options: dict[str, Any], numbered: tuple[int, int]) 
         loaded = images.load(i)
         image = Image.open(io.BytesIO(loaded)) if isinstance(loaded, bytes) else loaded
         mode, height, width, data = _stored_form(loaded, image, options, place)
-        return Stored(mode, height, width, data, word_sum(data), int(images.labels[i]))
-    except BetonError:
-        raise
+        cut = image.mode.startswith(("I", "F"))
+        return Stored(mode, height, width, data, word_sum(data), int(images.labels[i]), cut)
+    except UnidentifiedImageError:  # its text names an object in memory
+        return Broken(images.name(i), "no known image format")
+    except (OSError, MemoryError) as error:
+        # A file that is not there counts as broken. The system's other errors, which have a number where Pillow's have
+        # none, and too little memory say nothing about the image.
+        missing = isinstance(error, FileNotFoundError) and Path(error.filename or "") == Path(images.name(i))
+        if isinstance(error, MemoryError) or (error.errno is not None and not missing):
+            reason = "out of memory" if isinstance(error, MemoryError) else error.strerror
+            raise BetonError(f"cannot read {images.name(i)}: {reason}; the image may be sound, try again") from error
+        return Broken(images.name(i), f"{type(error).__name__}: {error}")
     except Exception as error:  # on damaged files PIL raises nearly anything; all of it says: unreadable
         return Broken(images.name(i), f"{type(error).__name__}: {error}")
 
@@ -424,7 +450,8 @@ def _encode_jpeg(image: Image.Image, quality: int, restart_markers: bool) -> byt
     interval = restart_interval(image.width) if restart_markers else 0
     # Into a descriptor Pillow encodes without holding the interpreter's lock, into a BytesIO it holds it.
     with open(os.memfd_create("jpeg"), "w+b") as file:
-        image.save(file, "JPEG", quality=quality, restart_marker_blocks=interval)
+        # Pillow would take over the comment of a PNG or GIF, and fail where that is long.
+        image.save(file, "JPEG", quality=quality, restart_marker_blocks=interval, comment=b"")
         file.seek(0)
         return file.read()
 
@@ -468,26 +495,26 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _replace_both(unfinished: Path, out: Path, manifest: str) -> None:
+def _replace_both(unfinished: Path, place: Path, manifest_place: Path, manifest: str) -> None:
     """Give a data file, which is on disk, and its manifest their names: both, or what can fail for want of space fails
     before the older pair is touched."""
-    path = manifest_path(out)
-    unfinished_manifest = path.with_name(path.name + ".partial")
+    unfinished_manifest = manifest_place.with_name(manifest_place.name + ".partial")
     try:
         with open(unfinished_manifest, "w") as file:
             file.write(manifest)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, out)  # until the manifest follows, an older one does not match and is refused
-        os.replace(unfinished_manifest, path)
+        os.replace(unfinished, place)  # until the manifest follows, an older one does not match and is refused
+        os.replace(unfinished_manifest, manifest_place)
     except BaseException:
         unfinished_manifest.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    for parent in {place.parent, manifest_place.parent}:
+        folder = os.open(parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def word_sum(data: bytes) -> int:

@@ -233,6 +233,8 @@ def _prepare(options: argparse.Namespace) -> int:
         progress=True,
     )
     print(f"{options.out}: {manifest.count} images, {len(manifest.classes)} classes")
+    if manifest.skipped:
+        print(f"left out: {len(manifest.skipped)} images, named in {beton.manifest_path(options.out)} under `skipped`")
     return 0
 
 

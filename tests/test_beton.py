@@ -418,7 +418,7 @@ def exotic(tmp_path_factory) -> Path:
     return make_tree(tmp_path_factory.mktemp("exotic"), {f"all/{name}": data for name, data in exotic_images().items()})
 
 
-@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.filterwarnings("ignore:Palette images", "ignore:1 images have more than 8 bits")
 def test_images_are_read_as_torchvision_reads_them(exotic, tmp_path):
     from torchvision.datasets.folder import default_loader
 
@@ -431,7 +431,7 @@ def test_images_are_read_as_torchvision_reads_them(exotic, tmp_path):
         assert expected.shape == (40, 60, 3)
 
 
-@pytest.mark.filterwarnings("ignore:Palette images")
+@pytest.mark.filterwarnings("ignore:Palette images", "ignore:1 images have more than 8 bits")
 def test_which_jpegs_are_kept(exotic, tmp_path):
     manifest = write(exotic, tmp_path / "x.beton", write_mode="jpg")
     assert manifest.jpeg_count == manifest.count
@@ -592,6 +592,74 @@ def test_skip_broken_leaves_them_out_and_says_so(damaged_tree, tmp_path, mode):
     assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_what_the_system_cannot_read_is_no_broken_image(damaged_tree, tmp_path, monkeypatch, skip_broken):
+    (damaged_tree / "a/nowhere.jpg").symlink_to("nothing")
+    (damaged_tree / "b/mem.jpg").symlink_to("/proc/self/mem")  # whose first byte gives EIO, as a dying disk does
+    with pytest.raises(BetonError, match=r"^cannot read .*/b/mem\.jpg: Input/output error; "):
+        write(damaged_tree, tmp_path / "x.beton", skip_broken=skip_broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["tree"]
+    (damaged_tree / "b/mem.jpg").unlink()
+    with pytest.raises(BetonError, match=r"(?s)5 of 7 .*nowhere\.jpg: FileNotF.*zeros\.jpg: no known image format"):
+        write(damaged_tree, tmp_path / "x.beton")
+
+    def load(self, i):
+        raise MemoryError
+
+    monkeypatch.setattr("automix_dist.sources.Files.load", load)
+    with pytest.raises(BetonError, match=r"^cannot read .*/a/good\.jpg: out of memory"):
+        write(damaged_tree, tmp_path / "x.beton", skip_broken=skip_broken)
+
+
+def test_a_shard_that_went_away_is_no_broken_image(tmp_path):
+    make_shard(tmp_path / "s.tar", {"1.jpg": jpeg(photo(0)), "1.cls": b"0"})
+    images = beton.open_source(f"webdataset:{tmp_path}", "train")
+    (tmp_path / "s.tar").unlink()
+    with pytest.raises(BetonError, match=r"cannot read .*s\.tar:1\.jpg: No such file"):
+        beton._encode(images, {}, (0, 0))
+
+
+def test_skip_broken_tells_how_many_and_which_classes_are_lost(damaged_tree, tmp_path):
+    (damaged_tree / "b/good.jpg").unlink()
+    out = tmp_path / "x.beton"
+    run = subprocess.run(
+        [sys.executable, "-m", "automix_dist", "prepare", damaged_tree, out, "--skip-broken"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    manifest = beton.read_manifest(out)
+    assert (manifest.class_counts, len(manifest.skipped)) == ([1, 0], 4)
+    assert f"left out: 4 images, named in {out}.json under `skipped`\n" in run.stdout
+    assert "classes of which no image is left: 'b'\n" in run.stderr
+
+
+def test_images_of_more_than_8_bits_are_told(tmp_path):
+    deep = np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60)
+    kinds = {"16.png": deep, "int.tiff": deep.astype(np.int32), "float.tiff": deep.astype(np.float32), "8.png": None}
+    for name, pixels in kinds.items():
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (photo(0) if pixels is None else Image.fromarray(pixels)).save(tmp_path / "a" / name)
+    with pytest.warns(UserWarning, match=rf"3 images have more than 8 bits a pixel, such as {tmp_path}/a/16\.png"):
+        write(tmp_path, tmp_path / "x.beton")
+    index = beton.read_index(tmp_path / "x.beton")
+    white = [(raw_pixels(tmp_path / "x.beton", i) == 255).mean() > 0.99 for i in range(len(index.records))]
+    assert white == [True, False, True, True]  # in the order of the names: 16, 8, float, int
+
+
+def test_no_text_of_an_image_goes_into_its_jpeg(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    for name, length in (("long", 70_000), ("short", 7), ("none", 0)):
+        text = PngInfo()
+        if length:
+            text.add_text("comment", "x" * length)
+        (tmp_path / "a").mkdir(exist_ok=True)
+        photo(0).save(tmp_path / "a" / f"{name}.png", pnginfo=text)
+    write(tmp_path, tmp_path / "x.beton", write_mode="jpg")
+    assert len({stored(tmp_path / "x.beton", i) for i in range(3)}) == 1
+
+
 def test_nothing_but_broken_images_fails_always(tmp_path):
     make_tree(tmp_path, {"a/1.jpg": b"x"})
     with pytest.raises(BetonError, match="every one"):
@@ -704,6 +772,19 @@ def test_a_manifest_that_cannot_be_written_leaves_the_older_pair(tmp_path, monke
     monkeypatch.undo()
     assert calls and beton.verify(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatch):
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.mkdir(), small.mkdir()
+    (small / "x.beton").symlink_to(large / "data.beton")
+    write("digits:3", small / "x.beton")
+    lock, places = beton._locked, []
+    monkeypatch.setattr(beton, "_locked", lambda path: places.append(path) or lock(path))
+    manifest = write("digits:4", small / "x.beton")
+    assert places == [large / "data.beton.partial"]
+    assert [path.name for path in large.iterdir()] == ["data.beton"]
+    assert (small / "x.beton").is_symlink() and beton.verify(small / "x.beton") == manifest
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):
