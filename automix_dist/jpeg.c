@@ -12,6 +12,9 @@
 /* Fancy upsampling gives a pixel a share of the next chroma sample, which reaches so many pixels further at most. */
 enum { MARGIN = 2 };
 
+/* Images of so few columns are not given fancy upsampling. */
+enum { NARROW = 4 };
+
 struct box {
     uint32_t top, left, height, width;
 };
@@ -84,6 +87,7 @@ static uint8_t *cut_out(const uint8_t *jpeg, size_t *size, struct box box, struc
     uint32_t first_column = (box.left > MARGIN ? box.left - MARGIN : 0) / column_width;
     uint32_t end_row = (box.top + box.height + MARGIN + layout.group_height - 1) / layout.group_height;
     uint32_t end_column = (box.left + box.width + MARGIN + column_width - 1) / column_width;
+    if (first_column > 0 && width - first_column * column_width <= NARROW) first_column--;
     if (end_row > rows) end_row = rows;
     if (end_column > columns) end_column = columns;
 
@@ -139,6 +143,15 @@ static void on_message(j_common_ptr info, int level) {
     if (level < 0) give_up(info);
 }
 
+/* Whether the scans of a progressive image, all of them read, leave a coefficient unknown or known in part. */
+static int misses_scans(const struct jpeg_decompress_struct *info) {
+    if (!info->progressive_mode) return 0;
+    for (int component = 0; component < info->num_components; component++)
+        for (int i = 0; i < DCTSIZE2; i++)
+            if (info->coef_bits[component][i] != 0) return 1;
+    return 0;
+}
+
 /* Decodes a box of a JPEG of height x width into rows of `stride` bytes; `pixels` is the address of the whole image's
  * first pixel. Returns 0 or, if the data is not as it should be, 1. */
 static int decode(const uint8_t *jpeg, size_t size, uint32_t height, uint32_t width, struct box box, uint8_t *pixels,
@@ -159,6 +172,7 @@ static int decode(const uint8_t *jpeg, size_t size, uint32_t height, uint32_t wi
     info.out_color_space = JCS_RGB;
     info.dct_method = JDCT_ISLOW;
     jpeg_start_decompress(&info);
+    if (misses_scans(&info)) give_up((j_common_ptr)&info); /* libjpeg would smooth, each version in its own way */
 
     JDIMENSION first = box.left > MARGIN ? box.left - MARGIN : 0;
     JDIMENSION end = width - box.left - box.width > MARGIN ? box.left + box.width + MARGIN : width;
@@ -175,8 +189,8 @@ static int decode(const uint8_t *jpeg, size_t size, uint32_t height, uint32_t wi
 }
 
 /* Decodes a box that lies inside a JPEG of height x width to its place in `pixels`, RGB rows of the whole image.
- * Columns beside the box may be written too. Returns 0, or 1 if the data that the box needs is damaged, is not RGB,
- * YCbCr or gray, or is of another size; then `pixels` holds anything. */
+ * Columns beside the box may be written too. Returns 0, or 1 if the data that the box needs is damaged or lacking, is
+ * not RGB, YCbCr or gray, or is of another size; then `pixels` holds anything. */
 int automix_decode_box(const uint8_t *jpeg, uint64_t size, uint32_t height, uint32_t width, uint32_t top, uint32_t left,
                        uint32_t box_height, uint32_t box_width, uint8_t *pixels) {
     struct box box = {top, left, box_height, box_width}, part = {0, 0, height, width};

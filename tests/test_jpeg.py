@@ -82,6 +82,32 @@ def test_boxes_are_pillows(form, shape):
         assert np.array_equal(pixels, whole[top : top + h, left : left + w]), box
 
 
+@pytest.mark.parametrize("form", ["ours", "restart each group", "restart 422", "restart 440"])
+def test_narrow_boxes_at_the_right_are_pillows(form):
+    """Of an image whose last column of blocks has few pixels only a part that libjpeg upsamples in another way."""
+    height = 40
+    for width in range(33, 49):
+        data = FORMS[form](picture(height, width))
+        whole = np.asarray(Image.open(io.BytesIO(data)))
+        for w in range(1, 8):
+            status, pixels = decode(data, height, width, (5, width - w, 20, w))
+            assert status == 0
+            assert np.array_equal(pixels, whole[5:25, width - w :]), (width, w)
+
+
+def test_a_progressive_image_that_lacks_scans_is_refused():
+    """Pillow reads it without a word; its pixels are a guess, which differs between versions of libjpeg."""
+    height, width = 150, 170
+    data = FORMS["progressive"](picture(height, width))
+    assert jpeg.decodes(data, height, width)
+    scans = [i for i in range(len(data)) if data[i : i + 2] == b"\xff\xda"]
+    tables = [data.rindex(b"\xff\xc4", 0, scan) for scan in scans]  # each scan has its own before it
+    for table in tables[1:]:
+        cut = data[:table] + b"\xff\xd9"
+        assert Image.open(io.BytesIO(cut)).convert("RGB").size == (width, height)
+        assert not jpeg.decodes(cut, height, width)
+
+
 def test_restart_intervals_make_whole_rows():
     for width in (1, 16, 17, 300, 333, 375, 400, 500, 4000):
         assert -(-width // 16) % jpeg.restart_interval(width) == 0
