@@ -159,7 +159,7 @@ def open_source(source: str, split: Split, classes: list[str] | None = None) -> 
             f"list with --classes"
         )
     elif images.unused:
-        images.remarks.append(f"no image has the class number {some(images.unused)}, of {len(images.classes)}")
+        images.remarks.append(f"of {len(images.classes)} class numbers these have no images: {some(images.unused)}")
     if images.ignored:
         images.remarks.append(f"{len(images.ignored)} other files are ignored, such as {images.ignored[0]}")
     return images
@@ -571,7 +571,7 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         if foreign := [name for name in present if name not in classes]:
             raise SourceError(f"{folder} has {some(foreign)}, not in {class_root}: expected the same class folders")
         if hidden := [entry.name for entry in os.scandir(class_root) if entry.is_dir() and entry.name[0] == "."]:
-            self.remarks.append(f"no classes, as their names begin with a dot: {some(hidden)}")
+            self.remarks.append(f"folders whose names begin with a dot are no classes: {some(hidden)}")
         self.files, labels = [], []
         for label, name in enumerate(classes):
             found = self.images_below(folder / name) if name in present else []

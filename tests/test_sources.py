@@ -566,10 +566,11 @@ def test_a_class_name_that_stands_for_two_classes(tmp_path):
 
 def test_class_numbers_that_no_image_has_are_told(tmp_path):
     parquet_shard(tmp_path / "a/a.parquet", PICTURES[:3], [1, 2, 4])
-    assert open_source(f"parquet:{tmp_path}/a", "train").remarks == ["no image has the class number '0', '3', of 5"]
+    (remark,) = open_source(f"parquet:{tmp_path}/a", "train").remarks
+    assert remark == "of 5 class numbers these have no images: '0', '3'"
     assert open_source(f"parquet:{tmp_path}/a", "train", [*"01234"]).remarks == []
     make_shard(tmp_path / "s.tar", {"1.jpg": PICTURES[0], "1.cls": b"1"})
-    assert open_source(f"webdataset:{tmp_path}", "train").remarks == ["no image has the class number '0', of 2"]
+    assert open_source(f"webdataset:{tmp_path}", "train").remarks == ["of 2 class numbers these have no images: '0'"]
 
 
 def test_parquet_reads_each_row_group_once(tmp_path, monkeypatch):
