@@ -66,7 +66,7 @@ class SaveResult(NamedTuple):
     seconds: float
     """From the call to the rename."""
     bytes: int
-    """Of all ranks."""
+    """Bytes written by all ranks together."""
     written: bool
 
 
@@ -74,7 +74,8 @@ class Checkpoints:
     """The checkpoints of one run. Methods are called by all ranks together.
 
     A save copies this rank's state to host memory, for which training stands still, and writes it in a thread while
-    training goes on. The thread has a process group of its own, so that its exchange with other ranks meets no other.
+    training goes on. The thread has a process group of its own, so that its collectives cannot be
+    confused with the main thread's.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, process: Process, say: Callable[[str], None]):
@@ -85,6 +86,7 @@ class Checkpoints:
         self._channel = process.channel()
         self._lost = False  # contact with another rank over the channel
         self._thread: threading.Thread | None = None
+        self._broken: set[int] = set()  # steps that a resume has passed over
         self._files: list[dict[str, Any]] = []  # of the newest checkpoint that this process has written or loaded
         self._host: dict[str, Tensor] = {}  # kept from save to save: fresh pages cost more than the copy
         self._written = self._last_written = True  # by this rank's account; as all ranks agreed
@@ -161,7 +163,12 @@ class Checkpoints:
         final = step_folder(self.run, step)
         staging = _staging(final)
         renewed = []
-        error = self._on_main(lambda: renewed.append(_renew(final, manifest["state"], self._files)))
+
+        def begin() -> None:
+            _clear_leftovers(self.run)  # they may be what fills the disk
+            renewed.append(_renew(final, manifest["state"], self._files))
+
+        error = self._on_main(begin)
         if self._channel.broadcast(renewed == [True]):
             self._prune(step, manifest["state"].get("best_step"))
             return None, 0
@@ -182,6 +189,7 @@ class Checkpoints:
             self._on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
             return error, 0
         self._files = manifest["files"]
+        self._broken.discard(step)
         self._prune(step, manifest["state"].get("best_step"))
         return None, sum(files["bytes"] for files in manifest["files"])
 
@@ -205,6 +213,8 @@ class Checkpoints:
         if self.process.is_main:
             try:
                 found = newest(self.run, self.say)
+                first_broken = 0 if found is None else found.step + 1
+                self._broken = {each for each in _listed_steps(self.run) if each >= first_broken}
             except UnreadableError as error:
                 found = error
         found = self.process.broadcast(found)
@@ -213,35 +223,24 @@ class Checkpoints:
         return found
 
     def _prune(self, step: int, best_step: int | None) -> None:
-        """Remove what the retention rule does not keep; never `step`, just written. Leftovers of interrupted saves go
-        too. Later steps stay and do not count: a resume has passed them over as broken."""
+        """Remove what the retention rule does not keep; never `step`, just written. What a resume has passed over as
+        broken does not count: it goes when training has come past it, and stays until then."""
         if not self.process.is_main:
             return
         try:
             with self._at_disk():
-                steps = sorted(each for each in committed_steps(self.run) if each <= step)
+                reached = sorted(each for each in committed_steps(self.run) if each <= step)
+                steps = [each for each in reached if each not in self._broken]
                 every = self.config.keep_every_steps
                 keep = set(steps[-self.config.keep_last :])
                 if self.config.keep_best and best_step is not None:
-                    keep.add(best_step if best_step in steps else self._best_committed(steps))
+                    keep.add(best_step if best_step in steps else _best_committed(self.run, steps))
                 keep |= {each for each in steps if every and each % every == 0}
-                for each in steps:
+                for each in reached:
                     if each not in keep:
                         _remove(step_folder(self.run, each))
-                for leftover in (self.run / FOLDER).glob(".step_*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
         except OSError as problem:
             self.say(f"old checkpoints could not be removed: {problem}")
-
-    def _best_committed(self, steps: list[int]) -> int | None:
-        """The best of these steps, where the best of all could not be written: the newest manifest whose best is there
-        tells."""
-        for step in reversed(steps):
-            with contextlib.suppress(CheckpointError):
-                best = verify(step_folder(self.run, step), checksums=False).manifest["state"].get("best_step")
-                if best in steps:
-                    return best
-        return None
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Run on rank 0 what may fail for want of space or rights; the reason on all ranks, or None."""
@@ -363,6 +362,25 @@ def committed_steps(run: Path) -> list[int]:
     return [int(match[1]) for path in root.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()]
 
 
+def _listed_steps(run: Path) -> list[int]:
+    """As `committed_steps`; a folder that cannot be listed may hold whole ones. Raises UnreadableError."""
+    try:
+        return committed_steps(run)
+    except OSError as error:
+        raise UnreadableError(f"{run / FOLDER}: {_reason(error)}") from error
+
+
+def _best_committed(run: Path, steps: list[int]) -> int | None:
+    """The best of these rising steps, where the best of all is not among them: the newest manifest whose best is there
+    tells."""
+    for step in reversed(steps):
+        with contextlib.suppress(CheckpointError):
+            best = verify(step_folder(run, step), checksums=False).manifest["state"].get("best_step")
+            if best in steps:
+                return best
+    return None
+
+
 def _warn(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -374,11 +392,7 @@ def newest(run: Path, say: Callable[[str], None] = _warn) -> Saved | None:
     a run away because its disk was away for a moment.
     """
     unread = None
-    try:
-        steps = sorted(committed_steps(run), reverse=True)
-    except OSError as error:
-        raise UnreadableError(f"{run / FOLDER}: {_reason(error)}") from error
-    for step in steps:
+    for step in sorted(_listed_steps(run), reverse=True):
         try:
             return verify(step_folder(run, step))
         except CheckpointError as error:
@@ -405,6 +419,8 @@ def saved_steps(run: Path) -> list[int]:
 def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> Saved:
     """A run's checkpoint of this step, or with the best validation top-1, or else the newest that is whole.
 
+    Where the best could not be written, the best before it is taken, and that is said.
+
     Raises CheckpointError if there is none, or it is damaged.
     """
     steps = saved_steps(run)
@@ -417,13 +433,16 @@ def find_checkpoint(run: Path, step: int | None = None, best: bool = False) -> S
         step = saved.manifest["state"].get("best_step")
         if step is None:
             raise CheckpointError(f"{run} has no best checkpoint: no evaluation up to step {saved.step}; omit --best")
+        if step not in steps and (instead := _best_committed(run, steps)) is not None:
+            _warn(f"the best checkpoint, of step {step}, is not there; taking step {instead}, the best before it")
+            step = instead
     if step not in steps:
         raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {steps}")
     return verify(step_folder(run, step))
 
 
 def verify(folder: Path, *, checksums: bool = True) -> Saved:
-    """Check a checkpoint's manifest, every file's size and, unless told not to, checksum.
+    """Check a checkpoint's manifest, its folder's name, every file's size and, unless told not to, checksum.
 
     Raises CheckpointError; UnreadableError where the file system or another format is the reason, and not the files.
     """
@@ -440,6 +459,10 @@ def verify(folder: Path, *, checksums: bool = True) -> Saved:
         raise UnreadableError(f"{path}: written in format {version}, this version reads {FORMAT}")
     if checksum != _manifest_checksum(manifest):
         raise CheckpointError(f"{path}: its own checksum does not match: the file is damaged")
+    if (named := _STEP.fullmatch(folder.name)) and int(named[1]) != step:
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {step}: rename it to {step_folder(Path(), step).name}"
+        )
     for entry in files:
         file = folder / entry["name"]
         try:
@@ -540,6 +563,12 @@ def _renew(folder: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> 
             newer.unlink(missing_ok=True)
         _fsync(folder)
     return True
+
+
+def _clear_leftovers(run: Path) -> None:
+    """Remove what saves and removals that were killed have left; only one save runs at a time, by the run's lock."""
+    for leftover in (run / FOLDER).glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -383,6 +383,51 @@ def test_a_broken_later_checkpoint_does_not_cost_those_after_a_resume(tmp_path):
     assert run_ranks(1, save_after_a_broken_one, config, tmp_path) == [[110, 120]]
 
 
+def resume_past_a_broken_one(config, folder: Path) -> list[list[int]]:
+    process, _, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    for step in (1, 2, 4):
+        assert save(checkpoints, engine, step)
+    damage_flip(folder / "checkpoints" / "step_00000004" / "shard_00000.safetensors")
+    resumed, kept = Checkpoints(folder, config.checkpoint, process, lambda _: None), []
+    assert resumed.agree_on_newest().step == 2
+    for step in (3, 5, 6):
+        assert save(resumed, engine, step)
+        kept.append(sorted(committed_steps(folder)))
+    return kept
+
+
+def test_a_broken_checkpoint_takes_no_place_of_a_whole_one(tmp_path):
+    config = tiny_config(checkpoint={"keep_last": 2})
+    assert run_ranks(1, resume_past_a_broken_one, config, tmp_path) == [[[2, 3, 4], [3, 5], [5, 6]]]
+
+
+def save_beside_leftovers(config, folder: Path) -> tuple[bool, list[str]]:
+    process, _, engine = start_engine(config)
+    said = []
+    leftover = folder / "checkpoints" / ".step_00000001.partial"
+    leftover.mkdir(parents=True)
+    with pytest.raises(OSError):  # it fills the disk
+        (leftover / "shard_00000.safetensors").write_bytes(bytes(1 << 20))
+    return save(Checkpoints(folder, config.checkpoint, process, said.append), engine, 2), said
+
+
+def test_what_a_killed_save_left_does_not_block_the_next(small_disk):
+    assert run_ranks(1, save_beside_leftovers, tiny_config(), small_disk) == [(True, [])]
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_a_renamed_checkpoint_is_passed_over(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path / "run")
+    renamed = tmp_path / "run" / "checkpoints" / "step_00000099"
+    (renamed.parent / "step_00000002").rename(renamed)
+    said = []
+    assert newest(tmp_path / "run", said.append).step == 4
+    assert said == [
+        f"passing over a broken checkpoint: {renamed} holds the checkpoint of step 2: rename it to step_00000002"
+    ]
+
+
 def save_again(config, folder: Path) -> list[dict]:
     process, _, engine = start_engine(config)
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
@@ -440,9 +485,11 @@ def miss_the_best(config, folder: Path) -> list[list[int]]:
     return kept
 
 
-def test_the_best_stays_until_a_better_one_is_written(tmp_path):
+def test_the_best_stays_until_a_better_one_is_written(tmp_path, capsys):
     (kept,) = run_ranks(1, miss_the_best, tiny_config(checkpoint={"keep_last": 1}), tmp_path)
     assert kept == [[5], [5, 6], [5, 6], [5, 8], [5, 9]]
+    assert find_checkpoint(tmp_path, best=True).step == 5
+    assert "the best checkpoint, of step 7, is not there; taking step 5" in capsys.readouterr().err
 
 
 def test_checkpoints_on_a_disk_that_is_away_are_not_taken_for_none(tmp_path):
