@@ -36,7 +36,7 @@ SWEEP = 11
 
 
 COMPILING_STEPS = 100
-"""Steps of a session in which torch.compile may still meet a part of the model that earlier ones have left out."""
+"""For this many steps after a start torch.compile may still compile, so they may be slow."""
 
 
 class TrainingError(AutomixError, RuntimeError):
@@ -54,7 +54,6 @@ class Position:
     step: int = 0
     """Optimizer steps done; the epoch and the loader's place follow from it."""
     evaluated_step: int = 0
-    saved_step: int = 0
     best_step: int | None = None
     best_top1: float = -1.0
 
@@ -119,7 +118,7 @@ class Trainer:
         self.update_momentum = MomentumUpdate(model, config.engine.kernels)
         self.statistics = RunningStatistics(model)
         self.position = Position()
-        self._saved = asdict(self.position)
+        self._last_saved = asdict(self.position)
         """The position that the newest checkpoint holds: a step may be saved, then evaluated, then saved again."""
         self._written_step = 0
         """The step of the newest checkpoint on disk."""
@@ -134,7 +133,7 @@ class Trainer:
 
         Raises TrainingError if too many steps in a row were not finite, or if the last checkpoint cannot be written.
         """
-        self.position, self._saved = position, asdict(position)
+        self.position, self._last_saved = position, asdict(position)
         self._first_step = self._written_step = position.step
         recorded = self.config.profile if self.process.is_main else ProfileConfig()
         self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
@@ -148,7 +147,7 @@ class Trainer:
             return 0
         except Stopped as stopped:
             self.progress.enter("saving", patient=True)
-            if not self.checkpoints.wait() or asdict(position) != self._saved:
+            if not self.checkpoints.wait() or asdict(position) != self._last_saved:
                 self._save()
             self._settle()
             self.log.event("stopped", position.step, signal=stopped.args[0])
@@ -243,8 +242,9 @@ class Trainer:
             settings.keep_best and position.best_step == position.step,
             settings.every_epochs and epoch % settings.every_epochs == 0,
             settings.every_steps and position.step % settings.every_steps == 0,
+            self._last_saved["step"] == position.step,  # by a signal, before it was evaluated
         ]
-        if asdict(position) != self._saved and any(due):
+        if asdict(position) != self._last_saved and any(due):
             self._save()
 
     def _evaluate(self, epoch: int) -> None:
@@ -260,14 +260,13 @@ class Trainer:
 
     def _save(self) -> None:
         self.progress.enter("saving", patient=True)
-        self.position.saved_step = self.position.step
-        self._saved = asdict(self.position)
-        self.checkpoints.save(self.engine, self._saved, self.about)
+        self._last_saved = asdict(self.position)
+        self.checkpoints.save(self.engine, self._last_saved, self.about)
 
     def _settle(self) -> None:
         """Wait for the save that is being written. Raises TrainingError if it fails."""
         if not self.checkpoints.wait():
-            raise TrainingError(f"the last checkpoint, of step {self.position.saved_step}, could not be written")
+            raise TrainingError(f"the last checkpoint, of step {self._last_saved['step']}, could not be written")
         self._report_saves()
 
     def _report_saves(self) -> None:

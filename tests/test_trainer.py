@@ -166,6 +166,21 @@ def test_a_signal_in_an_evaluation_saves_and_the_resumed_run_evaluates(ranks, tm
     assert second[0][1] == undisturbed[0][1]
 
 
+def die_after_the_evaluation(settings, folder: Path) -> None:
+    ListTrainLoader.epoch = lambda *_, **__: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(settings, folder)
+
+
+def test_a_step_saved_by_a_signal_is_evaluated_once(tmp_path):
+    """Also where no save is due after the evaluation, and the resumed run dies before the next one."""
+    settings = config(every_epochs=0)
+    run_ranks(1, train, settings, tmp_path, None, 1)
+    run_ranks(1, die_after_the_evaluation, settings, tmp_path)
+    ((_, _, _, kinds, _),) = run_ranks(1, train, settings, tmp_path)
+    assert [step for kind, step in kinds if kind == "eval"] == [6, 12]
+
+
 @pytest.mark.parametrize("changes", [{"every_steps": 3}, {"every_steps": 2}, {}])
 def test_the_last_checkpoint_knows_the_last_evaluation(changes, tmp_path):
     """Also where a signal came in the midst of it: what is best is read from the newest checkpoint."""
