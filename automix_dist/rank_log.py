@@ -43,6 +43,11 @@ class RankLog:
             sys.stdout = sys.stderr = _Copied(None, self.file)
         faulthandler.enable(self.file)
 
+    def speak_on_console(self) -> None:
+        """From here on stderr goes to the console too: for the error that ends the process."""
+        if isinstance(sys.stderr, _Copied):
+            sys.stderr = _Copied(self.console, self.file)
+
     def say(self, text: str, *, on_console: bool) -> None:
         """One line into the file, and where asked onto the console, whatever else is being written."""
         for stream in {self.file, self.console} if on_console else {self.file}:

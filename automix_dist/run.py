@@ -67,8 +67,8 @@ class _Checked(NamedTuple):
     train: beton.Manifest
     val: beton.Manifest
     model: nn.Module
-    lacking: ConfigError | None
-    """Why the model has no weights but those of a checkpoint, if so."""
+    weights_error: ConfigError | None
+    """The error to raise if there is no checkpoint to take the weights from."""
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
@@ -94,8 +94,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     indices = {f"the index of data.{split}": checksum for split, checksum in about["index_checksums"].items()}
     agree(process, flatten(about["config"]) | indices)
     _on_rank_0(process, lambda: _open_folder(run, resume, overwrite))
-    with Heartbeat(process, config.engine, RankLog(run, process.rank)):
-        code = _train(config, process, run, checked, about, resume)
+    log = RankLog(run, process.rank)
+    try:
+        with Heartbeat(process, config.engine, log):
+            code = _train(config, process, run, checked, about, resume)
+    except Exception:
+        if not config.engine.stall_seconds:  # else the heartbeat tells of it
+            log.speak_on_console()
+        raise
     distributed.finish()
     return code
 
@@ -124,12 +130,15 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
     say(f"{config.model.backbone}{feature}")
     if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
         say(f"warning: {note}")
+    if len(checked.train.classes) == 1:
+        say(f"warning: data.train = {config.data.train!r} has one class only: every answer is right, nothing is learnt")
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is not None:
-        _check_continuation(saved, config, about, say)
-    elif checked.lacking is not None:
-        raise checked.lacking
+        total_steps = config.epochs * (checked.train.count // config.batch_size)
+        _check_continuation(saved, config, about, total_steps, say)
+    elif checked.weights_error is not None:
+        raise checked.weights_error
     _on_rank_0(process, lambda: _store_settings(run, config, about))
 
     share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
@@ -202,6 +211,10 @@ def _check(config: Config, resumed: Path | None) -> _Checked:
         path = getattr(config.data, key)
         if not path:
             raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+        if Path(path).is_dir():
+            raise beton.BetonError(
+                f"data.{key} = {path!r} is a folder: expected a .beton file; `automix prepare {path} FILE` writes one"
+            )
         if not Path(path).is_file():
             raise beton.BetonError(
                 f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
@@ -331,7 +344,7 @@ def _lock(run: Path) -> str | None:
 _LOCKS: list = []  # open for as long as this process lives
 
 
-def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], say: Say) -> None:
+def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> None:
     """Tell which settings were changed since the checkpoint; refuse what a run cannot survive."""
     old, new = flatten(saved.manifest["config"]), flatten(about["config"])
     for key in sorted(old.keys() | new.keys()):
@@ -346,6 +359,11 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], say
         raise ConfigError(
             f"data.train = {config.data.train!r} has other images than those that {saved.folder} was trained with: "
             f"give the same file, at any path, or train anew in another output"
+        )
+    if saved.step > total_steps:
+        raise ConfigError(
+            f"epochs = {config.epochs} is {total_steps} steps; the run is at step {saved.step}: set epochs to no fewer "
+            f"than it has trained, or train anew in another output"
         )
 
 

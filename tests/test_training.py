@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import yaml
-from ranks import ROOT, Command, records, run
+from ranks import ROOT, Command, records, run, run_ranks
+from tiny import tiny_config
 
 from automix_dist import cli
+from automix_dist import run as runs
 from automix_dist.checkpoint import newest
 from automix_dist.cli import main
 from automix_dist.errors import EXIT_STOPPED
@@ -125,6 +128,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(settings, tmp_path)
     assert newest(output).step == 30
     losses = [r["loss"] for r in records(output, "train")]
     assert losses[-1] < losses[0]
+    kept = (output / "config.yaml").read_text()
+    refused = run("train", settings, *short, "--resume", code=2)
+    assert "epochs = 1 is 15 steps; the run is at step 30" in refused.stderr
+    assert (output / "config.yaml").read_text() == kept
 
 
 @pytest.mark.slow
@@ -191,6 +198,8 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
 
     missing = tmp_path / "no.beton"
     assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
+    message = failing(capsys, "train", settings, f"data.train={digits}")
+    assert f"data.train = '{digits}' is a folder: expected a .beton file" in message
     torn = tmp_path / "torn.beton"
     torn.write_bytes((digits / "train.beton").read_bytes()[:100_000])
     torn.with_name("torn.beton.json").write_bytes((digits / "train.beton.json").read_bytes())
@@ -201,6 +210,38 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
     beton.prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
     message = failing(capsys, "train", settings, f"data.val={tmp_path / 'other.beton'}")
     assert "has 'ten' besides" in message and f"--classes {digits / 'train.beton'}" in message
+
+
+@pytest.mark.slow
+def test_one_class_is_told(settings, tmp_path):
+    for split, count in (("train", 32), ("val", 8)):
+        run("prepare", f"synthetic:{count}x32@1", tmp_path / f"{split}.beton", "--write-mode", "raw")
+    data = [f"data.{split}={tmp_path / split}.beton" for split in ("train", "val")]
+    told = run("train", settings, *data, "epochs=1", "optimizer.warmup_epochs=0").stderr
+    assert "has one class only" in told
+
+
+def fail_without_heartbeat(config, console: Path) -> None:
+    """On both ranks, each with a console of its own."""
+    manifest = SimpleNamespace(classes=[], index_checksum="")
+    runs._check = lambda *_: SimpleNamespace(train=manifest, val=manifest)
+    runs._train = lambda _, process, *__: 1 / 0
+    rank = os.environ["RANK"]
+    with open(console / rank, "w") as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        with pytest.raises(ZeroDivisionError):
+            runs.train(config)
+        print("automix: error: what it was", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def test_an_error_of_any_rank_is_on_the_console_without_a_heartbeat_too(tmp_path):
+    config = tiny_config(output=str(tmp_path / "run"), engine={"stall_seconds": 0.0})
+    run_ranks(2, fail_without_heartbeat, config, tmp_path)
+    for rank in (0, 1):
+        for path in (tmp_path / str(rank), tmp_path / "run" / "logs" / f"rank_{rank:05d}.log"):
+            assert path.read_text().count("error: what it was") == 1, path
 
 
 def test_an_output_folder_that_cannot_be_written(settings, tmp_path):
