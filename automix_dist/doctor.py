@@ -300,7 +300,7 @@ def _cores() -> Check:
 def _disk(folder: Path) -> Check:
     """Space for the run, at the nearest folder above it that exists already."""
     existing = folder.absolute()
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.exists(existing) and existing != existing.parent:  # False too where a folder may not be entered
         existing = existing.parent
     name = f"disk at {folder}"
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):

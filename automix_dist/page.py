@@ -156,7 +156,7 @@ def asset(name: str) -> str:
 
 
 def style_sheet() -> str:
-    """Of all pages."""
+    """The style sheet that all pages share."""
     colors = {"IMAGE_COLOR": IMAGE_COLOR, "PARTNER_COLOR": PARTNER_COLOR}
     text = asset("page.css")
     for name, color in colors.items():

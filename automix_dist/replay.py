@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved, write_tensors
+from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved, find_checkpoint, write_tensors
 from automix_dist.config import CheckpointConfig, Config
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
+
+DUMPS = "dumps"
 
 
 def write_dump(
@@ -53,6 +55,16 @@ def write_dump(
     for problem in filter(None, problems):
         checkpoints.say(problem)
     return folder if written and not all(problems) else None
+
+
+def find_dump(folder: Path) -> Saved:
+    """The checkpoint of a dump. Raises CheckpointError if the folder is none, or it is damaged."""
+    if not any(folder.glob("batches_*.safetensors")):
+        near = (sorted(root.glob("step_*/checkpoints")) for root in (folder / DUMPS, folder, folder.parent))
+        dumps = [str(each.parent) for each in next(filter(None, near), [])]
+        expected = f"one of {', '.join(dumps)}" if dumps else "RUN/dumps/STEP, left by a run that skipped too many"
+        raise CheckpointError(f"{folder} is no dump: expected {expected}")
+    return find_checkpoint(folder)
 
 
 def replay(model: nn.Module, config: Config, saved: Saved, rank: int, say: Callable[[str], None]) -> bool:

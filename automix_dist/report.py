@@ -90,14 +90,15 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return path
 
 
-def write_picture(run: Path) -> Path:
-    """Draw run/summary.png: the losses, the top-1 accuracy, and the last pairs with their masks and mixed samples.
+def write_picture(run: Path, out: Path | None = None) -> Path:
+    """Draw the losses, the top-1 accuracy, and the last pairs with their masks and mixed samples to `out` (default:
+    run/summary.png); return its path.
 
     Raises ReportError if `run` is not the folder of a run, OSError if the picture cannot be written.
     """
     run = Path(run)
     picture = _picture(_load(run))
-    path = run / "summary.png"
+    path = run / "summary.png" if out is None else Path(out)
     with whole_file(path) as file:
         picture.save(file, format="png", optimize=True)
     return path

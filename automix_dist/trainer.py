@@ -23,7 +23,7 @@ from automix_dist.evaluate import evaluate
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
 from automix_dist.profiling import StepProfile
-from automix_dist.replay import write_dump
+from automix_dist.replay import DUMPS, write_dump
 from automix_dist.run_log import RunLog
 from automix_dist.schedules import Schedule, StepValues
 
@@ -306,7 +306,7 @@ class Trainer:
             if not math.isfinite(v)
         ]
         about = self.about | {"step_values": self.schedule.at(step - 1)._asdict()}
-        root = self.checkpoints.run / "dumps"
+        root = self.checkpoints.run / DUMPS
         dump = write_dump(root, self.checkpoints, self.engine, self.last_batches, asdict(self.position), about)
         self._report_saves()
         look = f"Look into it with `automix replay {dump}`" if dump else "Its dump could not be written"

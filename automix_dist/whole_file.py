@@ -1,5 +1,6 @@
 """Files of which nobody ever sees half, neither after a crash nor while they are written."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import BinaryIO
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends; if it fails, what was there stays. Raises OSError."""
+    if path.is_dir():  # else the error would name the temporary
+        raise IsADirectoryError(errno.EISDIR, "is a folder, expected a file", str(path))
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -224,6 +224,21 @@ def test_an_output_folder_that_cannot_be(tmp_path):
         assert found(f"disk at {folder}", Config(output=str(folder))).status == "fail"
 
 
+def test_an_output_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):
+    closed, stat = tmp_path / "closed", os.stat
+    closed.mkdir()
+
+    def denied(path, **keywords):
+        if closed in Path(path).parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(os, "stat", denied)
+    monkeypatch.setattr(os, "access", lambda path, _: path != closed)
+    check = doctor._disk(closed / "run")
+    assert (check.status, check.found) == ("fail", f"{closed} cannot be written")
+
+
 def test_host_names(monkeypatch):
     def addresses(*found: str):
         return lambda *_: [(0, 0, 0, "", (address, 0)) for address in found]

@@ -453,6 +453,9 @@ def test_what_a_training_logs_is_what_the_page_shows(tmp_path):
 
 def test_picture_shows_curves_and_masks(run):
     picture = Image.open(write_picture(run)).convert("RGB")
+    elsewhere = run.parent / "elsewhere.png"
+    assert write_picture(run, elsewhere) == elsewhere
+    assert elsewhere.read_bytes() == (run / "summary.png").read_bytes()
     assert picture.width == 1200
     colors = {color for _, color in picture.getcolors(maxcolors=2**24)}
     for curve in report.CURVE_COLORS[:5]:

@@ -339,6 +339,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         raise OSError("disk full")
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(IsADirectoryError, match=f"expected a file: '{tmp_path}'"), whole_file(tmp_path):
+        pass
 
 
 def test_mask_colors_run_from_the_image_over_white_to_the_partner():
