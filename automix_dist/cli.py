@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from automix_dist.config import Config, ConfigError, keys_named, load_config, to_yaml
-from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError
+from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -67,7 +67,11 @@ def _explain(error: Exception) -> str | None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
-    options, rest = _parser().parse_known_args(arguments)
+    parser, commands = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        hint = did_you_mean(arguments[0], commands) or f": expected one of {', '.join(commands)}"
+        parser.error(f"there is no command {arguments[0]!r}{hint}")
+    options, rest = parser.parse_known_args(arguments)
     takes_settings = hasattr(options, "overrides")
     # argparse gives up on a list of positionals that an option interrupts: `train CONFIG --resume epochs=3`.
     if rest and not (takes_settings and not any(each.startswith("-") for each in rest)):
@@ -93,7 +97,8 @@ def _settings_meant(unknown: list[str], arguments: list[str]) -> str:
     return f"{file}; settings are written key=value{': ' if settings else ''}{', '.join(settings)}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of its commands."""
     parser = argparse.ArgumentParser(prog="automix", description=__import__("automix_dist").__doc__)
     parser.add_argument("--version", action="version", version=f"automix-dist {metadata.version('automix-dist')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -144,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_folder", type=Path, metavar="RUN")
     evaluate.add_argument("--data", help="another .beton file than the run's validation set")
     which = evaluate.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    which.add_argument("--step", type=int, help="evaluate the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
     evaluate.add_argument("--batch-size", type=int, help="images per rank and batch")
     evaluate.add_argument("--out", type=Path, help="a folder for eval.json and eval.html, with all classes")
@@ -154,11 +159,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
     evaluate.add_argument("--tta", choices=["flip"], help="average each image's answer with its mirror image's")
     evaluate.add_argument("--attack", choices=["fgsm", "pgd"], help="on the chosen encoder and head")
-    evaluate.add_argument("--epsilon", default="8/255", help="of the attack, for values in [0, 1] (default: 8/255)")
+    evaluate.add_argument(
+        "--epsilon",
+        default="8/255",
+        help="largest change of a value by the attack, on the [0, 1] scale (default: 8/255)",
+    )
     evaluate.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
     evaluate.add_argument("--occlusion", type=float, nargs="+", default=[], help="hide these shares of the images")
     evaluate.add_argument("--cam", type=int, metavar="N", help="Grad-CAM of so many images on the page of --out")
-    evaluate.add_argument("--seed", type=int, default=0, help="of noise, hidden cells and random starts")
+    evaluate.add_argument(
+        "--seed", type=int, default=0, help="seed of the noise, the hidden cells and the attack's random starts"
+    )
 
     export = command("export", _export, "write an encoder as a timm state dict")
     export.add_argument("run_folder", type=Path, metavar="RUN")
@@ -166,23 +177,27 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--encoder", choices=["query", "momentum"], default="query")
     export.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
     which = export.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    which.add_argument("--step", type=int, help="export the checkpoint of this step (default: the newest)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
 
     replay = command("replay", _replay, "compute a step again that was skipped, and say where it went wrong")
     replay.add_argument("dump", type=Path, metavar="RUN/dumps/STEP")
-    replay.add_argument("--rank", type=int, default=0, help="whose images (default: 0)")
+    replay.add_argument("--rank", type=int, default=0, help="replay the images of this rank (default: 0)")
 
     checkpoint = command("checkpoint", _checkpoint, "look after a run's checkpoints")
     checkpoint.add_argument("action", choices=["list", "verify", "reshard", "to-safetensors"])
     checkpoint.add_argument("run_folder", type=Path, metavar="RUN")
     checkpoint.add_argument("--out", type=Path, help="reshard: the run folder to write; to-safetensors: the file")
-    checkpoint.add_argument("--step", type=int, help="of the checkpoint to reshard or convert (default: the newest)")
-    checkpoint.add_argument("--ranks", type=int, default=1, help="reshard: how many shards to write (default: 1)")
+    checkpoint.add_argument(
+        "--step",
+        type=int,
+        help="reshard or convert the checkpoint of this step (default: the newest); verify: it alone",
+    )
+    checkpoint.add_argument("--ranks", type=int, help="reshard: how many shards to write (default: 1)")
 
     report = command("report", _report, "write a page of a run's curves, numbers and mixed samples")
     report.add_argument("run_folder", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="default: RUN/report.html")
+    report.add_argument("--out", type=Path, help="the page; the picture is put beside it (default: RUN/report.html)")
 
     watch = command("watch", _watch, "a run at a glance in the terminal, while it trains or after")
     watch.add_argument("run_folder", type=Path, metavar="RUN")
@@ -213,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         "--all-ranks", action="store_true", help="under a launcher: every host of the job, and the network between them"
     )
     doctor.add_argument("--seconds", type=float, default=60, help="--all-ranks: how long to wait for the other ranks")
-    return parser
+    return parser, list(commands.choices)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -280,12 +295,11 @@ def _load_config(options: argparse.Namespace) -> Config:
 
 def _replay(options: argparse.Namespace) -> int:
     from automix_dist import distributed
-    from automix_dist.checkpoint import find_checkpoint
     from automix_dist.config import from_dict
-    from automix_dist.replay import replay
+    from automix_dist.replay import find_dump, replay
     from automix_dist.run import restored_model
 
-    saved = find_checkpoint(options.dump)
+    saved = find_dump(options.dump)
     config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
     process = distributed.start(config.engine)
     sound = replay(restored_model(saved, config, process.device), config, saved, options.rank, print)
@@ -304,12 +318,12 @@ def _conditions(options: argparse.Namespace):
         raise ConfigError(f"--epsilon {options.epsilon}: expected a number in (0, 1], such as 8/255") from error
     if options.encoder == "ensemble" and options.head == "mix":
         raise ConfigError("--encoder ensemble: it is of the heads one; leave --head mix out")
-    names = tuple(STRENGTHS) if options.corruptions == "all" else tuple((options.corruptions or "").split(","))
+    names = STRENGTHS if options.corruptions == "all" else filter(None, (options.corruptions or "").split(","))
     return Conditions(
         answer=options.encoder + ("_mix" if options.head == "mix" else ""),
         attack=options.attack,
         epsilon=epsilon,
-        corruptions=names if options.corruptions else (),
+        corruptions=tuple(names),
         occlusion=tuple(options.occlusion),
         flip=options.tta == "flip",
         seed=options.seed,
@@ -323,60 +337,30 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.cam is not None and options.out is None:
         raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
 
-    import torch
-
-    from automix_dist import beton, cam, distributed
     from automix_dist.checkpoint import find_checkpoint
-    from automix_dist.config import from_dict
-    from automix_dist.data import EvalLoader
-    from automix_dist.examine import examine, summary, write_examination
-    from automix_dist.run import agree, restored_model
+    from automix_dist.examine import summary
+    from automix_dist.run import evaluate
 
     saved = find_checkpoint(options.run_folder, options.step, options.best)
-    config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
-    path = Path(options.data or config.data.val)
-    manifest, classes = beton.check(path), saved.manifest["classes"]
-    if len(manifest.classes) != len(classes):
-        raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
-    process = distributed.start(config.engine)
-    saved = process.broadcast(saved)  # a training may have written another one meanwhile
-    agree(process, {f"the index of {path}": manifest.index_checksum})
-    model = restored_model(saved, config, process.device)
-    if manifest.classes != classes and process.is_main:
-        print(f"warning: {path} names its classes otherwise; they are compared by number", file=sys.stderr)
-    ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
-    batch_size = options.batch_size or config.eval_batch_size or max(1, config.batch_size // ranks)
-    loader = EvalLoader(
-        str(path),
-        config.data,
-        batch_size=batch_size,
-        rank=process.rank,
-        world_size=process.world_size,
-        device=process.device,
+    evaluate(
+        saved,
+        conditions,
+        data=options.data,
+        batch_size=options.batch_size,
+        cam_images=options.cam,
+        out=options.out,
+        tell=lambda result: print(json.dumps(summary(result), indent=1)),
     )
-    showcase = None if options.cam is None else cam.Showcase(options.cam, loader.num_classes)
-    if showcase is not None:
-        cam.check(model, loader.blank(), conditions.answer)
-    values = examine(model, loader, process, conditions, config.data.mean, showcase)
-    loader.close()
-    chosen = None if showcase is None else showcase.gather(process)
-    if showcase is not None and chosen is None and process.is_main:
-        print("no Grad-CAM: the classes that --cam chose have no images; a larger number chooses more", file=sys.stderr)
-    views = None if chosen is None else cam.look(model, chosen, conditions.answer)
-    torch.distributed.barrier()
-    if process.is_main:
-        result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
-        print(json.dumps(summary(result), indent=1))
-        if options.out:
-            title = f"{options.run_folder.resolve().name}, step {saved.step:,}, {path.name}"
-            print(write_examination(result, options.out, title, views), file=sys.stderr)
-    distributed.finish()
     return 0
 
 
+def _check_suffix(out: Path) -> None:
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"{out}: expected a file that ends in .safetensors, which is what it will hold")
+
+
 def _export(options: argparse.Namespace) -> int:
-    if options.out.suffix != ".safetensors":
-        raise ConfigError(f"{options.out}: expected a file that ends in .safetensors, which is what it will hold")
+    _check_suffix(options.out)
 
     from automix_dist.checkpoint import find_checkpoint
     from automix_dist.export import export_encoder
@@ -388,55 +372,69 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from automix_dist.checkpoint import (
-        CheckpointError,
-        export_tensors,
-        find_checkpoint,
-        load_module_state,
-        reshard,
-        saved_steps,
-        step_folder,
-        verify,
-    )
+    takes = {"list": [], "verify": ["step"], "reshard": ["out", "step", "ranks"], "to-safetensors": ["out", "step"]}
+    for name in ("out", "step", "ranks"):
+        if getattr(options, name) is not None and name not in takes[options.action]:
+            actions = [action for action, names in takes.items() if name in names]
+            raise ConfigError(f"checkpoint {options.action} takes no --{name}: it belongs to {', '.join(actions)}")
+    if options.action in ("list", "verify"):
+        return _list_checkpoints(options)
 
-    steps = saved_steps(options.run_folder)
+    from automix_dist.checkpoint import export_tensors, find_checkpoint, load_module_state, reshard
+
     if options.action == "reshard":
+        ranks = 1 if options.ranks is None else options.ranks
         if options.out is None:
             raise ConfigError("reshard needs --out, another run folder")
-        if options.ranks < 1:
-            raise ConfigError(f"--ranks {options.ranks}: expected 1 or more")
+        if ranks < 1:
+            raise ConfigError(f"--ranks {ranks}: expected 1 or more")
         saved = find_checkpoint(options.run_folder, options.step)
-        print(f"{reshard(saved, options.out, options.ranks)}: step {saved.step} in {options.ranks} shard(s)")
+        print(f"{reshard(saved, options.out, ranks)}: step {saved.step} in {ranks} shard(s)")
         return 0
-    if options.action == "to-safetensors":
-        if options.out is None:
-            raise ConfigError("to-safetensors needs --out FILE.safetensors")
-        saved = find_checkpoint(options.run_folder, options.step)
-        export_tensors(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
-        print(
-            f"{options.out}: weights and statistics of query encoder, momentum encoder and Mix Block, step {saved.step}"
-        )
-        return 0
+    if options.out is None:
+        raise ConfigError("to-safetensors needs --out FILE.safetensors")
+    _check_suffix(options.out)
+    saved = find_checkpoint(options.run_folder, options.step)
+    export_tensors(load_module_state(saved, ""), options.out, metadata={"step": str(saved.step)})
+    print(f"{options.out}: weights and statistics of query encoder, momentum encoder and Mix Block, step {saved.step}")
+    return 0
+
+
+def _list_checkpoints(options: argparse.Namespace) -> int:
+    """A line for each checkpoint, the newest first; `verify` checks their files too."""
+    from automix_dist.checkpoint import CheckpointError, saved_steps, step_folder, verify
+
+    run, verifying = options.run_folder, options.action == "verify"
+    steps = saved_steps(run)
+    if options.step is not None and options.step not in steps:
+        raise CheckpointError(f"{run} has no checkpoint of step {options.step}; it has {steps}")
     broken, best_step = 0, None
-    for step in reversed(steps):
+    for step in reversed(steps) if options.step is None else [options.step]:
         try:
-            manifest = verify(step_folder(options.run_folder, step), checksums=options.action == "verify").manifest
+            manifest = verify(step_folder(run, step), checksums=verifying).manifest
         except CheckpointError as error:
             broken += 1
             print(f"step {step}: broken: {error}")
             continue
-        best_step = best_step or manifest["state"].get("best_step")  # the newest knows
+        if options.step is None:
+            best_step = best_step or manifest["state"].get("best_step")  # the newest manifest names the best step
         size = sum(entry["bytes"] for entry in manifest["files"]) / 2**20
         best = "  best" if step == best_step else ""
         print(f"step {step}: {size:,.1f} MiB from {manifest['world_size']} rank(s), engine {manifest['engine']}{best}")
+    if verifying:
+        looked_at = len(steps) if options.step is None else 1
+        print(f"{broken} of {looked_at} broken" if broken else f"all {looked_at} whole")
     return EXIT_FAILED if broken else 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    if options.out and options.out.suffix == ".png":
+        raise ConfigError(f"--out {options.out}: expected the page, a .html; the picture is put beside it as a .png")
+
     from automix_dist.report import write_picture, write_report
 
     print(write_report(options.run_folder, options.out))
-    print(write_picture(options.run_folder))
+    print(write_picture(options.run_folder, options.out and options.out.with_suffix(".png")))
     return 0
 
 

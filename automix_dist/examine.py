@@ -58,7 +58,7 @@ class Conditions:
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: expected 0 or more")
         if any(not 0 < share < 1 for share in self.occlusion):
-            raise ConfigError(f"--occlusion {self.occlusion}: expected shares between 0 and 1")
+            raise ConfigError(f"--occlusion {self.occlusion}: expected shares above 0 and below 1")
 
     def names(self) -> list[str]:
         """Of all conditions, in the order of evaluation; the first is "clean"."""

@@ -1,4 +1,4 @@
-"""One training run: what can be wrong with it, its folder, its parts, and the training itself."""
+"""One training run: what can be wrong with it, its folder, its parts, and the training itself; and its evaluation."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from automix_dist import beton, distributed, policy, provenance
+from automix_dist import beton, cam, distributed, examine, policy, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
 from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
 from automix_dist.classifier import build_model
-from automix_dist.config import Config, ConfigError, flatten, to_dict, to_yaml
+from automix_dist.config import Config, ConfigError, flatten, from_dict, to_dict, to_yaml
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process, autocast_dtype, resolve_device
 from automix_dist.engines import build_engine, deepspeed_settings, summary
@@ -365,6 +366,90 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], tot
             f"epochs = {config.epochs} is {total_steps} steps; the run is at step {saved.step}: set epochs to no fewer "
             f"than it has trained, or train anew in another output"
         )
+
+
+def evaluate(
+    saved: Saved,
+    conditions: examine.Conditions | None = None,
+    *,
+    data: str | None = None,
+    batch_size: int | None = None,
+    cam_images: int | None = None,
+    out: Path | None = None,
+    tell: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint's model, as `automix eval` does; called by all ranks together.
+
+    Args:
+        saved: as `checkpoint.find_checkpoint` finds it; rank 0's counts.
+        conditions: what to evaluate besides the images as they are, and whose details to tell.
+        data: another .beton file than the run's validation set.
+        batch_size: images per rank and batch; without it the run's.
+        cam_images: show Grad-CAM of so many images on the page in `out`.
+        out: a folder, in which rank 0 writes eval.json and eval.html.
+        tell: called by rank 0 with the result, before that is written: a full disk must not cost it.
+
+    Returns:
+        "step", "data", "images" and what `examine.examine` returns; on all ranks.
+
+    Raises:
+        AutomixError: in whatever form; what can be wrong is found before the evaluation.
+        OSError: if the page cannot be written after all.
+    """
+    conditions = conditions or examine.Conditions()
+    config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
+    path = Path(data or config.data.val)
+    manifest, classes = beton.check(path), saved.manifest["classes"]
+    if len(manifest.classes) != len(classes):
+        raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
+    process = distributed.start(config.engine)
+    saved = process.broadcast(saved)  # a training may have written another one meanwhile
+    agree(process, {f"the index of {path}": manifest.index_checksum})
+    if out is not None:
+        _on_rank_0(process, lambda: _why_not_written(out))
+    model = restored_model(saved, config, process.device)
+    if manifest.classes != classes and process.is_main:
+        print(f"warning: {path} names its classes otherwise; they are compared by number", file=sys.stderr)
+    ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
+    loader = EvalLoader(
+        str(path),
+        config.data,
+        batch_size=batch_size or config.eval_batch_size or max(1, config.batch_size // ranks),
+        rank=process.rank,
+        world_size=process.world_size,
+        device=process.device,
+    )
+    showcase = None if cam_images is None else cam.Showcase(cam_images, loader.num_classes)
+    if showcase is not None:
+        cam.check(model, loader.blank(), conditions.answer)
+    values = examine.examine(model, loader, process, conditions, config.data.mean, showcase)
+    loader.close()
+    result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
+    chosen = None if showcase is None else showcase.gather(process)
+    if showcase is not None and chosen is None and process.is_main:
+        print("no Grad-CAM: the classes that --cam chose have no images; a larger number chooses more", file=sys.stderr)
+    views = None if chosen is None else cam.look(model, chosen, conditions.answer)
+    process.barrier()
+    if tell is not None and process.is_main:
+        tell(result)
+    if out is not None and process.is_main:
+        run = saved.folder.parent.parent.resolve().name
+        title = f"{run}, step {saved.step:,}, {path.name}"
+        print(examine.write_examination(result, out, title, views), file=sys.stderr)
+    distributed.finish()
+    return result
+
+
+def _why_not_written(folder: Path) -> str | None:
+    """Make a folder and try it, so that nothing is computed for a page that cannot be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except FileExistsError:
+        return f"--out {str(folder)!r} is a file: expected a folder"
+    except OSError as error:
+        return f"cannot write to --out {str(folder)!r}: {error.strerror}"
 
 
 def restored_model(saved: Saved, config: Config, device: torch.device) -> nn.Module:

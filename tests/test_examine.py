@@ -143,7 +143,8 @@ def test_what_cannot_be_evaluated_is_said(model):
         ({"corruptions": ("fog",)}, "gaussian_noise"),
         ({"epsilon": 0.0}, "8/255"),
         ({"seed": -1}, "--seed -1"),
-        ({"occlusion": (1.5,)}, "between 0 and 1"),
+        ({"occlusion": (1.5,)}, "above 0 and below 1"),
+        ({"occlusion": (0.0,)}, "above 0 and below 1"),
     ):
         with pytest.raises(ConfigError, match=word):
             Conditions(**options)

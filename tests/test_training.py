@@ -20,7 +20,7 @@ from tiny import tiny_config
 
 from automix_dist import cli
 from automix_dist import run as runs
-from automix_dist.checkpoint import newest
+from automix_dist.checkpoint import find_checkpoint, newest
 from automix_dist.cli import main
 from automix_dist.errors import EXIT_STOPPED
 
@@ -70,6 +70,10 @@ def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp
 
     best = newest(broken).manifest["state"]["best_step"]
     listed = run("checkpoint", "verify", broken).stdout
+    assert listed.splitlines()[-1] == f"all {len(listed.splitlines()) - 1} whole"
+    one = run("checkpoint", "verify", broken, "--step", best).stdout.splitlines()
+    assert len(one) == 2 and one[0].startswith(f"step {best}:") and one[1] == "all 1 whole"
+    assert "no checkpoint of step 1; it has" in run("checkpoint", "verify", broken, "--step", 1, code=1).stderr
     assert f"step {best}:" in listed and listed.count("  best") == 1
 
     elsewhere = ["--out", tmp_path / "elsewhere", "--ranks"]
@@ -113,6 +117,10 @@ def test_two_ranks_train_stop_together_resume_and_evaluate_exactly(settings, tmp
             assert value * 355 == pytest.approx(round(value * 355))  # an exact count
             assert two[key] == value
     assert records(output, "eval")[-1]["top1_query"] == one["top1_query"]
+    refused = run("eval", output, "--out", settings, code=1)  # before anything is evaluated
+    assert f"--out '{settings}' is a file: expected a folder" in refused.stderr and not refused.stdout
+    first, second = run_ranks(2, runs.evaluate, find_checkpoint(output))
+    assert first == second and {key: first[key] for key in two} == two
 
 
 @pytest.mark.slow
@@ -264,6 +272,7 @@ def test_print_config_is_a_config(settings, tmp_path):
 
 def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere")
+    assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere", "--corruptions", "contrast,")
     assert "--batch-size 0: expected 1 or more" in failing(capsys, "eval", tmp_path / "nowhere", "--batch-size", "0")
     assert "no such run" in failing(capsys, "checkpoint", "list", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -271,6 +280,13 @@ def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "has no checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
     assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
+    assert "expected the page" in failing(capsys, "report", tmp_path / "nowhere", "--out", tmp_path / "x.png")
+    assert "is no dump: expected RUN/dumps/STEP" in failing(capsys, "replay", tmp_path / "nowhere")
+    refused = failing(capsys, "checkpoint", "list", tmp_path / "empty", "--step", "3")
+    assert "list takes no --step: it belongs to verify, reshard, to-safetensors" in refused
+    assert "takes no --ranks" in failing(capsys, "checkpoint", "verify", tmp_path / "empty", "--ranks", "2")
+    out = ["--out", tmp_path / "w.bin"]
+    assert "ends in .safetensors" in failing(capsys, "checkpoint", "to-safetensors", tmp_path / "empty", *out)
 
 
 def test_help_and_mistakes_answer_at_once():
@@ -284,6 +300,7 @@ def test_help_and_mistakes_answer_at_once():
 @pytest.mark.parametrize(
     ("arguments", "command", "said"),
     [
+        ("trian c.yaml", "[-h]", "there is no command 'trian'; did you mean train?"),
         ("train c.yaml --epochs 3", "train", "--epochs 3; settings are written key=value: epochs=3"),
         ("train --lr 0.1 c.yaml --batch-size=64", "train", "key=value: optimizer.lr=0.1, batch_size=64"),
         ("train c.yaml --momentum 0.8", "train", "automix.momentum=0.8 or optimizer.momentum=0.8"),
@@ -360,6 +377,8 @@ def test_steps_that_are_not_finite_end_the_run_with_a_reason_and_a_dump(settings
     replayed = run("replay", dump).stdout
     assert "first output that is not finite: " in replayed and "not finite again" in replayed
     assert "the dump has batches of ranks [0]" in run("replay", dump, "--rank", "3", code=1).stderr
+    for other in (tmp_path / "run", dump.parent, dump.with_name("step_1")):
+        assert f"{other} is no dump: expected one of {dump}" in run("replay", other, code=1).stderr
 
 
 @pytest.mark.slow
