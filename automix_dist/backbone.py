@@ -247,9 +247,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise ConfigError(f"model.weights = {str(path)!r} cannot be read: {error.strerror or error}") from error
     except Exception as error:
-        kind = "as safetensors" if path.suffix == ".safetensors" else "as tensors of torch.save"
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"model.weights = {str(path)!r} cannot be read {kind}: {reason}") from error
+        if path.suffix == ".safetensors":
+            reason = f"as safetensors: {error}"
+        else:  # torch's own words advise to run what the file holds
+            reason = "as tensors of torch.save: it is another kind of file, damaged, or holds more than tensors"
+        raise ConfigError(f"model.weights = {str(path)!r} cannot be read {reason}") from error
     while isinstance(state, dict) and (inner := next((key for key in STATE_KEYS if key in state), None)):
         state = state[inner]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

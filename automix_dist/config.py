@@ -382,7 +382,8 @@ class EngineConfig:
     sync_batchnorm: bool = False
     """BatchNorm over the micro batches of all ranks, in training; needs GPUs."""
     max_skipped_steps: int = 10
-    """A step whose loss or gradients are not finite is skipped; after so many in a row the run stops with a dump."""
+    """A step whose loss or gradients are not finite is skipped; after at least so many in a row the run stops with a
+    dump. The device counts them, and is asked every so many steps, or every log.every_steps if that is less."""
     compile: bool = False
     """Compile the encoders and the Mix Block, each as a whole, with torch.compile; the first steps take minutes."""
     cuda_graph: bool = False

@@ -421,7 +421,7 @@ def describe(config: Config, world_size: int, device: torch.device) -> list[str]
         f"clipping: {f'gradient norm over all ranks at {optimizer.clip_norm:g}' if optimizer.clip_norm else 'none'}",
         "precision: weights, BatchNorm statistics, gradients and optimizer state float32; forward passes "
         f"{autocast_name(config, device)}",
-        f"non-finite steps: skipped and counted; the run stops after {engine.max_skipped_steps} in a row",
+        f"non-finite steps: skipped and counted; the run stops after at least {engine.max_skipped_steps} in a row",
     ]
     bucket = engine.bucket_size * 4 / 2**20
     if engine.name == "deepspeed":

@@ -167,7 +167,9 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
 
     position = Position()
     if saved is not None:
-        position = Position(**checkpoints.load(engine, saved))
+        state = checkpoints.load(engine, saved)
+        known = {field.name for field in dataclasses.fields(Position)}  # an older checkpoint may hold more
+        position = Position(**{name: value for name, value in state.items() if name in known})
         before = saved.manifest.get("index_checksums", about["index_checksums"])
         if before["val"] != about["index_checksums"]["val"]:
             say(f"data.val = {config.data.val!r} has other images than before: there is no best checkpoint yet")
