@@ -52,9 +52,12 @@ check_batch_size() { # CONFIG ...: can it be shared at every number of nodes tha
 new_job
 per_node=${per_node:-$(ranks_per_node)}
 check_batch_size "$@"
-settings=()
+# Ranks that are started again must not find the addresses of dead ones in a store that torchrun keeps, nor does it give
+# a node that comes later the address of such a store.
+settings=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
 if [ -n "${PET_MASTER_ADDR:-}" ]; then
     meeting=() # torchrun reads the other PET_* itself
+    restarts=0 # it keeps its store whatever is set: the JobSet starts all pods again
 elif [ "$most" = 1 ]; then
     meeting=(--standalone)
 else
@@ -62,8 +65,7 @@ else
     # Without --local-addr every node would be known by its full name, which often resolves to loopback.
     meeting=(--nnodes="$least:$most" --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$token" --local-addr="$own"
         --rdzv-conf="is_host=$is_head,join_timeout=1800,last_call_timeout=${AUTOMIX_LAST_CALL:-30}")
-    # With the store shared, torchrun gives a node that comes later no address to meet at: it would wait in vain.
-    settings=(env AUTOMIX_ELASTIC=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+    settings+=(AUTOMIX_ELASTIC=1)
 fi
 new_run_arguments "$@"
 command=("${settings[@]}" "$venv/bin/python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$per_node" --max-restarts="$restarts"

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,14 +25,14 @@ HOSTILE = ["output=a b; touch {0} $(touch {0}) `touch {0}` \" ' \\ *", "x=${{HOM
 pytestmark = pytest.mark.skipif(shutil.which("ip") is None, reason="not installed: iproute2")
 
 
-def bash(*arguments: str | Path, code: int = 0, **options) -> str:
+def bash(*arguments: str | Path, code: int = 0, timeout: float = 60, **options) -> str:
     """Run a script; its output and errors together."""
     done = subprocess.run(
         ["bash", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=timeout,
         cwd=ROOT,
         **options,
     )
@@ -124,6 +125,37 @@ def test_another_environment_can_be_named(tmp_path, monkeypatch):
     (tmp_path / "conda" / "bin" / "automix").symlink_to("/bin/true")
     done = subprocess.run(command, capture_output=True, text=True)
     assert f"{tmp_path}/conda/bin/python -m accelerate" in done.stdout and "conda/bin/automix train" in done.stdout
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """`stand_in(code)`: an environment whose `automix train` is this Python program."""
+
+    def make(code: str) -> None:
+        (tmp_path / "bin").mkdir()
+        config = "[[ $* != *--print-config ]] || exec echo 'batch_size: 64\naccumulation_steps: 1'"
+        program = f"{config}\nexec {sys.executable} -c '{code}'"
+        for name, script in {"automix": program, "python": f'exec {sys.executable} "$@"'}.items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        monkeypatch.setenv("AUTOMIX_VENV", str(tmp_path))
+
+    return make
+
+
+def test_ranks_that_are_started_again_find_no_addresses_of_dead_ones(stand_in):
+    stand_in("""if True:
+        import os, sys
+        from torch.distributed import TCPStore
+        again = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+        opens = os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=opens, wait_for_workers=False)
+        print("found" if store.check(["left"]) else "clean", flush=True)
+        store.set("left", "")
+        sys.exit(not again)""")
+    text = bash(LAUNCH / "torchrun.sh", CONFIG, timeout=200)
+    assert text.count("clean") == 2 and "found" not in text
 
 
 def test_few_cores_for_gpus_are_told_once_a_node(programs, monkeypatch):
@@ -392,7 +424,7 @@ def test_the_pods_command_starts_what_the_trainer_asks_for():
         "PET_MASTER_ADDR": "automix-node-0-0.automix",
     }
     text = bash(*job["command"][1:], "--dry-run", *job["args"], env=os.environ | told)
-    assert "--nproc-per-node=8" in text and "--rdzv" not in text and "output=/runs/automix_resnet50_100ep" in text
+    assert "--nproc-per-node=8 --max-restarts=0" in text and "--rdzv" not in text and "output=/runs/automix_resnet50_100ep" in text
 
 
 def test_every_fault_that_the_documents_list_is_tried():
