@@ -36,6 +36,7 @@ signal_job() { # NAME: SIGKILL to all hosts; a request to stop to one, whose ran
     for host in "${hosts[@]}"; do
         ! timeout 30 ssh "${ssh_options[@]}" "$host" bash -s <<<"$script" || return 0
     done
+    return 1
 }
 
 look_at_hosts() { # one visit to each host, before anything starts there; names all hosts that cannot take part

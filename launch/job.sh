@@ -79,38 +79,44 @@ new_job() { # a name for this job, a folder for its scratch files
     job_settings=()
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
+    export AUTOMIX_STOP=$scratch/stop # once it is there, no rank of this node begins
 }
 
 # Runs a launcher in a session of its own, which the terminal's Ctrl-C does not reach, and returns the job's exit code.
-# `signal_job NAME`, defined by the script, sends a signal to the job's ranks. The first SIGTERM or Ctrl-C lets them
-# save and stop, the second ends them. Exit codes are read from rank.sh's last lines, as most launchers lose them.
+# `signal_job NAME`, defined by the script, sends a signal to the job's ranks, and fails if there are none. The first
+# SIGTERM or Ctrl-C lets them save and stop, the second ends them; after the first no rank begins again. Exit codes are read from rank.sh's last lines, as most launchers lose them.
 supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank end the whole job, a pattern
-    local fatal=$1 launcher watcher stops=0 deadline="" code=0 ended stopped_at=0
+    local fatal=$1 launcher watcher stops=0 deadline="" code=0 ended stopping=""
     shift
+    trap 'stops=$((stops + 1))' TERM INT
     trap "" PIPE
     mkfifo "$scratch/stdin" "$scratch/stderr" "$scratch/copy"
     : >"$scratch/ended"
     grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' \
-        <"$scratch/copy" >"$scratch/ended" &
+        <"$scratch/copy" >>"$scratch/ended" &
     watcher=$!
     { tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null; : <>"$scratch/copy"; } & # even a tee that fails lets grep end
     setpriv --pdeathsig TERM setsid "$@" <"$scratch/stdin" 2>"$scratch/stderr" &
     launcher=$!
     exec 7>"$scratch/stdin" # closed by the kernel if this script is killed: the ranks' lifeline
-    trap 'stops=$((stops + 1))' TERM INT
     while kill -0 $launcher 2>/dev/null; do
-        if [ $stops = 1 ] && [ $stopped_at = 0 ]; then
-            stopped_at=$SECONDS
+        ended=$(grep -oE '[0-9]+$' "$scratch/ended" | grep -vx $STOPPED | grep -xE "$fatal" | head -n 1) || true
+        [ -z "$ended" ] || [ -n "$deadline" ] || deadline=$((SECONDS + GRACE))
+        if [ $stops = 1 ] && [ -z "$stopping" ]; then
             say "stopping: all ranks save first (again: end at once)"
-            signal_job TERM
+            : >"$AUTOMIX_STOP"
+            # From now on no failure is mended by another start, and those that have been do not count.
+            [ -n "$deadline" ] || : >"$scratch/ended"
+            stopping=asked fatal='[1-9][0-9]*'
         elif [ $stops -gt 1 ] && [ -z "$deadline" ]; then
             deadline=$SECONDS
         fi
-        ended=$(grep -oE '[0-9]+$' "$scratch/ended" | grep -vx $STOPPED | grep -xE "$fatal" | head -n 1) || true
-        [ -z "$ended" ] || [ -n "$deadline" ] || deadline=$((SECONDS + GRACE))
+        if [ $stops = 1 ] && [ "$stopping" != told ] && signal_job TERM; then # else there are no ranks yet
+            stopping=told
+        fi
         if [ -n "$deadline" ] && [ $SECONDS -ge "$deadline" ]; then
             [ -z "$ended" ] || say "ending the other ranks, $GRACE s after one has failed"
-            signal_job KILL
+            signal_job KILL || true
             kill -KILL -- -$launcher 2>/dev/null || true
             break
         fi
@@ -121,7 +127,7 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
     exec 7>&- # to ranks with a lifeline a request to stop
     if [ "$code" -gt 128 ] && [ $stops = 0 ] && [ -z "$deadline" ] && ! grep -q "exit code $code\$" "$scratch/ended"; then
         say "the launcher was ended by a signal (exit code $code): its ranks save first (Ctrl-C: end at once)"
-        [[ " ${job_settings[*]-} " == *" AUTOMIX_LIFELINE=1 "* ]] || signal_job TERM
+        [[ " ${job_settings[*]-} " == *" AUTOMIX_LIFELINE=1 "* ]] || signal_job TERM || true
     fi
     wait $watcher || true
     trap - PIPE
@@ -131,7 +137,11 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
     elif [ "$(tail -n 1 <<<"$ended")" = $STOPPED ]; then
         code=$STOPPED
     fi
-    [ "$code" = 0 ] || [ "$code" = $STOPPED ] || signal_job KILL # no rank stays behind
+    [ "$code" = 0 ] || [ "$code" = $STOPPED ] || signal_job KILL || true # no rank stays behind
+    if [ -n "$stopping" ] && [ "$code" = 143 ]; then # the request came before a rank could note it
+        say "stopped before training has begun"
+        code=$STOPPED
+    fi
     return "$code"
 }
 

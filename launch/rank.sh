@@ -4,19 +4,20 @@
 #   rank.sh COMMAND [ARGUMENT ...]
 #   rank.sh --packed TEXT         folder, variables and command in one word that no shell can misread (job.sh: pack)
 #   rank.sh --run-packed TEXT     the same for a command that is no rank
-#   rank.sh --signal NAME JOB     send a signal to the job's ranks on this node
+#   rank.sh --signal NAME JOB     send a signal to the job's ranks on this node; fails if there are none yet
 #   rank.sh --explain             print the settings a rank would use here, and why
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/env.sh"
 
 signal_ranks() { # NAME JOB: to its ranks, not to what they have started
-    local file pid parent
+    local file pid parent code=1
     for file in $(grep -lzsFx "AUTOMIX_RANK_OF=$2" /proc/[0-9]*/environ); do
         pid=${file#/proc/} pid=${pid%/environ}
         parent=$(awk '{ sub(/.*\) /, ""); print $2 }' "/proc/$pid/stat" 2>/dev/null) || continue
-        grep -qzsFx "AUTOMIX_RANK_OF=$2" "/proc/$parent/environ" || kill "-$1" "$pid" 2>/dev/null || true
+        grep -qzsFx "AUTOMIX_RANK_OF=$2" "/proc/$parent/environ" || ! kill "-$1" "$pid" 2>/dev/null || code=0
     done
+    return $code
 }
 
 unpack() { # TEXT: enters the folder, sets the variables; the rest is the command
@@ -49,12 +50,16 @@ export LOCAL_RANK=${LOCAL_RANK:-${OMPI_COMM_WORLD_LOCAL_RANK:-${MPI_LOCALRANKID:
 export LOCAL_WORLD_SIZE=${LOCAL_WORLD_SIZE:-${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-${LOCAL_SIZE:-1}}}}
 
 case ${1:-} in
---signal) signal_ranks "$2" "$3" && exit ;;
+--signal) signal_ranks "$2" "$3" || exit 1; exit ;;
 --explain) AUTOMIX_EXPLAIN=1 fabric_settings && exit ;;
 --run-packed) unpack "$2" && exec "${command[@]}" ;;
 --packed) unpack "$2" ;;
 *) command=("$@") ;;
 esac
+if [ -e "${AUTOMIX_STOP:-}" ]; then # the job is to stop: a rank that comes late, or again, has nothing to do
+    report 75
+    exit
+fi
 command -v -- "${command[0]}" >/dev/null || fail "${command[0]} is missing: run launch/install.sh on this node, in the same folder, or mend AUTOMIX_VENV" 2
 fabric_settings
 warn_of_few_cores

@@ -158,6 +158,37 @@ def test_ranks_that_are_started_again_find_no_addresses_of_dead_ones(stand_in):
     assert text.count("clean") == 2 and "found" not in text
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "accelerate.sh"])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [("comes before the ranks", EXIT_STOPPED), ("comes while they start", EXIT_STOPPED), ("makes them fail", 1)],
+)
+def test_a_request_to_stop_is_final(script, fault, expected, stand_in, tmp_path):
+    """Whenever it comes: no rank begins after it, or again."""
+    stand_in(f"""if True:
+        import pathlib, signal, sys, time
+        if "{fault}" == "makes them fail":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        with open("{tmp_path}/begun", "a") as file:
+            file.write("x")
+        time.sleep(150)""")
+    launcher, begun = tmp_path / "launcher", tmp_path / "begun"
+    python = (tmp_path / "bin" / "python").read_text()
+    early = fault == "comes before the ranks"
+    wait = f"touch {launcher}; {'sleep 2' if early else ''}"
+    (tmp_path / "bin" / "python").write_text(python.replace("\nexec", f"\n{wait}\nexec"))
+    job = subprocess.Popen(["bash", LAUNCH / script, CONFIG], cwd=ROOT)
+    deadline = time.monotonic() + 100
+    while not (launcher if early else begun).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.terminate()
+    try:
+        assert job.wait(timeout=100) == expected
+    finally:
+        job.kill()
+    assert not begun.exists() if early else begun.read_text() == "x"
+
+
 def test_few_cores_for_gpus_are_told_once_a_node(programs, monkeypatch):
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "64")  # `nproc` would believe it
@@ -183,6 +214,37 @@ def test_a_task_of_a_job_array_goes_back_into_the_queue_alone(programs, tmp_path
     text = bash(LAUNCH / "slurm.sbatch", CONFIG, code=EXIT_STOPPED)
     assert "saved; back into the queue" in text
     assert (tmp_path / "calls").read_text() == "requeue 5_2\n"
+
+
+def in_slurm(programs, monkeypatch, tmp_path, rank: str, **scripts: str) -> Path:
+    """Programs that play a job of Slurm whose only rank does what `rank` says; where calls of scontrol are noted."""
+    count = f"echo >>{tmp_path}/$1; [ $(wc -l <{tmp_path}/$1) -gt 2 ]"  # works the third time
+    programs(count=count, sleep="exec /bin/sleep 0.1", srun=rank, **scripts)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return tmp_path / "calls"
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(programs, tmp_path, monkeypatch):
+    saved = f"echo 'automix: rank 0 on n1 ended with exit code {EXIT_STOPPED}' >&2"
+    scontrol = f"count scontrol && echo $* >>{tmp_path}/calls"
+    calls = in_slurm(programs, monkeypatch, tmp_path, saved, squeue="count squeue && echo RUNNING", scontrol=scontrol)
+    assert "saved; back into the queue" in bash(LAUNCH / "slurm.sbatch", CONFIG, code=EXIT_STOPPED)
+    assert calls.read_text() == "requeue 7\n"
+    programs(squeue="echo CANCELLED")
+    bash(LAUNCH / "slurm.sbatch", CONFIG, code=EXIT_STOPPED)
+    assert calls.read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preemption_of_the_first_seconds_lets_the_job_come_round(programs, tmp_path, monkeypatch, number):
+    died = f"echo 'automix: rank 0 on n1 ended with exit code {128 + number}' >&2; exit {128 + number}"
+    scontrol = f"echo $* >>{tmp_path}/calls"
+    calls = in_slurm(programs, monkeypatch, tmp_path, died, squeue="echo RUNNING", scontrol=scontrol)
+    text = bash(LAUNCH / "slurm.sbatch", CONFIG, code=EXIT_STOPPED)
+    assert "stopped before training has begun; back into the queue" in text
+    assert calls.read_text() == "requeue 7\n"
+    bash(LAUNCH / "slurm.sbatch", CONFIG, "--overwrite", code=128 + number)  # another start would resume the old run
+    assert calls.read_text() == "requeue 7\n"
 
 
 def test_the_ranks_save_though_the_reader_of_the_output_is_gone(tmp_path):
@@ -424,7 +486,8 @@ def test_the_pods_command_starts_what_the_trainer_asks_for():
         "PET_MASTER_ADDR": "automix-node-0-0.automix",
     }
     text = bash(*job["command"][1:], "--dry-run", *job["args"], env=os.environ | told)
-    assert "--nproc-per-node=8 --max-restarts=0" in text and "--rdzv" not in text and "output=/runs/automix_resnet50_100ep" in text
+    assert "--nproc-per-node=8 --max-restarts=0" in text and "--rdzv" not in text
+    assert "output=/runs/automix_resnet50_100ep" in text
 
 
 def test_every_fault_that_the_documents_list_is_tried():
