@@ -2,6 +2,7 @@
 # shellcheck shell=bash
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a shell that is itself a rank: rank.sh would believe them
 venv=$(realpath -ms -- "${AUTOMIX_VENV:-$root/.venv}")
 automix=$venv/bin/automix
 # shellcheck source=launch/env.sh
@@ -157,7 +158,7 @@ new_run_arguments() { # ARGUMENT ...: `automix train`'s, with --resume unless th
 ranks_per_node() { # one per GPU, or 1
     local count
     count=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c ^GPU) || true
-    [ -z "${CUDA_VISIBLE_DEVICES:-}" ] || count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
+    [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]') || true # "" and -1: none
     echo $((count > 0 ? count : 1))
 }
 

@@ -247,6 +247,22 @@ def test_a_preemption_of_the_first_seconds_lets_the_job_come_round(programs, tmp
     assert calls.read_text() == "requeue 7\n"
 
 
+def test_numbers_of_a_rank_that_starts_a_job_are_not_the_jobs(programs, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    in_slurm(programs, monkeypatch, tmp_path, "echo rank [${RANK:-}${WORLD_SIZE:-}${LOCAL_RANK:-}]")
+    assert "rank []" in bash(LAUNCH / "slurm.sbatch", CONFIG)
+
+
+@pytest.mark.parametrize(("visible", "ranks"), [(None, 2), ("", 1), ("-1", 1), ("0", 1), ("0,1,3", 3)])
+def test_hidden_gpus_get_no_ranks(programs, visible, ranks):
+    programs(nvidia_smi="echo GPU 0: NVIDIA H200; echo GPU 1: NVIDIA H200")
+    hidden = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"} | hidden
+    assert bash("-c", f". {LAUNCH}/job.sh; ranks_per_node", env=environment) == f"{ranks}\n"
+
+
 def test_the_ranks_save_though_the_reader_of_the_output_is_gone(tmp_path):
     """`launch/x.sh ... | tee log`: Ctrl-C ends tee too, which must cost neither the stop nor its exit code."""
     rank = f"trap 'echo saved >{tmp_path}/saved; echo told >&2; exit {EXIT_STOPPED}' TERM; echo $$ >{tmp_path}/pid; "
