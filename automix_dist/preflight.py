@@ -11,9 +11,12 @@ import os
 import socket
 import statistics
 import subprocess
+import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +69,14 @@ def run(config: Config | None, seconds: float) -> int:
 
     Raises PreflightError on a rank that does not reach the master within `seconds`.
     """
+    code = _look(config, seconds)
+    if dist.is_initialized():  # a collective has failed or hangs: to leave in good order would wait for it
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _look(config: Config | None, seconds: float) -> int:
     seat = _seat()
     store = _meet(seat, seconds)
     first_of_host = seat.local_rank == 0
@@ -141,11 +152,27 @@ def _follow(store: dist.Store, seat: Seat, seconds: float) -> int:
 
 
 def _report_network(store: dist.Store, seat: Seat, seconds: float) -> None:
-    """Join the others as a training does, measure, and leave the result or the reason why not."""
+    """Join the others as a training does, measure, and leave the result or the reason why not.
+
+    In a thread, which is given up if it hangs: NCCL and torch.cuda.synchronize() wait for a lost partner for ever.
+    """
+    outcome: Future[dict[str, Any]] = Future()
+
+    def join() -> None:
+        try:
+            process = distributed.start(EngineConfig(timeout_minutes=seconds / 60))
+            measured = measure(process)
+            distributed.finish()
+            outcome.set_result(measured)
+        except Exception as error:
+            outcome.set_exception(error)
+
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else its watchdog ends the ranks before the table
+    threading.Thread(target=join, name="network", daemon=True).start()
     try:
-        process = distributed.start(EngineConfig(timeout_minutes=seconds / 60))
-        result = measure(process)
-        distributed.finish()
+        result = outcome.result(3 * seconds)
+    except TimeoutError:
+        result = {"error": f"hangs: not measured within {3 * seconds:.0f} s"}
     except RuntimeError as error:
         result = {"error": str(error).splitlines()[0]}
     store.set(f"network/{seat.rank}", json.dumps(result))
@@ -247,7 +274,7 @@ def measure(process: Process) -> dict[str, Any]:
     shard = payload[: max(payload.numel() // process.world_size, 1024)]  # gathered by many ranks, it must fit
     gathered = torch.empty(process.world_size * shard.numel(), device=device)
     size, dtype = MATMUL[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
-    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    matrix = torch.randn(size, size, device=device, dtype=dtype)  # a product of ones draws less power, and is faster
     share = (process.world_size - 1) / process.world_size
     all_reduce = _seconds(process, lambda: dist.all_reduce(payload), 3)
     all_gather = _seconds(process, lambda: dist.all_gather_into_tensor(gathered, shard), 3)

@@ -17,10 +17,16 @@ from automix_dist.preflight import judge_network, merge, rounds
 ROOT = Path(__file__).parent.parent
 
 
-def doctor(present: list[int], world_size: int, *arguments: str, port: int | None = None, seconds: float = 30):
+def doctor(
+    present: list[int],
+    world_size: int,
+    *arguments: str,
+    seconds: float = 30,
+    module=("-m", "automix_dist"),
+):
     """Start these ranks without a launcher's help; (exit code, output) of each."""
-    port = port or free_port()
-    command = [sys.executable, "-m", "automix_dist", "doctor", *arguments, "--all-ranks", f"--seconds={seconds}"]
+    port = free_port()
+    command = [sys.executable, *module, "doctor", *arguments, "--all-ranks", f"--seconds={seconds}"]
     jobs = []
     for rank in present:
         place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": 2}
@@ -53,6 +59,20 @@ def test_ranks_that_do_not_come_are_named_in_time():
     ((code, errors),) = doctor([1], 2, seconds=2)
     assert code == 1 and "Traceback" not in errors
     assert f"rank 1 on {socket.gethostname()} (127.0.0.1) cannot reach the master's port within 2 s" in errors
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_costs_no_table():
+    """As under NCCL: not even a time limit of the collective ends it."""
+    code = """if True:
+        import os, threading
+        from automix_dist import cli, preflight
+        if os.environ["RANK"] == "1":
+            preflight.measure = lambda process: threading.Event().wait()
+        cli.main()"""
+    (code, table), (other, _) = doctor([0, 1], 2, seconds=6, module=("-c", code))
+    assert (code, other) == (1, 1)
+    assert "FAIL  collectives" in table and "hangs: not measured within 18 s" in table
 
 
 def test_without_a_launcher_the_way_is_told():
