@@ -289,6 +289,20 @@ def test_the_doctor_looks_at_all_nodes_and_the_network_between_them(hosts, setti
 
 
 @pytest.mark.slow
+def test_a_stop_before_there_are_ranks_is_not_lost(hosts, two, settings, tmp_path):
+    own = {"TMPDIR": "/mnt", "AUTOMIX_GRACE": "5"}  # what the script notes in a file is for its own host alone
+    with open(tmp_path / "log", "w") as log:
+        process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, settings, *QUICK, cwd=ROOT, env=own,
+                              stdout=log, stderr=log)  # fmt: skip
+    until(lambda: hosts.processes("n1", "--master_addr="), 120, "DeepSpeed's launcher runs")
+    hosts.run("n1", "pkill", "-TERM", "-f", "bash .*launch/deepspeed.sh")
+    text = (tmp_path / "log").read_text
+    assert process.wait(timeout=150) == EXIT_STOPPED, text()
+    assert "stopped before training has begun" in text() and not trained(tmp_path / "run", 1)
+    no_rank_is_left(hosts)
+
+
+@pytest.mark.slow
 def test_the_launching_script_is_killed_and_the_ranks_save_and_leave(hosts, two, settings, tmp_path):
     run = tmp_path / "run"
     process = hosts.popen("n1", DEEPSPEED, "--hostfile", two, settings, *QUICK, "epochs=200", cwd=ROOT,
