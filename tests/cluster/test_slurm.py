@@ -49,6 +49,18 @@ def test_a_job_comes_round_at_its_time_limit_and_after_preemption(slurm, setting
 
 
 @pytest.mark.slow
+def test_a_signal_of_the_first_seconds_lets_a_job_come_round(slurm, hosts, settings, tmp_path):
+    log = tmp_path / "job.log"
+    job = slurm.submit("--nodes=2", f"--output={log}", SCRIPT, settings, cwd=ROOT)
+    until(lambda: hosts.processes("n1", "bin/automix train"), 120, "a rank starts")
+    slurm.run("scancel", "--signal=USR1", job)
+    until(lambda: slurm.state(job).endswith(" 1"), 150, "the job is in the queue again")
+    assert "stopped before training has begun; back into the queue" in log.read_text()
+    slurm.run("scancel", job)
+    no_rank_is_left(hosts)
+
+
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, settings, tmp_path):
     output, run = f"--output={tmp_path}/%j.log", tmp_path / "run"
     change(settings, epochs=500, log={"every_steps": 1, "gallery_pairs": 0})
