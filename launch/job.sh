@@ -85,7 +85,8 @@ new_job() { # a name for this job, a folder for its scratch files
 
 # Runs a launcher in a session of its own, which the terminal's Ctrl-C does not reach, and returns the job's exit code.
 # `signal_job NAME`, defined by the script, sends a signal to the job's ranks, and fails if there are none. The first
-# SIGTERM or Ctrl-C lets them save and stop, the second ends them; after the first no rank begins again. Exit codes are read from rank.sh's last lines, as most launchers lose them.
+# SIGTERM or Ctrl-C lets them save and stop, the second ends them; after the first no rank begins again. Exit codes are
+# read from rank.sh's last lines, as most launchers lose them.
 supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank end the whole job, a pattern
     local fatal=$1 launcher watcher stops=0 deadline="" code=0 ended stopping=""
     shift
