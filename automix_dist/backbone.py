@@ -4,12 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import timm
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from automix_dist.config import ConfigError, DataConfig, ModelConfig
@@ -83,6 +85,21 @@ class Backbone(nn.Module):
         if self.feature == len(maps) - 2 and len({each["reduction"] for each in maps}) == 1:
             text += f"; its maps are all of one size: the recipes take the middle, automix.feature={len(maps) // 2 - 1}"
         return text
+
+    def layers_from_top(self) -> dict[nn.Parameter, int]:
+        """For each parameter the number of layers from its own to the classifier's, in the order that timm gives them.
+
+        Raises ConfigError for a model without one.
+        """
+        if not hasattr(self.model, "group_matcher"):
+            name = type(self.model).__name__
+            raise ConfigError(f"optimizer.layer_decay: timm knows no order of the layers of {name}; set it to 1")
+        named = list(self.model.named_parameters())
+        classifier = self.model.pretrained_cfg.get("classifier") or "head"  # two where a model is distilled
+        top = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+        with_classifier = SimpleNamespace(named_parameters=lambda: [*named, (top, None)])
+        layer = group_parameters(with_classifier, self.model.group_matcher(coarse=False), reverse=True)
+        return {parameter: layer[top] - layer[name] for name, parameter in named}
 
     def pool(self, last_map: Tensor) -> Tensor:
         """The last feature map -> the embedding [B, width]."""

@@ -320,6 +320,9 @@ class OptimizerConfig:
     decay_norm_and_bias: bool = True
     """Whether weight decay applies to norms, biases and other vectors, and to what timm's no_weight_decay() names, too
     (off in the ViT, ConvNeXt and RSB recipes)."""
+    layer_decay: float = 1.0
+    """Factor by which the learning rate falls from each layer of the backbone to the one below it, in timm's order of
+    layers, for fine-tuning (ViTs: about 0.65 to 0.85); 1 = one rate for all. Heads and Mix Block keep theirs."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up; the Mix Block has none (section 2.9)."""
     warmup_start: float = 1e-5
@@ -341,6 +344,7 @@ class OptimizerConfig:
         _require(0 <= self.momentum < 1, "optimizer.momentum", self.momentum, "a value in [0, 1)")
         _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two values in [0, 1)")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(0 < self.layer_decay <= 1, "optimizer.layer_decay", self.layer_decay, "a factor in (0, 1]")
         _require(self.warmup_epochs >= 0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(0 < self.warmup_start <= 1, "optimizer.warmup_start", self.warmup_start, "a share in (0, 1]")
         _require(self.clip_norm >= 0, "optimizer.clip_norm", self.clip_norm, "0 (off) or a positive norm")

@@ -1,4 +1,5 @@
-"""The optimizer of all trained parameters, in a few groups: query encoder and Mix Block, with and without decay."""
+"""The optimizer of all trained parameters, in a few groups: query encoder and Mix Block, with and without decay; with
+optimizer.layer_decay also by layer."""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -6,28 +7,34 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
-from automix_dist.config import OptimizerConfig
+from automix_dist.config import ConfigError, OptimizerConfig
 from automix_dist.schedules import StepValues
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """SGD, AdamW or LAMB over the query encoder and any Mix Block; the momentum encoder is in no group.
 
-    Each group carries the key `schedule`, the field of StepValues that gives its learning rate. Fused: few launches,
-    and the engines clip and skip steps inside them.
+    Each group carries the keys `schedule`, the field of StepValues that gives its learning rate, and `lr_scale`, a
+    factor. Fused: few launches, and the engines clip and skip steps inside them.
+
+    Raises ConfigError if the layers of the backbone have no known order and optimizer.layer_decay asks for it.
     """
     settings = {"query": {"schedule": "lr"}, "mix_block": {"schedule": "mix_lr"}}
     if config.mix_momentum is not None:
         settings["mix_block"]["momentum"] = config.mix_momentum
+    layers_from_top = {} if config.layer_decay == 1 else _layers_from_top(model.query)
     groups = []
     for part, extra in settings.items():
         module = getattr(model, part, nn.Identity())  # hand-made policies have no Mix Block
-        parameters = [p for p in module.parameters() if p.requires_grad]
         spared = set() if config.decay_norm_and_bias else _without_decay(module)
-        decayed = [p for p in parameters if p not in spared]
-        plain = [p for p in parameters if p in spared]
-        groups += [{"params": decayed, "weight_decay": config.weight_decay, **extra}] if decayed else []
-        groups += [{"params": plain, "weight_decay": 0.0, **extra}] if plain else []
+        alike: dict[tuple[bool, int], list[nn.Parameter]] = {}
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                alike.setdefault((parameter in spared, layers_from_top.get(parameter, 0)), []).append(parameter)
+        for (is_spared, layers), parameters in sorted(alike.items(), key=lambda item: item[0]):
+            weight_decay = 0.0 if is_spared else config.weight_decay
+            scale = config.layer_decay**layers
+            groups.append({"params": parameters, "weight_decay": weight_decay, "lr_scale": scale, **extra})
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     if config.name == "lamb":
@@ -44,6 +51,14 @@ def _without_decay(module: nn.Module) -> set[nn.Parameter]:
             patterns = network.no_weight_decay()
             spared |= {p for name, p in network.named_parameters() if any(fnmatch(name, each) for each in patterns)}
     return spared
+
+
+def _layers_from_top(encoder: nn.Module) -> dict[nn.Parameter, int]:
+    """What the encoder's backbone says of its parameters: see `Backbone.layers_from_top`."""
+    for network in encoder.modules():
+        if hasattr(network, "layers_from_top"):
+            return network.layers_from_top()
+    raise ConfigError("optimizer.layer_decay: this backbone has no layers_from_top(); set it to 1")
 
 
 class Lamb(torch.optim.Optimizer):
@@ -104,4 +119,4 @@ class Lamb(torch.optim.Optimizer):
 def set_learning_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Give each group the learning rate of this step."""
     for group in optimizer.param_groups:
-        group["lr"] = getattr(values, group["schedule"])
+        group["lr"] = getattr(values, group["schedule"]) * group["lr_scale"]

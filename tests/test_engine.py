@@ -95,6 +95,13 @@ def test_adamw_in_one_process(engine, tmp_path):
     assert_same(got, train_plain(config, ranks=1, steps=4), tolerance=1e-4)  # Adam divides by small numbers
 
 
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_layers_may_have_learning_rates_of_their_own(engine, tmp_path):
+    config = tiny_config(engine=ENGINES[engine], optimizer={"layer_decay": 0.3, "decay_norm_and_bias": False})
+    ranks = run_ranks(2, train_with_engine, config, tmp_path, 3)
+    assert_same(ranks[0], train_plain(config, ranks=2, steps=3))
+
+
 def test_two_ranks_equal_one_batch_of_both_without_batchnorm():
     """With GroupNorm and without the mask loss (a function of the batch mean) the loss is a mean over images: then two
     batches of B and one of 2B give the same gradients."""

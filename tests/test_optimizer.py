@@ -1,13 +1,17 @@
 """Which parameters decay, against timm's own grouping."""
 
+from unittest import mock
+
 import pytest
+import timm
 import torch
 from test_recipes import SMALL
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
 
 from automix_dist.backbone import create_backbone
 from automix_dist.classifier import build_model
-from automix_dist.config import from_dict
+from automix_dist.config import ConfigError, from_dict
 from automix_dist.optimizer import build_optimizer
 
 BACKBONES = {
@@ -44,6 +48,42 @@ def test_what_decays_is_what_timm_would_let_decay(name):
     others = [p for m in (model.query.head_one, model.query.head_mix, model.mix_block) for p in m.parameters()]
     assert all((p in sides[0.0]) == (p.ndim == 1) for p in others)
     assert sum(map(len, sides.values())) == len([p for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "deit_tiny_distilled_patch16_224"])
+def test_learning_rates_fall_by_layer_as_timms_do(name):
+    kwargs = next(kwargs for start, kwargs in SMALL.items() if name.startswith(start))
+    optimizer = {"name": "adamw", "decay_norm_and_bias": False, "layer_decay": 0.5}
+    config = from_dict({"model": {"backbone": name, "timm_kwargs": kwargs}, "optimizer": optimizer})
+    network = create_backbone(config.model, -2, 64)
+    model = build_model(config, network, 10, torch.float32)
+    groups = build_optimizer(model, config.optimizer).param_groups
+    scale = {p: group["lr_scale"] for group in groups for p in group["params"]}
+    size = {"img_size": 64} if hasattr(network.model, "patch_embed") and "pvt" not in name else {}
+    whole = timm.create_model(name, num_classes=10, **{**kwargs, **size})
+    name_of = {p: n for n, p in whole.named_parameters()}
+    expected = {
+        name_of[p]: group["lr_scale"] for group in param_groups_layer_decay(whole, layer_decay=0.5)
+        for p in group["params"]
+    }  # fmt: skip
+    got = {n: scale[p] for n, p in network.model.named_parameters()}
+    assert len(set(got.values())) > 2 and got == {n: expected[n] for n in got}
+    heads = [p for m in (model.query.head_one, model.query.head_mix, model.mix_block) for p in m.parameters()]
+    assert {scale[p] for p in heads} == {1.0}
+
+
+def test_an_unknown_order_of_layers_is_refused():
+    config = from_dict({"model": {"backbone": "resnet18"}, "optimizer": {"layer_decay": 0.5}})
+    model = build_model(config, create_backbone(config.model, -2, 64), 10, torch.float32)
+    with (
+        mock.patch.object(type(model.query.backbone.model), "group_matcher", new_callable=mock.PropertyMock) as matcher,
+        pytest.raises(ConfigError, match=r"optimizer\.layer_decay.* ResNet; set it to 1"),
+    ):
+        matcher.side_effect = AttributeError
+        build_optimizer(model, config.optimizer)
+    model.query.backbone = nn.Identity()
+    with pytest.raises(ConfigError, match=r"optimizer\.layer_decay.*layers_from_top"):
+        build_optimizer(model, config.optimizer)
 
 
 def test_everything_decays_where_it_is_asked_for():

@@ -34,6 +34,9 @@ class TinyBackbone(nn.Module):
     def forward(self, images):
         return self.features_and_embedding(images)[1]
 
+    def layers_from_top(self):
+        return {p: 2 for p in self.stem.parameters()} | {p: 1 for p in self.top.parameters()}
+
 
 def tiny_config(**sections) -> Config:
     """A config of the tiny model: batch 16, four epochs; sections override."""
