@@ -188,7 +188,6 @@ def prepare(
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished) as file:
             records, skipped = _write_file(file, images, options, workers or usable_cores(), progress)
-            counts = np.bincount(records["label"], minlength=len(images.classes))
             lost = np.setdiff1d(images.labels[images.labels >= 0], records["label"])
             if len(lost):
                 names = some([images.classes[label] for label in lost])
@@ -200,7 +199,7 @@ def prepare(
                 options=options,
                 count=len(records),
                 classes=images.classes,
-                class_counts=counts.tolist(),
+                class_counts=np.bincount(records["label"], minlength=len(images.classes)).tolist(),
                 jpeg_count=int(np.sum(records["image"]["mode"] == JPEG)),
                 height_range=_range(records["image"]["height"]),
                 width_range=_range(records["image"]["width"]),
@@ -404,16 +403,19 @@ def _encode(images: Source, options: dict[str, Any], numbered: tuple[int, int]) 
         return Stored(mode, height, width, data, word_sum(data), int(images.labels[i]), cut)
     except UnidentifiedImageError:  # its text names an object in memory
         return Broken(images.name(i), "no known image format")
-    except (OSError, MemoryError) as error:
-        # A file that is not there counts as broken. The system's other errors, which have a number where Pillow's have
-        # none, and too little memory say nothing about the image.
-        missing = isinstance(error, FileNotFoundError) and Path(error.filename or "") == Path(images.name(i))
-        if isinstance(error, MemoryError) or (error.errno is not None and not missing):
-            reason = "out of memory" if isinstance(error, MemoryError) else error.strerror
+    except Exception as error:  # on damaged files PIL raises nearly anything; all of it says: unreadable
+        if reason := _reason_beside_the_image(error, images.name(i)):
             raise BetonError(f"cannot read {images.name(i)}: {reason}; the image may be sound, try again") from error
         return Broken(images.name(i), f"{type(error).__name__}: {error}")
-    except Exception as error:  # on damaged files PIL raises nearly anything; all of it says: unreadable
-        return Broken(images.name(i), f"{type(error).__name__}: {error}")
+
+
+def _reason_beside_the_image(error: Exception, name: str) -> str | None:
+    """Why an image could not be read, if that says nothing about the image."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    # The system's errors have a number, Pillow's have none. A file that is not there counts as broken.
+    missing = isinstance(error, FileNotFoundError) and Path(error.filename or "") == Path(name)
+    return error.strerror if isinstance(error, OSError) and error.errno is not None and not missing else None
 
 
 def _stored_form(

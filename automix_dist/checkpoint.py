@@ -74,8 +74,8 @@ class Checkpoints:
     """The checkpoints of one run. Methods are called by all ranks together.
 
     A save copies this rank's state to host memory, for which training stands still, and writes it in a thread while
-    training goes on. The thread has a process group of its own, so that its collectives cannot be
-    confused with the main thread's.
+    training goes on. The thread has a process group of its own, so that its collectives cannot be confused with the
+    main thread's.
     """
 
     def __init__(self, run: Path, config: CheckpointConfig, process: Process, say: Callable[[str], None]):

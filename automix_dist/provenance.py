@@ -1,5 +1,6 @@
 """What a run was made with: versions, source revision, machine. Stored with the run and in every checkpoint."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache  # what this process has imported, however often it asks
 def commit() -> str | None:
     """The revision of the checkout that this file lies in, "+" = with changes; None where it is installed otherwise."""
     root = Path(__file__).resolve().parent.parent

@@ -90,23 +90,22 @@ def test_one_copy_of_the_weight_and_one_of_its_gradient(on_any_device):
     assert conv.weight.grad.is_contiguous()
 
 
-def test_other_layouts_and_devices_are_left_alone():
-    conv = copy.deepcopy(KINDS["3x3"])
+def copies_of_the_weight(kind: str) -> int:
+    conv = copy.deepcopy(KINDS[kind])
     lay_out_weights(conv)
     read = images(torch.float32)
     with Copies(conv.weight.shape) as copies:
         conv(read)
-    assert copies.count == 0
+    return copies.count
+
+
+def test_other_layouts_and_devices_are_left_alone():
+    assert copies_of_the_weight("3x3") == 0
 
 
 def test_so_are_paddings_that_make_an_image_of_their_own(on_any_device):
     """On a GPU a reflected border comes in a contiguous image, whatever the layout of the one inside."""
-    conv = copy.deepcopy(KINDS["reflecting"])
-    lay_out_weights(conv)
-    read = images(torch.float32)
-    with Copies(conv.weight.shape) as copies:
-        conv(read)
-    assert copies.count == 0
+    assert copies_of_the_weight("reflecting") == 0
 
 
 def test_a_copied_model_reads_its_own_weights(on_any_device):

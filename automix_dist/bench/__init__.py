@@ -65,13 +65,12 @@ def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a measurement depends on besides the code: device, versions, commit, load, date."""
+    """What a measurement depends on besides the code: device, versions, load, date."""
     about = provenance.environment()
     device = about["gpus"][0] if about["gpus"] else f"CPU, {torch.get_num_threads()} threads, {cpu_name()}"
     return {
         "device": device,
         "versions": {k: about["versions"][k] for k in ("torch", "triton", "timm")} | {"python": about["python"]},
-        "commit": about["commit"],
         "load_average": os.getloadavg()[0],
         "date": datetime.now(UTC).date().isoformat(),
     }
