@@ -35,7 +35,7 @@ from automix_dist import provenance
 from automix_dist.backbone import create_backbone
 from automix_dist.beton import read_manifest
 from automix_dist.classifier import build_model
-from automix_dist.config import Config, ConfigError, flatten, load_config, to_dict
+from automix_dist.config import Config, ConfigError, flatten, load_config, parse_yaml, to_dict
 from automix_dist.distributed import for_this_machine
 from automix_dist.errors import EXIT_STOPPED, AutomixError
 from automix_dist.page import percent_or_nothing, table, ticks, write_page
@@ -75,7 +75,7 @@ class Comparison:
 def load_comparison(path: Path) -> Comparison:
     """Read and check a comparison's file. Raises ConfigError, also for settings that give runs unequal budgets."""
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read comparison {path}: {str(error).splitlines()[0]}") from error
     known = {"base": str, "output": str, "seeds": list, "metric": str, "settings": list, "policies": dict}

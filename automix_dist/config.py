@@ -638,9 +638,15 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{path or overrides}: nested too deeply, or an alias refers to itself") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: a key once, and numbers in decimal (YAML 1.1 reads 010 as 8 and 1:30 as 90)."""
+def parse_yaml(text: str) -> Any:
+    """YAML as people mean it: a key once, and numbers in decimal (YAML 1.1 reads 010 as 8 and 1:30 as 90).
 
+    Raises yaml.YAMLError, or ValueError for what looks like a date or a number, and is none.
+    """
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -673,7 +679,7 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         asked = f" (the base of {readers[-1]})" if readers else ""
         raise ConfigError(f"cannot read config {path}{asked}: {reason}{hint}") from error
     try:
-        values = yaml.load(text, _Loader) or {}
+        values = parse_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number, and is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -701,7 +707,7 @@ def _read_override(override: str) -> dict[str, Any]:
     if not separator or not key:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     try:
-        value = yaml.load(text, _Loader) if text.strip() else ""
+        value = parse_yaml(text) if text.strip() else ""
     except (ValueError, yaml.reader.ReaderError):  # it looks like a date or a number, and is none; or a path of bytes
         value = text
     except yaml.YAMLError as error:

@@ -76,6 +76,13 @@ def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
         load_comparison(write(tmp_path, **changes))
 
 
+def test_a_comparison_holds_each_key_once(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "seeds: [7]\n")
+    with pytest.raises(ConfigError, match=r"cannot read comparison .*: the key 'seeds' is here a second time"):
+        load_comparison(path)
+
+
 @pytest.mark.parametrize(
     ("name", "seeds", "reference"),
     [
