@@ -309,7 +309,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _conditions(options: argparse.Namespace):
-    from automix_dist.examine import Conditions, fraction
+    from automix_dist.evaluate import Conditions, fraction
     from automix_dist.robustness import STRENGTHS
 
     try:
@@ -338,7 +338,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
 
     from automix_dist.checkpoint import find_checkpoint
-    from automix_dist.examine import summary
+    from automix_dist.evaluate import summary
     from automix_dist.run import evaluate
 
     saved = find_checkpoint(options.run_folder, options.step, options.best)

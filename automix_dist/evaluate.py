@@ -1,67 +1,345 @@
-"""Exact accuracy of all of a model's encoders and heads over all ranks."""
+"""What a trained model gets right, how sure it is, and how much of that is left when images become harder."""
 
-import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.batchnorm import averaged_statistics
-from automix_dist.data import EvalLoader
+from automix_dist import robustness
+from automix_dist.cam import Showcase, Views
+from automix_dist.config import ConfigError
+from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
+from automix_dist.page import figures, mask_uri, percent_or_nothing, picture_uri, reliability, table, write_page
+from automix_dist.run_log import IMAGE_COLOR, PARTNER_COLOR
+from automix_dist.whole_file import write_whole
+
+BINS = 15
+"""Of confidence, equally wide, as in arXiv 1706.04599."""
+MAX_CONFUSION = 100
+"""Classes up to which confusions are counted."""
+PGD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What to evaluate besides the images as they are. Raises ConfigError for what cannot be."""
+
+    answer: str = "query"
+    """Whose calibration and classes are told, and who is attacked: a name of the model's logits, or "ensemble"."""
+    attack: str | None = None
+    """ "fgsm" or "pgd"."""
+    epsilon: float = 8 / 255
+    """Of the attack, in each value on the [0, 1] scale."""
+    corruptions: tuple[str, ...] = ()
+    occlusion: tuple[float, ...] = ()
+    """Shares of the image."""
+    flip: bool = False
+    """Average the probabilities of each image and its mirror image."""
+    seed: int = 0
+
+    def __post_init__(self):
+        for kind in ("corruptions", "occlusion"):  # each once
+            object.__setattr__(self, kind, tuple(dict.fromkeys(getattr(self, kind))))
+        unknown = [name for name in self.corruptions if name not in robustness.STRENGTHS]
+        if unknown:
+            raise ConfigError(f"--corruptions {unknown[0]}: expected some of {', '.join(robustness.STRENGTHS)}, or all")
+        if not 0 < self.epsilon <= 1:
+            raise ConfigError(f"--epsilon {self.epsilon}: expected a number in (0, 1], such as 8/255")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed}: expected 0 or more")
+        if any(not 0 < share < 1 for share in self.occlusion):
+            raise ConfigError(f"--occlusion {self.occlusion}: expected shares above 0 and below 1")
+
+    def names(self) -> list[str]:
+        """Of all conditions, in the order of evaluation; the first is "clean"."""
+        corrupted = [f"{name}_{severity}" for name in self.corruptions for severity in robustness.SEVERITIES]
+        occluded = [f"occlusion_{share:g}" for share in self.occlusion]
+        return ["clean", *corrupted, *occluded, *([self.attack] if self.attack else [])]
+
+
+def fraction(text: str) -> float:
+    """A number written as 0.03 or 8/255; raises ValueError."""
+    try:
+        return float(Fraction(text))
+    except (ZeroDivisionError, OverflowError) as error:
+        raise ValueError(text) from error
+
+
+class Counts:
+    """What is counted of one answer, over all images; sums over ranks are exact."""
+
+    def __init__(self, classes: int, confusion: bool, device: torch.device):
+        self.right = torch.zeros(2, dtype=torch.float64, device=device)  # first, among the first five
+        self.loss = torch.zeros(1, dtype=torch.float64, device=device)
+        self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)  # images, confidence, right
+        self.classes = torch.zeros(classes, 3, dtype=torch.float64, device=device)  # images, right, guesses
+        self.confusion = torch.zeros(classes if confusion else 0, classes, dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """[B, classes] and [B]."""
+        logits = logits.double()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        self.right += torch.stack([best[:, 0].sum(), best.sum()])
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+        confidence, guess = logits.softmax(dim=1).max(dim=1)
+        correct = (guess == labels).double()
+        one, zero = torch.ones_like(correct), torch.zeros_like(correct)
+        bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+        self.bins.index_add_(0, bins, torch.stack([one, confidence, correct], dim=1))
+        self.classes.index_add_(0, labels, torch.stack([one, correct, zero], dim=1))
+        self.classes.index_add_(0, guess, torch.stack([zero, zero, one], dim=1))
+        if len(self.confusion):
+            width = len(self.confusion)
+            self.confusion += torch.bincount(labels * width + guess, minlength=width**2).view(width, width)
+
+    def sum(self, process: Process) -> None:
+        for each in (self.right, self.loss, self.bins, self.classes, self.confusion):
+            if each.numel():
+                process.sum(each)
+
+    def calibration_error(self) -> float:
+        """The expected calibration error: the bins' mean distance of accuracy from confidence."""
+        return float((self.bins[:, 2] - self.bins[:, 1]).abs().sum() / self.bins[:, 0].sum())
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_model(
     model: nn.Module,
     loader: EvalLoader,
     process: Process,
-    check_stop: Callable[[], None] = lambda: None,
-    forward: Callable[[Tensor], NamedTuple] | None = None,
-) -> dict[str, float]:
-    """Accuracies in [0, 1] over the whole set: every image counts once, whatever the world size.
+    conditions: Conditions,
+    color: tuple[float, ...],
+    showcase: Showcase | None = None,
+) -> dict[str, Any]:
+    """Accuracies, calibration and classes over the whole set, and accuracies under each condition.
 
     Args:
-        model: AutoMix or another model of a policy.
-        loader: this rank's share of the set.
-        check_stop: called before each batch, equally often on all ranks; may raise.
-        forward: the engine around the model, if there is one.
+        model: AutoMix or another model of a policy, whole on each rank.
+        loader: this rank's share of the set; every image counts once, whatever the number of ranks.
+        color: of what occlusion hides, on the [0, 1] scale.
+        showcase: what is to keep some of the images.
 
     Returns:
-        top1_* and top5_* for each of the model's logits (AutoMix: query, query_mix, momentum, momentum_mix), and the
-        cross-entropy loss_query.
-        BatchNorm uses the mean over ranks of the running statistics.
+        top1_*, top5_*, loss_* and ece_* for each of the model's logits and, with a second encoder, for `ensemble`: the
+        mean of both encoders' probabilities; "conditions": {name: {top1_*, top5_*}}, and the mean of all corruptions
+        as `corruptions_mean`; of the chosen answer "calibration": bins, "classes": a row for each class, and
+        "confusion": rows of true, columns of guessed classes.
+
+    Raises ConfigError if the model has no such answer.
     """
-    training = model.training
-    model.eval()
-    counts = torch.zeros(0, 2, dtype=torch.float64, device=process.device)
-    loss = torch.zeros((), dtype=torch.float64, device=process.device)
+    training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval().requires_grad_(False)
+    answers = list(_answers(model, loader.blank(), flip=False))
+    if conditions.answer not in answers:
+        raise ConfigError(f"the model has no answer {conditions.answer}: expected one of {', '.join(answers)}")
+    counts = {name: _counts_of(answers, name, loader, conditions, process) for name in conditions.names()}
     batches = iter(loader)
     try:
-        with averaged_statistics(model, process):
-            # A sharded model needs all ranks in each forward pass: one that has run out joins with a blank image.
-            for _ in range(loader.num_batches):
-                check_stop()
-                batch = next(batches, None)
-                images = loader.blank() if batch is None else batch.images
-                logits = (forward or model)(images)
-                if not len(counts):
-                    names = logits._fields
-                    counts = counts.new_zeros(len(names), 2)
-                if batch is not None:
-                    counts += torch.stack([_correct(output, batch.labels) for output in logits])
-                    loss += F.cross_entropy(logits.query, batch.labels, reduction="sum")
+        for batch in batches:
+            if showcase is not None:
+                showcase.add(batch)
+            for name, images in _conditions(model, batch, conditions, color):
+                for answer, logits in _answers(model, images, conditions.flip).items():
+                    counts[name][answer].add(logits, batch.labels)
     finally:
         batches.close()
         model.train(training)
-    totals = process.sum(torch.cat([counts.flatten(), loss.view(1)])) / loader.num_samples
-    keys = [f"{top}_{name}" for name, top in itertools.product(names, ("top1", "top5"))]
-    return dict(zip([*keys, "loss_query"], totals.tolist(), strict=True))
+        for parameter in trained:
+            parameter.requires_grad_()
+    for of_answer in counts.values():
+        for each in of_answer.values():
+            each.sum(process)
+    return _result(counts, conditions, loader)
 
 
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of [B, classes] logits have their label first, and among the first five: [2]."""
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    return torch.stack([best[:, 0].sum(), best.sum()])
+def _counts_of(
+    answers: list[str], name: str, loader: EvalLoader, conditions: Conditions, process: Process
+) -> dict[str, Counts]:
+    """The empty counts of a condition. Confusions are counted of one answer only: their number is that of the classes
+    squared."""
+    confusion = name == "clean" and loader.num_classes <= MAX_CONFUSION
+    return {a: Counts(loader.num_classes, confusion and a == conditions.answer, process.device) for a in answers}
+
+
+def _answers(model: nn.Module, images: Tensor, flip: bool) -> dict[str, Tensor]:
+    """Logits by name, [B, classes] each; images as the model takes them, its width in dimension 2 if uint8, else 3."""
+    answers = model(images)._asdict()
+    if flip:
+        mirrored = model(images.flip(3 if images.is_floating_point() else 2))._asdict()
+        answers = {name: _mean_answer(logits, mirrored[name]) for name, logits in answers.items()}
+    if "momentum" in answers:
+        answers["ensemble"] = _mean_answer(answers["query"], answers["momentum"])
+    return answers
+
+
+def _mean_answer(first: Tensor, second: Tensor) -> Tensor:
+    """The logarithm of the mean of two answers' probabilities."""
+    return torch.logaddexp(first.log_softmax(dim=1), second.log_softmax(dim=1)) - math.log(2)
+
+
+def _conditions(
+    model: nn.Module, batch: Batch, conditions: Conditions, color: tuple[float, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """A batch's images under each condition, by name: uint8, or normalised after an attack."""
+    images, samples, seed = batch.images, batch.indices, conditions.seed
+    yield "clean", images
+    for name in conditions.corruptions:
+        for severity in robustness.SEVERITIES:
+            yield f"{name}_{severity}", robustness.corrupt(images, name, severity, samples, seed)
+    for share in conditions.occlusion:
+        yield f"occlusion_{share:g}", robustness.occlude(images, share, samples, seed, color)
+    if conditions.attack:
+        yield conditions.attack, _attacked(model, batch, conditions)
+
+
+def _attacked(model: nn.Module, batch: Batch, conditions: Conditions) -> Tensor:
+    mean, std = (v[:, None, None] for v in (model.mean, model.std))
+    pixels = batch.images.permute(0, 3, 1, 2).float() / 255
+
+    def answer(moved: Tensor) -> Tensor:
+        return _answers(model, (moved - mean) / std, conditions.flip)[conditions.answer]
+
+    options: dict[str, Any] = {"steps": 1, "step_size": conditions.epsilon}
+    if conditions.attack == "pgd":
+        start = robustness.random_start(pixels, batch.indices, conditions.seed, conditions.epsilon)
+        options = {"steps": PGD_STEPS, "step_size": 2.5 * conditions.epsilon / PGD_STEPS, "start": start}
+    return (robustness.attack(answer, pixels, batch.labels, epsilon=conditions.epsilon, **options) - mean) / std
+
+
+def _result(counts: dict[str, dict[str, Counts]], conditions: Conditions, loader: EvalLoader) -> dict[str, Any]:
+    total, classes = loader.num_samples, loader.manifest.classes
+    values: dict[str, Any] = {}
+    for name, each in counts["clean"].items():
+        values |= _accuracies(name, each, total)
+        values |= {f"loss_{name}": each.loss.item() / total, f"ece_{name}": each.calibration_error()}
+    harder = {
+        name: {
+            key: value for answer, each in of_answer.items() for key, value in _accuracies(answer, each, total).items()
+        }
+        for name, of_answer in counts.items()
+        if name != "clean"
+    }
+    corrupted = [harder[name] for name in harder if name.rpartition("_")[0] in conditions.corruptions]
+    if corrupted:
+        harder["corruptions_mean"] = {key: statistics.fmean(each[key] for each in corrupted) for key in corrupted[0]}
+    chosen = counts["clean"][conditions.answer]
+    rows = zip(classes, chosen.classes.tolist(), strict=True)
+    confused = chosen.confusion.tolist()
+    return values | {
+        "answer": conditions.answer,
+        "conditions": harder,
+        "calibration": [
+            {"images": int(n), "confidence": c / n if n else None, "accuracy": r / n if n else None}
+            for n, c, r in chosen.bins.tolist()
+        ],
+        "classes": [
+            {"name": name, "images": int(n), "recall": r / n if n else None, "precision": r / g if g else None}
+            for name, (n, r, g) in rows
+        ],
+        "confusion": confused or None,
+    }
+
+
+def _accuracies(name: str, counts: Counts, total: int) -> dict[str, float]:
+    return {f"top{k}_{name}": value / total for k, value in zip((1, 5), counts.right.tolist(), strict=True)}
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that is short for any number of classes."""
+    return {key: value for key, value in result.items() if key not in ("classes", "confusion", "calibration")}
+
+
+def write_evaluation(result: dict[str, Any], folder: Path, title: str, views: Views | None = None) -> Path:
+    """Write folder/eval.json and folder/eval.html, with Grad-CAM where there are views; returns the page's path.
+
+    Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "eval.json", json.dumps(result, indent=1))
+    answer = result["answer"]
+    answers = [key.removeprefix("top1_") for key in result if key.startswith("top1_")]
+    keys = ("top1", "top5", "ece", "loss")
+    rows = [(name, *(_number(key, result[f"{key}_{name}"]) for key in keys)) for name in answers]
+    head = ("Answer", "Top-1", "Top-5", "ECE", "Loss")
+    sections = {"Accuracy": table(rows, head, "figures")}
+    if result["conditions"]:
+        top1 = {name: [values[f"top1_{each}"] for each in answers] for name, values in result["conditions"].items()}
+        rows = [(name, *map(percent_or_nothing, values)) for name, values in top1.items()]
+        sections["Top-1 under harder conditions"] = table(rows, ("Condition", *answers), "figures")
+    sections[f"Reliability of {answer}"] = reliability(result["calibration"])
+    if views is not None:
+        sections |= _cam_sections(views, [row["name"] for row in result["classes"]], answer)
+    order = sorted(result["classes"], key=lambda row: -1 if row["recall"] is None else row["recall"])
+    rows = [
+        (row["name"], f"{row['images']:,}", percent_or_nothing(row["recall"]), percent_or_nothing(row["precision"]))
+        for row in order
+    ]
+    sections[f"Classes of {answer}, the worst first"] = table(
+        rows, ("Class", "Images", "Recall", "Precision"), "figures"
+    )
+    if result["confusion"]:
+        names = [row["name"] for row in result["classes"]]
+        rows = [(name, *map(str, line)) for name, line in zip(names, result["confusion"], strict=True)]
+        sections["Confusions: true classes in rows, guesses in columns"] = table(rows, ("", *names), "figures")
+    return write_page(folder / "eval.html", "Evaluation", title, sections)
+
+
+def _number(key: str, value: float) -> str:
+    return f"{value:.4f}" if key == "loss" else percent_or_nothing(value)
+
+
+def _cam_sections(views: Views, classes: list[str], answer: str) -> dict[str, str]:
+    """Cards of images with what made `answer` say its guess, and of mixes with what speaks for each of two classes."""
+    images, labels = views.batch.images.cpu().numpy(), views.batch.labels.tolist()
+    of_guess, of_label = (each.cpu().numpy() for each in (views.of_guess, views.of_label))
+    cards = []
+    for i, guess in enumerate(views.guess.tolist()):
+        said = f"guess: {classes[guess]}, {_share(views.confidence[i].item())}"
+        card = [(picture_uri(images[i]), classes[labels[i]]), (_overlay(images[i], of_guess[i], PARTNER_COLOR), said)]
+        if guess != labels[i]:
+            card.append((_overlay(images[i], of_label[i], IMAGE_COLOR), f"true: {classes[labels[i]]}"))
+        cards.append(card)
+    hint = "Coloured: what speaks for the guess, in orange; where it is wrong, what speaks for the true class, in blue."
+    small = images.shape[1]
+    sections = {f"Grad-CAM of {answer}": f'<p class="hint">{hint}</p>{figures(cards, small)}'}
+    if views.mixes is None:
+        return sections
+    mixed, masks, of_own, of_partner = (
+        each.cpu().numpy() for each in (views.mixed, views.mixes.mask, views.of_own, views.of_partner)
+    )
+    lam, partner = views.mixes.lam.tolist(), views.mixes.partner.tolist()
+    cards = []
+    for i, label in enumerate(labels):
+        own, other = classes[label], classes[labels[partner[i]]]
+        cards.append(
+            [
+                (picture_uri(mixed[i]), f"{_share(lam[i])} {own}, {_share(1 - lam[i])} {other}"),
+                (mask_uri(masks[i]), "mask"),
+                (_overlay(mixed[i], of_own[i], IMAGE_COLOR), f"for {own}"),
+                (_overlay(mixed[i], of_partner[i], PARTNER_COLOR), f"for {other}"),
+            ]
+        )
+    hint = "A mask is orange where it takes the partner. Coloured: what speaks for each of the two classes."
+    sections["Grad-CAM of mixed pairs"] = f'<p class="hint">{hint}</p>{figures(cards, small)}'
+    return sections
+
+
+def _share(value: float) -> str:
+    return f"{round(100 * value)} %"
+
+
+def _overlay(image: np.ndarray, weights: np.ndarray, color: tuple[int, int, int]) -> str:
+    """The image in grey, uint8 [H, W, 3], under a colour as strong as the weights [H, W] in [0, 1]; as a data URI."""
+    strength = 0.8 * np.nan_to_num(weights)[..., None]
+    gray = image.mean(axis=2, keepdims=True)
+    return picture_uri((gray * (1 - strength) + np.array(color) * strength).round().astype(np.uint8))

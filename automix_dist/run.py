@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from automix_dist import beton, cam, distributed, examine, policy, provenance
+from automix_dist import beton, cam, distributed, policy, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
@@ -29,6 +29,7 @@ from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process, autocast_dtype, resolve_device
 from automix_dist.engines import build_engine, deepspeed_settings, summary
 from automix_dist.errors import EXIT_STOPPED, AutomixError
+from automix_dist.evaluate import Conditions, evaluate_model, write_evaluation
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
@@ -372,7 +373,7 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], tot
 
 def evaluate(
     saved: Saved,
-    conditions: examine.Conditions | None = None,
+    conditions: Conditions | None = None,
     *,
     data: str | None = None,
     batch_size: int | None = None,
@@ -392,13 +393,13 @@ def evaluate(
         tell: called by rank 0 with the result, before that is written: a full disk must not cost it.
 
     Returns:
-        "step", "data", "images" and what `examine.examine` returns; on all ranks.
+        "step", "data", "images" and what `evaluate.evaluate_model` returns; on all ranks.
 
     Raises:
         AutomixError: in whatever form; what can be wrong is found before the evaluation.
         OSError: if the page cannot be written after all.
     """
-    conditions = conditions or examine.Conditions()
+    conditions = conditions or Conditions()
     config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
     path = Path(data or config.data.val)
     manifest, classes = beton.check(path), saved.manifest["classes"]
@@ -424,7 +425,7 @@ def evaluate(
     showcase = None if cam_images is None else cam.Showcase(cam_images, loader.num_classes)
     if showcase is not None:
         cam.check(model, loader.blank(), conditions.answer)
-    values = examine.examine(model, loader, process, conditions, config.data.mean, showcase)
+    values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
     loader.close()
     result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
     chosen = None if showcase is None else showcase.gather(process)
@@ -437,7 +438,7 @@ def evaluate(
     if out is not None and process.is_main:
         run = saved.folder.parent.parent.resolve().name
         title = f"{run}, step {saved.step:,}, {path.name}"
-        print(examine.write_examination(result, out, title, views), file=sys.stderr)
+        print(write_evaluation(result, out, title, views), file=sys.stderr)
     distributed.finish()
     return result
 

@@ -19,13 +19,13 @@ from automix_dist.distributed import Process, StopRequest
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
 from automix_dist.errors import AutomixError
-from automix_dist.evaluate import evaluate
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
 from automix_dist.profiling import StepProfile
 from automix_dist.replay import DUMPS, write_dump
 from automix_dist.run_log import RunLog
 from automix_dist.schedules import Schedule, StepValues
+from automix_dist.validate import validate
 
 BEST = "top1_query"
 """What the best checkpoint is best at: one fixed head, so that no choice is made on the validation set."""
@@ -249,7 +249,7 @@ class Trainer:
 
     def _evaluate(self, epoch: int) -> None:
         self.progress.enter("evaluation", patient=True)
-        values = evaluate(self.model, self.val_loader, self.process, self._check_stop, forward=self.engine)
+        values = validate(self.model, self.val_loader, self.process, self._check_stop, forward=self.engine)
         position = self.position
         position.evaluated_step = position.step
         if values[BEST] > position.best_top1:

@@ -13,7 +13,7 @@ from automix_dist.cam import MAX_IMAGES, Showcase, grad_cam, look
 from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError, EngineConfig, ModelConfig, from_dict
 from automix_dist.data import Batch
-from automix_dist.examine import write_examination
+from automix_dist.evaluate import write_evaluation
 
 CLASSES = 6
 
@@ -175,7 +175,7 @@ def test_views_of_a_policy_and_their_page(policy, tmp_path):
     result = {"answer": "query", "conditions": {}, "confusion": None, "calibration": [{"images": 0}] * 3}
     result |= {f"{key}_query": 0.5 for key in ("top1", "top5", "ece", "loss")}
     result["classes"] = [{"name": f"<{i}>", "images": 1, "recall": 0.5, "precision": None} for i in range(CLASSES)]
-    page = write_examination(result, tmp_path, "run", views).read_text()
+    page = write_evaluation(result, tmp_path, "run", views).read_text()
     wrong = int((views.guess != batch.labels).sum())
     assert "guess: &lt;" in page and "<0>" not in page
     if policy == "manifoldmix":

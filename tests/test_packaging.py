@@ -26,7 +26,7 @@ ROWS = {
         "checkpoint", "heartbeat",
     ],
     3: [
-        "policies", "evaluate", "replay", "trainer", "report", "export", "doctor", "preflight", "cam", "examine",
+        "policies", "validate", "replay", "trainer", "report", "export", "doctor", "preflight", "cam", "evaluate",
         "watch", "compare",
     ],
     4: [
@@ -41,8 +41,8 @@ SAME_ROW = {
     ("trackers", "whole_file"), ("run_log", "whole_file"),
     ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("captured_step", "automix"),
     ("momentum", "automix"), ("checkpoint", "engine_state"),
-    ("trainer", "evaluate"), ("trainer", "replay"), ("engine_state", "engines"),
-    ("preflight", "doctor"), ("examine", "cam"), ("watch", "report"),
+    ("trainer", "validate"), ("trainer", "replay"), ("engine_state", "engines"),
+    ("preflight", "doctor"), ("evaluate", "cam"), ("watch", "report"),
     ("checkpoint", "engines"), ("batchnorm", "distributed"), ("mix_block", "convolutions"), ("cli", "run"),
     ("__main__", "cli"), ("bench.throughput", "run"),
 }  # fmt: skip

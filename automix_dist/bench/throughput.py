@@ -59,7 +59,7 @@ class Recorder:
             for owner, name, watch in (
                 (data.TrainLoader, "epoch", self._epoch),
                 (Checkpoints, "save", self._save),
-                (trainer, "evaluate", self._evaluate),
+                (trainer, "validate", self._validate),
             ):
                 stack.enter_context(replaced(owner, name, watch(getattr(owner, name))))
             yield
@@ -112,11 +112,11 @@ class Recorder:
 
         return recorded
 
-    def _evaluate(self, evaluate: Callable) -> Callable:
+    def _validate(self, validate: Callable) -> Callable:
         def recorded(model, loader, process, *args, **kwargs):
             self.end()
             began = time.perf_counter()
-            result = evaluate(model, loader, process, *args, **kwargs)
+            result = validate(model, loader, process, *args, **kwargs)
             self.evaluating.append((time.perf_counter() - began, loader.num_samples))
             return result
 

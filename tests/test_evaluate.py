@@ -16,8 +16,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from automix_dist import distributed
 from automix_dist.config import ConfigError, EngineConfig
 from automix_dist.data import Batch
-from automix_dist.evaluate import evaluate
-from automix_dist.examine import BINS, Conditions, Counts, examine, fraction, summary, write_examination
+from automix_dist.evaluate import BINS, Conditions, Counts, evaluate_model, fraction, summary, write_evaluation
+from automix_dist.validate import validate
 
 IMAGES = 41
 COLOR = (0.5, 0.5, 0.5)
@@ -85,7 +85,7 @@ def test_agrees_with_the_evaluation_of_training_and_leaves_the_model_alone(model
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     grads = [p.requires_grad for p in model.parameters()]
-    values, result = evaluate(model, Loader(), Alone()), examine(model, Loader(), Alone(), Conditions(), COLOR)
+    values, result = validate(model, Loader(), Alone()), evaluate_model(model, Loader(), Alone(), Conditions(), COLOR)
     for key, value in values.items():
         assert result[key] == pytest.approx(value, abs=1e-6)
     assert model.training and grads == [p.requires_grad for p in model.parameters()]
@@ -100,7 +100,7 @@ def test_ensemble_and_flip_by_a_plain_loop(model):
         plain = model(loader.images)
         mirrored = model(loader.images.flip(2))
     probabilities = sum(each.double().softmax(dim=1) for each in (*plain[::2], *mirrored[::2])) / 4
-    result = examine(model, loader, Alone(), Conditions(answer="ensemble", flip=True), COLOR)
+    result = evaluate_model(model, loader, Alone(), Conditions(answer="ensemble", flip=True), COLOR)
     assert result["top1_ensemble"] == (probabilities.argmax(dim=1) == loader.labels).double().mean().item()
     loss = -probabilities[torch.arange(IMAGES), loader.labels].log().mean().item()
     assert result["loss_ensemble"] == pytest.approx(loss, rel=1e-5)
@@ -108,11 +108,11 @@ def test_ensemble_and_flip_by_a_plain_loop(model):
 
 
 def test_attacks_lower_the_attacked_answer(model):
-    clean = examine(model, Loader(), Alone(), Conditions(answer="momentum"), COLOR)
+    clean = evaluate_model(model, Loader(), Alone(), Conditions(answer="momentum"), COLOR)
     hit = {}
     for name in ("fgsm", "pgd"):
         asked = Conditions(answer="momentum", attack=name, epsilon=0.1)
-        hit[name] = examine(model, Loader(), Alone(), asked, COLOR)["conditions"][name]["top1_momentum"]
+        hit[name] = evaluate_model(model, Loader(), Alone(), asked, COLOR)["conditions"][name]["top1_momentum"]
     assert hit["pgd"] <= hit["fgsm"] < clean["top1_momentum"]
 
 
@@ -121,7 +121,7 @@ def on_ranks(count: int) -> dict:
     torch.manual_seed(3)
     model = tiny_model(tiny_config())
     asked = Conditions(attack="pgd", corruptions=("shot_noise",), occlusion=(0.5,))
-    result = examine(model, Loader(process.rank, process.world_size, count), process, asked, COLOR)
+    result = evaluate_model(model, Loader(process.rank, process.world_size, count), process, asked, COLOR)
     distributed.finish()
     return result
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_evaluated_is_said(model):
         with pytest.raises(ConfigError, match=word):
             Conditions(**options)
     with pytest.raises(ConfigError, match="no answer teacher: expected one of query, query_mix"):
-        examine(model, Loader(), Alone(), Conditions(answer="teacher"), COLOR)
+        evaluate_model(model, Loader(), Alone(), Conditions(answer="teacher"), COLOR)
     assert fraction("8/255") == 8 / 255 and fraction("0.03") == 0.03
     for text in ("1/0", "much", "1e400"):
         with pytest.raises(ValueError):
@@ -158,11 +158,11 @@ def test_what_cannot_be_evaluated_is_said(model):
 
 def test_the_page_has_every_class_and_no_foreign_html(model, tmp_path):
     asked = Conditions(corruptions=("contrast", "pixelate"), occlusion=(0.25,))
-    result = examine(model, Loader(), Alone(), asked, COLOR)
+    result = evaluate_model(model, Loader(), Alone(), asked, COLOR)
     assert list(result["conditions"]) == [*asked.names()[1:], "corruptions_mean"]
     mean = np.mean([result["conditions"][name]["top1_query"] for name in asked.names()[1:11]])
     assert result["conditions"]["corruptions_mean"]["top1_query"] == pytest.approx(mean)
-    page = write_examination(result, tmp_path / "out", "a <run>").read_text()
+    page = write_evaluation(result, tmp_path / "out", "a <run>").read_text()
     assert json.loads((tmp_path / "out" / "eval.json").read_text()) == result
     assert "a &lt;run&gt;" in page and "&lt;class 3&gt;" in page and "<class" not in page and "<script" not in page
     assert len(re.findall("<rect", page)) == sum(each["images"] > 0 for each in result["calibration"])
