@@ -5,13 +5,16 @@ on the package index and would be hidden by ours in every process that starts in
 Exact versions that are known to work together stand in constraints.txt.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
 
+INIT = Path("automix_dist/__init__.py").read_text(encoding="utf-8")
+
 setup(
     name="automix-dist",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', INIT)[1],
     description="Train stronger image classifiers with AutoMix, from one machine to many nodes",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -11,12 +11,14 @@ import shlex
 import signal
 import sys
 import traceback
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+import automix_dist
 from automix_dist.config import Config, ConfigError, keys_named, load_config, to_yaml
 from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean
+
+OWN_PACKAGES = ("automix_dist", "automix_kernels")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -58,6 +60,8 @@ def _explain(error: Exception) -> str | None:
         return (
             f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size (eval: --batch-size) ({reason})"
         )
+    if isinstance(error, ModuleNotFoundError) and (package := error.name.split(".")[0]) not in OWN_PACKAGES:
+        return f"{package} is not installed in {sys.prefix}: bash launch/install.sh installs what is missing"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:
@@ -99,8 +103,8 @@ def _settings_meant(unknown: list[str], arguments: list[str]) -> str:
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     """The parser, and the names of its commands."""
-    parser = argparse.ArgumentParser(prog="automix", description=__import__("automix_dist").__doc__)
-    parser.add_argument("--version", action="version", version=f"automix-dist {metadata.version('automix-dist')}")
+    parser = argparse.ArgumentParser(prog="automix", description=automix_dist.__doc__)
+    parser.add_argument("--version", action="version", version=f"automix-dist {automix_dist.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run, text: str) -> argparse.ArgumentParser:
@@ -233,8 +237,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def _prepare(options: argparse.Namespace) -> int:
     from automix_dist import beton
+    from automix_dist.prepare import prepare
 
-    manifest = beton.prepare(
+    manifest = prepare(
         options.source,
         options.out,
         split=options.split,

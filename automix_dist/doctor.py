@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from automix_dist.config import Config
 from automix_dist.cores import cores_of_rank, usable_cores
+from automix_dist.provenance import installed_version
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -108,9 +109,8 @@ def _package(name: str, pin: str | None, required: "Requirement | None") -> Chec
     from packaging.version import Version
 
     install = f"{PIP} -e . -c constraints.txt" if pin else f'{PIP} "{name}{required.specifier if required else ""}"'
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
+    version = installed_version(name)
+    if version is None:
         if required is not None and required.marker is not None and not required.marker.evaluate():
             return Check(name, "ok", "not needed on this platform")
         return Check(name, "fail", "not installed", install)
@@ -195,7 +195,7 @@ def _torch_on_gpu() -> Check:
 
 def _triton_compiler() -> list[Check]:
     """Triton compiles a small C module against Python's headers before its first kernel."""
-    if _missing("triton"):
+    if installed_version("triton") is None:
         return []
     command = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang")), None)
     header = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -213,12 +213,12 @@ def _compiler() -> Check:
         if command and (path := shutil.which(command)):
             version = (_output(path, "--version") or "").splitlines()
             return Check("C++ compiler", "ok", version[0] if version else path)
-    return Check("C++ compiler", "fail" if _missing("ffcv") else "warn", "none", _apt("g++"))
+    return Check("C++ compiler", "warn" if installed_version("ffcv") else "fail", "none", _apt("g++"))
 
 
 def _libraries() -> list[Check]:
     """pkg-config, OpenCV, libturbojpeg and libjpeg: what building FFCV and our decoder needs, and running them."""
-    building = _missing("ffcv")
+    building = installed_version("ffcv") is None
     tool = shutil.which("pkg-config")
     if tool is None:
         # Its answer is needed for a build alone, and an installed FFCV has been built.
@@ -329,14 +329,6 @@ def _data_file(key: str, path: str) -> Check:
         return Check(key, "fail", found, mend)
     numbers = f"{manifest.count:,} images, {len(manifest.classes):,} classes, checksum {manifest.checksum[:8]}"
     return Check(key, "ok", f"{path}: {numbers}")
-
-
-def _missing(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return True
-    return False
 
 
 def _apt(package: str) -> str:

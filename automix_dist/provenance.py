@@ -8,19 +8,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from automix_dist import __version__
 
-PACKAGES = ("automix-dist", "torch", "torchvision", "triton", "deepspeed", "accelerate", "ffcv", "timm", "numpy")
+PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "accelerate", "ffcv", "timm", "numpy")
+
+
+def installed_version(package: str) -> str | None:
+    """A package's version, without importing it; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def environment() -> dict[str, Any]:
     """Versions of what shapes a run's numbers, the revision of a git checkout ("+" = with changes), the hardware."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    import torch  # here, for versions are also asked for where torch may not load
+
+    versions = {"automix-dist": __version__} | {package: installed_version(package) for package in PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),

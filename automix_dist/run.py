@@ -249,6 +249,11 @@ def _check(config: Config, resumed: Path | None) -> _Checked:
     for key in ("sync_batchnorm", "cuda_graph"):
         if getattr(config.engine, key) and device.type == "cpu":
             raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
+    if config.engine.name == "deepspeed" and provenance.installed_version("deepspeed") is None:
+        raise ConfigError(
+            "engine.name = 'deepspeed': the package deepspeed is not installed here; bash launch/install.sh installs "
+            "it, or set engine.name to ddp or fsdp2"
+        )
     deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
 
     try:

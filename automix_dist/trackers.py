@@ -13,7 +13,6 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ import numpy as np
 import yaml
 
 from automix_dist.config import ConfigError, LogConfig, flatten
+from automix_dist.provenance import installed_version
 from automix_dist.whole_file import write_whole
 
 PROJECT = "automix-dist"
@@ -51,7 +51,7 @@ def check_installed(config: LogConfig) -> None:
     chosen = [("log.tensorboard = True", "tensorboard", "set it to false")] if config.tensorboard else []
     chosen += [(f"log.trackers = {list(config.trackers)}", name, "remove it") for name in config.trackers]
     for setting, name, without in chosen:
-        if not any(map(_is_installed, INSTALLED_AS[name])):
+        if not any(map(installed_version, INSTALLED_AS[name])):
             install = f"{sys.executable} -m pip install {name}"
             raise ConfigError(f"{setting}: {name} is not installed; {install}, or {without}")
 
@@ -232,14 +232,6 @@ def _start(tracker: Any) -> None:
     # Which rank logs is decided by RunLog, and not by Accelerate's idea of the main process.
     tracker.main_process_only = False
     tracker.start()
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _run_ids(folder: Path) -> dict[str, str]:

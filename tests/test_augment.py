@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing as TimmsRandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from automix_dist import augment, beton
+from automix_dist import augment, beton, prepare, sources
 from automix_dist.augment import (
     AugmentKey,
     ColorJitter,
@@ -39,7 +39,7 @@ def picture(i: int) -> Image.Image:
 
 def stored_picture(i: int) -> Image.Image:
     """The picture as a JPEG file holds it, decoded by Pillow."""
-    return Image.open(io.BytesIO(beton._encode_jpeg(picture(i), 90, restart_markers=True)))
+    return Image.open(io.BytesIO(prepare._encode_jpeg(picture(i), 90, restart_markers=True)))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def tree(tmp_path_factory) -> Path:
 
 def write(tree: Path, mode: str) -> Path:
     out = tree.parent / f"{tree.name}_{mode}.beton"
-    beton.prepare(str(tree), out, write_mode=mode, progress=False)
+    prepare.prepare(str(tree), out, write_mode=mode, progress=False)
     return out
 
 
@@ -259,9 +259,9 @@ def test_centre_crop_against_opencv_and_pillow(raw_file):
 
 
 def test_whole_image_at_its_own_size_is_a_copy(tmp_path):
-    beton.prepare("synthetic:9x48@3", tmp_path / "x.beton", progress=False)
+    prepare.prepare("synthetic:9x48@3", tmp_path / "x.beton", progress=False)
     images, _ = run(tmp_path / "x.beton", [CropResizeDecoder(48, (1.0, 1.0))], range(9))
-    source = beton.open_source("synthetic:9x48@3", "train")
+    source = sources.open_source("synthetic:9x48@3", "train")
     assert all(np.array_equal(images[i], np.asarray(source.load(i))) for i in range(9))
 
 

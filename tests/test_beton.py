@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from automix_dist import beton
+from automix_dist import beton, prepare, sources
 from automix_dist.beton import BetonError
 
 
 def write(source, out, **options) -> beton.Manifest:
-    return beton.prepare(str(source), out, progress=False, **options)
+    return prepare.prepare(str(source), out, progress=False, **options)
 
 
 def stored(path: Path, i: int) -> bytes:
@@ -120,7 +120,7 @@ def test_ffcvs_reader_reads_it(mixed_file):
 def test_no_image_crosses_a_page(sizes, end):
     page, images = beton.PAGE, []
     for size in sizes:
-        start, unit = beton._place(end, size)
+        start, unit = prepare._place(end, size)
         assert start >= end
         assert start % beton.ALIGNMENT == 0
         images.append((start, size))
@@ -181,7 +181,7 @@ def test_image_folder_orders_as_torchvision(photos, tmp_path):
         {f"{c}/{n}": jpeg(photo(1)) for c in ("b", "A", "a10", "a9") for n in ("2.JPG", "x/1.jpeg", "10.jpg")},
     )
     (root / "a9" / "notes.txt").write_text("not an image")
-    reference, source = ImageFolder(str(root)), beton.open_source(str(root), "train")
+    reference, source = ImageFolder(str(root)), sources.open_source(str(root), "train")
     assert source.classes == reference.classes
     assert [(source.name(i), int(label)) for i, label in enumerate(source.labels)] == reference.samples
 
@@ -205,13 +205,13 @@ def test_a_folder_above_that_of_the_splits(tmp_path):
     with pytest.raises(BetonError, match=rf"did you mean imagefolder:{tmp_path}/imagenet\?"):
         write(tmp_path, tmp_path / "t.beton")
     (tmp_path / "train").mkdir()  # a class of vehicles, beside another class
-    assert beton.open_source(str(tmp_path), "train", classes=["imagenet", "train"]).classes == ["imagenet", "train"]
+    assert sources.open_source(str(tmp_path), "train", classes=["imagenet", "train"]).classes == ["imagenet", "train"]
 
 
 def test_what_a_folder_of_classes_has_besides_is_told(tmp_path):
     names = ("a/1.jpg", "a/2.gif", "a/3", "a/.DS_Store", "a/notes.txt", "b/4.jpg", ".ipynb_checkpoints/1.jpg")
     make_tree(tmp_path, dict.fromkeys(names, jpeg(photo(1))))
-    source = beton.open_source(str(tmp_path), "train")
+    source = sources.open_source(str(tmp_path), "train")
     assert source.classes == ["a", "b"]
     hidden, ignored = source.remarks
     assert hidden == "folders whose names begin with a dot are no classes: '.ipynb_checkpoints'"
@@ -310,7 +310,7 @@ def test_webdataset(tmp_path):
         assert (manifest.count, manifest.classes, manifest.class_counts) == (5, ["0", "1", "2"], [1, 3, 1])
         assert [stored(tmp_path / "x.beton", i) for i in range(5)] == pictures
         assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [1, 1, 1, 2, 0]
-    assert beton.open_source(source, "train").name(3) == f"{tmp_path}/s-1.tar:a/03.jpg"
+    assert sources.open_source(source, "train").name(3) == f"{tmp_path}/s-1.tar:a/03.jpg"
 
 
 def test_webdataset_that_cannot_be_used(tmp_path):
@@ -356,8 +356,8 @@ def test_cifar_from_local_files(tmp_path, monkeypatch):
 
 
 def test_synthetic_is_deterministic_and_learnable(tmp_path):
-    train, val = (beton.open_source("synthetic:60x48@3", split) for split in ("train", "val"))
-    again = beton.open_source("synthetic:60x48@3", "train")
+    train, val = (sources.open_source("synthetic:60x48@3", split) for split in ("train", "val"))
+    again = sources.open_source("synthetic:60x48@3", "train")
     assert np.array_equal(np.asarray(train.load(7)), np.asarray(again.load(7)))
     assert not np.array_equal(np.asarray(train.load(7)), np.asarray(val.load(7)))
     colours, val_colours = (np.array([np.asarray(s.load(i)).mean((0, 1)) for i in range(60)]) for s in (train, val))
@@ -423,7 +423,7 @@ def test_images_are_read_as_torchvision_reads_them(exotic, tmp_path):
     from torchvision.datasets.folder import default_loader
 
     write(exotic, tmp_path / "x.beton")
-    source = beton.open_source(str(exotic), "train")
+    source = sources.open_source(str(exotic), "train")
     assert len(source.labels) == len(exotic_images())
     for i in range(len(source.labels)):
         expected = np.asarray(default_loader(source.name(i)))
@@ -435,7 +435,7 @@ def test_images_are_read_as_torchvision_reads_them(exotic, tmp_path):
 def test_which_jpegs_are_kept(exotic, tmp_path):
     manifest = write(exotic, tmp_path / "x.beton", write_mode="jpg")
     assert manifest.jpeg_count == manifest.count
-    source = beton.open_source(str(exotic), "train")
+    source = sources.open_source(str(exotic), "train")
     kept = {
         Path(source.name(i)).name for i in range(manifest.count) if stored(tmp_path / "x.beton", i) == source.load(i)
     }
@@ -467,7 +467,7 @@ def test_restart_markers_change_no_pixel(photos, tmp_path):
 def test_max_resolution(photos, tmp_path):
     small = write(photos, tmp_path / "s.beton", max_resolution=30)
     assert (small.height_range, small.width_range) == ((20, 20), (30, 30))
-    source = beton.open_source(str(photos), "train")
+    source = sources.open_source(str(photos), "train")
     image = Image.open(source.name(0)).convert("RGB").resize((30, 20), Image.Resampling.BICUBIC)
     assert np.array_equal(raw_pixels(tmp_path / "s.beton", 0), np.asarray(image))
     large = write(photos, tmp_path / "l.beton", max_resolution=60, write_mode="jpg")
@@ -613,10 +613,10 @@ def test_what_the_system_cannot_read_is_no_broken_image(damaged_tree, tmp_path, 
 
 def test_a_shard_that_went_away_is_no_broken_image(tmp_path):
     make_shard(tmp_path / "s.tar", {"1.jpg": jpeg(photo(0)), "1.cls": b"0"})
-    images = beton.open_source(f"webdataset:{tmp_path}", "train")
+    images = sources.open_source(f"webdataset:{tmp_path}", "train")
     (tmp_path / "s.tar").unlink()
     with pytest.raises(BetonError, match=r"cannot read .*s\.tar:1\.jpg: No such file"):
-        beton._encode(images, {}, (0, 0))
+        prepare._encode(images, {}, (0, 0))
 
 
 def test_skip_broken_tells_how_many_and_which_classes_are_lost(damaged_tree, tmp_path):
@@ -670,9 +670,9 @@ SLOW_WRITER = """
 import signal
 import sys
 from pathlib import Path
-from automix_dist import beton
+from automix_dist import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
-beton.prepare("synthetic:100000x64@10", Path(sys.argv[1]), workers=1, progress=False)
+prepare.prepare("synthetic:100000x64@10", Path(sys.argv[1]), workers=1, progress=False)
 """
 
 
@@ -705,7 +705,7 @@ def test_ctrl_c_in_the_midst_of_a_lock_leaves_it_to_the_threads(tmp_path):
     """The signal comes when the main thread has just taken a lock that a worker needs to deliver its image."""
     code = """
 import os, signal, sys, threading
-from automix_dist import beton
+from automix_dist import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)
 take, taken = threading.Condition.__enter__, []
 def interrupted(condition):
@@ -719,7 +719,7 @@ def interrupted(condition):
 main = threading.get_ident()
 threading.Condition.__enter__ = interrupted
 try:
-    beton.prepare("synthetic:100000x64@10", sys.argv[1], workers=1, progress=False)
+    prepare.prepare("synthetic:100000x64@10", sys.argv[1], workers=1, progress=False)
 except KeyboardInterrupt:
     print("stopped")
 """
@@ -745,9 +745,9 @@ def test_killed_between_a_new_file_and_its_manifest(copy, photos, tmp_path):
 
 def test_a_full_disk_gives_one_message(tmp_path):
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom automix_dist import beton\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom automix_dist import beton, prepare\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))\n"
-        "try: beton.prepare('digits', Path(sys.argv[1]), progress=False)\n"
+        "try: prepare.prepare('digits', Path(sys.argv[1]), progress=False)\n"
         "except beton.BetonError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.beton")], capture_output=True, text=True)
@@ -779,8 +779,8 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatc
     large.mkdir(), small.mkdir()
     (small / "x.beton").symlink_to(large / "data.beton")
     write("digits:3", small / "x.beton")
-    lock, places = beton._locked, []
-    monkeypatch.setattr(beton, "_locked", lambda path: places.append(path) or lock(path))
+    lock, places = prepare._locked, []
+    monkeypatch.setattr(prepare, "_locked", lambda path: places.append(path) or lock(path))
     manifest = write("digits:4", small / "x.beton")
     assert places == [large / "data.beton.partial"]
     assert [path.name for path in large.iterdir()] == ["data.beton"]

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from automix_dist import beton, data
+from automix_dist import beton, data, prepare, sources
 from automix_dist.beton import BetonError
 from automix_dist.config import ConfigError, DataConfig, load_config
 from automix_dist.cores import usable_cores
@@ -46,7 +46,7 @@ AUGMENTED = replace(
 def path(tmp_path_factory) -> Path:
     """53 images of 32 x 32 in 5 classes, half of them JPEG."""
     out = tmp_path_factory.mktemp("data") / "small.beton"
-    beton.prepare(f"synthetic:{COUNT}x32@5", out, write_mode="proportion", progress=False)
+    prepare.prepare(f"synthetic:{COUNT}x32@5", out, write_mode="proportion", progress=False)
     return out
 
 
@@ -269,14 +269,14 @@ def test_evaluation_sees_every_image_once(path, world_size, batch_size):
 
 
 def test_a_rank_without_images_evaluates_nothing(path, tmp_path):
-    beton.prepare("synthetic:3x8@3", tmp_path / "tiny.beton", progress=False)
+    prepare.prepare("synthetic:3x8@3", tmp_path / "tiny.beton", progress=False)
     loader = eval_loader(tmp_path / "tiny.beton", DataConfig(image_size=8), rank=4, world_size=5)
     assert (loader.num_batches, list(loader)) == (1, [])
     assert loader.blank().shape == (1, 8, 8, 3)
 
 
 def test_evaluation_pixels(path):
-    source = beton.open_source(f"synthetic:{COUNT}x32@5", "train")
+    source = sources.open_source(f"synthetic:{COUNT}x32@5", "train")
     raw = range(0, COUNT, 2)  # the others are JPEG
     as_is = by_sample(eval_loader(path, DataConfig(image_size=32, crop="padded", eval_crop_ratio=1.0)))
     assert all(np.array_equal(as_is[i], np.asarray(source.load(i))) for i in raw)
@@ -620,18 +620,18 @@ print(time.process_time() - start, kept() - before[0], peak() - before[1])
 def large_file(path: Path, count: int) -> Path:
     """A sound file of `count` images of 6 x 6, put together from arrays: one by one it would take long."""
     head = beton.HEADER.itemsize + 2 * beton.FIELD.itemsize
-    start = beton._align(head + count * beton.RECORD.itemsize, beton.ALIGNMENT)
+    start = prepare._align(head + count * beton.RECORD.itemsize, beton.ALIGNMENT)
     records, table = np.zeros(count, beton.RECORD), np.zeros(count, beton.ALLOCATION)
     records["image"]["mode"], records["image"]["width"], records["image"]["height"] = beton.RAW, 6, 6
     records["image"]["data_ptr"] = start + 2 * beton.ALIGNMENT * np.arange(count)
     table["sample_id"], table["ptr"], table["size"] = np.arange(count), records["image"]["data_ptr"], 108
     sums_start = start + 2 * beton.ALIGNMENT * count
     with open(path, "wb") as file:
-        file.write(beton._head(beton.PAGE, count, sums_start + 8 * count) + records.tobytes())
+        file.write(beton.file_head(beton.PAGE, count, sums_start + 8 * count) + records.tobytes())
         file.seek(sums_start)
         file.write(np.zeros(count, np.uint64).tobytes() + table.tobytes())
     small = path.with_name("one.beton")
-    manifest = beton.prepare("synthetic:1x6@1", small, progress=False)
+    manifest = prepare.prepare("synthetic:1x6@1", small, progress=False)
     index = beton.read_index(path)
     manifest = replace(manifest, count=count, file_size=path.stat().st_size, index_checksum=index.checksum)
     beton.manifest_path(path).write_text(json.dumps(asdict(manifest)))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from automix_dist import beton, sources
+from automix_dist import prepare, sources
 from automix_dist.automix import AutoMix, Losses, Mixes
 from automix_dist.backbone import create_backbone
 from automix_dist.config import Config, ModelConfig, to_dict
@@ -110,7 +110,7 @@ def test_the_backbone_shown_can_be_trained():
 def test_the_dataset_shown_can_be_written(tmp_path):
     try:
         exec(block("Checkers"), {"np": np, "Image": Image, "Source": sources.Source})
-        manifest = beton.prepare("checkers:10", tmp_path / "checkers.beton", write_mode="raw", workers=1)
+        manifest = prepare.prepare("checkers:10", tmp_path / "checkers.beton", write_mode="raw", workers=1)
     finally:
         sources.SOURCES.pop("checkers", None)
     assert (manifest.count, manifest.classes) == (10, ["fine", "coarse"])

@@ -268,8 +268,8 @@ def test_data_files(tmp_path):
 
 
 def test_a_good_data_file(tmp_path):
-    beton = pytest.importorskip("automix_dist.beton")
-    checksum = beton.prepare("synthetic:20x8@5", tmp_path / "set.beton", workers=1, progress=False).checksum
+    prepare = pytest.importorskip("automix_dist.prepare")
+    checksum = prepare.prepare("synthetic:20x8@5", tmp_path / "set.beton", workers=1, progress=False).checksum
     check = found("data.train", Config(data=DataConfig(train=str(tmp_path / "set.beton"))))
     assert (check.status, check.found) == ("ok", f"{tmp_path}/set.beton: 20 images, 5 classes, checksum {checksum[:8]}")
 

@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 ROWS = {
     0: [
         "errors", "config", "cores", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress",
-        "sources", "datasets", "jpeg", "robustness", "whole_file",
+        "sources", "datasets", "jpeg", "robustness", "whole_file", "ordered_threads",
     ],
     1: [
         "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm",
-        "activation_checkpointing", "beton", "augment", "rand_augment", "profiling", "page",
+        "activation_checkpointing", "beton", "prepare", "augment", "rand_augment", "profiling", "page",
     ],
     2: [
         "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",
@@ -38,8 +38,9 @@ ROWS = {
 SAME_ROW = {
     ("config", "errors"), ("sources", "errors"), ("jpeg", "errors"),
     ("schedules", "config"), ("draws", "config"), ("run_log", "trackers"), ("trackers", "config"),
-    ("trackers", "whole_file"), ("run_log", "whole_file"),
-    ("datasets", "sources"), ("rand_augment", "augment"), ("classifier", "automix"), ("captured_step", "automix"),
+    ("trackers", "whole_file"), ("trackers", "provenance"), ("run_log", "whole_file"),
+    ("datasets", "sources"), ("prepare", "beton"),
+    ("rand_augment", "augment"), ("classifier", "automix"), ("captured_step", "automix"),
     ("momentum", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "validate"), ("trainer", "replay"), ("engine_state", "engines"),
     ("preflight", "doctor"), ("evaluate", "cam"), ("watch", "report"),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_beton import jpeg, make_shard, make_tree, photo, stored
 
-from automix_dist import beton, datasets, sources
+from automix_dist import beton, datasets, prepare, sources
 from automix_dist.beton import BetonError
 from automix_dist.sources import SourceError, open_source
 
@@ -209,7 +209,7 @@ def test_both_splits_are_read_with_the_same_classes(trees, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind not in ("imagenet", "tiny-imagenet", "places205")])
 def test_jpegs_are_stored_as_they_are(trees, kind, tmp_path):
-    manifest = beton.prepare(
+    manifest = prepare.prepare(
         f"{kind}:{trees[kind]}", tmp_path / "x.beton", write_mode="jpg", split="val", progress=False
     )
     source = open_source(f"{kind}:{trees[kind]}", "val")
@@ -327,9 +327,9 @@ def test_images_with_an_unknown_class_are_listed(tree, kind, tmp_path):
     assert reason in why
     options = {"split": split, "progress": False}
     with pytest.raises(BetonError, match="have an unknown class") as error:
-        beton.prepare(f"{kind}:{root}", tmp_path / "x.beton", **options)
+        prepare.prepare(f"{kind}:{root}", tmp_path / "x.beton", **options)
     assert str(error.value).splitlines()[1:] == [f"  {source.name(wrong)}: {why}"]
-    manifest = beton.prepare(f"{kind}:{root}", tmp_path / "x.beton", skip_broken=True, **options)
+    manifest = prepare.prepare(f"{kind}:{root}", tmp_path / "x.beton", skip_broken=True, **options)
     assert manifest.skipped == [source.name(wrong)]
     assert manifest.count == len(source.labels) - 1
 
@@ -347,7 +347,7 @@ def test_missing_images_are_listed_with_their_paths(tree, tmp_path):
     missing = root / "CUB_200_2011/images/008.Bird_7/Bird_0002.jpg"
     missing.unlink()
     with pytest.raises(BetonError, match=rf"1 of 2 images.*\n  {missing}: FileNotFoundError"):
-        beton.prepare(f"cub200:{root}", tmp_path / "x.beton", progress=False)
+        prepare.prepare(f"cub200:{root}", tmp_path / "x.beton", progress=False)
 
 
 WRONG_CONTENT = [
@@ -375,7 +375,7 @@ def test_wrong_content_is_an_error(tree, kind, name, data, message):
 
 def test_another_number_of_images_is_a_warning(trees, tmp_path):
     with pytest.warns(UserWarning, match="2 train images where 5,994 were published"):
-        beton.prepare(f"cub200:{trees['cub200']}", tmp_path / "x.beton", progress=False)
+        prepare.prepare(f"cub200:{trees['cub200']}", tmp_path / "x.beton", progress=False)
 
 
 def test_imagenet_classes_are_those_of_the_challenge():
@@ -534,7 +534,7 @@ def test_parquet_of_hugging_face(hugging_face, tmp_path):
     assert train.name(3) == f"{hugging_face}/data/train-00001-of-00002.parquet: row 0"
     sums = set()
     for workers in (1, 4):
-        manifest = beton.prepare(
+        manifest = prepare.prepare(
             f"parquet:{hugging_face}", tmp_path / "x.beton", write_mode="jpg", workers=workers, progress=False
         )
         sums.add(manifest.checksum)
@@ -649,7 +649,7 @@ def test_parquet_rows_that_cannot_be_used_are_listed(tmp_path):
     images = [*structs(PICTURES[:3]), {"bytes": None, "path": "3.jpg"}, {"bytes": b"<html>", "path": "4.jpg"}]
     parquet_shard(tmp_path / "a.parquet", images, [0, 7, None, 1, 1], ["a", "b"])
     with pytest.raises(BetonError) as error:
-        beton.prepare(f"parquet:{tmp_path}", tmp_path / "x.beton", progress=False)
+        prepare.prepare(f"parquet:{tmp_path}", tmp_path / "x.beton", progress=False)
     lines = str(error.value).splitlines()
     assert lines[0].startswith("4 of 5 images cannot be read or have an unknown class")
     reasons = ("1: label 7 is not in 0 .. 1", "2: label -1", "3: ValueError: the table", "4: no known image format")

@@ -202,7 +202,7 @@ def test_mistakes_in_the_config_are_one_line(settings, capsys):
 
 
 def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
-    from automix_dist import beton  # here, for other files take fixtures from this one without the JPEG decoder
+    from automix_dist.prepare import prepare  # here: other files take fixtures from this one without the JPEG decoder
 
     missing = tmp_path / "no.beton"
     assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
@@ -215,7 +215,7 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
     assert "torn.beton" in failing(capsys, "verify", torn)
     assert "holds the images of data.train" in failing(capsys, "train", settings, f"data.val={digits / 'train.beton'}")
     classes = [*"9876543210", "ten"]
-    beton.prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
+    prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
     message = failing(capsys, "train", settings, f"data.val={tmp_path / 'other.beton'}")
     assert "has 'ten' besides" in message and f"--classes {digits / 'train.beton'}" in message
 
@@ -295,6 +295,37 @@ def test_help_and_mistakes_answer_at_once():
     code += "heavy = {'torch', 'deepspeed', 'ffcv', 'timm', 'accelerate', 'numba'} & sys.modules.keys()\n"
     code += "assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+BARE = """
+import sys
+from importlib import metadata
+installed = metadata.version
+def version(name):
+    if name in ("automix-dist", "ffcv", "deepspeed"):
+        raise metadata.PackageNotFoundError(name)
+    return installed(name)
+metadata.version = version
+sys.modules["ffcv"] = sys.modules["deepspeed"] = None  # importing them says that they are not there
+from automix_dist.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_checkout_without_an_installation_says_what_is_missing(settings, tmp_path):
+    """As on a machine where PYTHONPATH alone names the checkout, with some of the packages."""
+
+    def bare(*arguments: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", BARE, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert bare("--version").stdout.startswith("automix-dist ")
+    assert bare("prepare", "digits:4", tmp_path / "few.beton").returncode == 0
+    no_engine = bare("train", settings, "engine.name=deepspeed")
+    assert no_engine.returncode == 2 and "deepspeed is not installed here" in no_engine.stderr
+    no_loader = bare("train", settings, "engine.name=ddp")
+    assert no_loader.returncode == 1 and "Traceback" not in no_loader.stderr
+    assert f"error: ffcv is not installed in {sys.prefix}: bash launch/install.sh" in no_loader.stderr
 
 
 @pytest.mark.parametrize(

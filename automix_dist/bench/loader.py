@@ -10,7 +10,6 @@ a busy moment of the machine hits all alike, and the median epoch counts.
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -41,6 +40,8 @@ import psutil
 from automix_dist import beton
 from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
 from automix_dist.cores import usable_cores
+from automix_dist.prepare import prepare
+from automix_dist.provenance import installed_version
 
 BATCH, SIDE, QUALITY = 64, 224, 90
 STORAGES = ("jpg@500", "jpg@400", "raw@256")
@@ -381,7 +382,7 @@ def make_data(folder: Path, storage: str, images: int, workers: int) -> dict:
         try:
             beton.check(path)
         except beton.BetonError:
-            beton.prepare(
+            prepare(
                 f"synthetic:{images}", path, write_mode=kind, max_resolution=int(size), quality=QUALITY,
                 restart_markers=path == file, progress=False,
             )  # fmt: skip
@@ -507,7 +508,7 @@ def measure_memory(folder: Path, tree: Path, limit_mib: int, workers: int) -> di
                 size -= 3 * image.width * image.height
             number += 1
         print(f"memory: writing {number} raw images", file=sys.stderr, flush=True)
-        beton.prepare(str(links), file, write_mode="raw", progress=False)
+        prepare(str(links), file, write_mode="raw", progress=False)
     with open(file, "rb") as opened:  # what is in the page cache already would count as somebody else's
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     print("memory: streaming", file=sys.stderr, flush=True)
@@ -568,8 +569,8 @@ def describe_machine(workers: int) -> dict:
     names = ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow", "webdataset", "nvidia-dali-cuda120")
     versions = {"python": platform.python_version()}
     for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+        if version := installed_version(name):
+            versions[name] = version
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),

@@ -28,6 +28,7 @@ from automix_dist import beton, data, policy, trainer
 from automix_dist.bench import Clock, check_counts, describe_machine, replaced, results_folder, write_results
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError, load_config
+from automix_dist.prepare import prepare
 from automix_dist.run import train
 
 IMAGENET = (1_281_167, 50_000)
@@ -247,7 +248,7 @@ def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
             options = {"split": split, "write_mode": kind, "max_resolution": int(size), "progress": False}
-            beton.prepare(f"synthetic:{count}@1000", file, **options)
+            prepare(f"synthetic:{count}@1000", file, **options)
     return files[0], files[1]
 
 
