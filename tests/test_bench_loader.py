@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from automix_dist import beton
-from automix_dist.bench import loader
+from automix_dist.bench import loader, loader_candidates, loader_report
 
 RATES = {"median", "min", "max"}
 
@@ -65,12 +65,12 @@ def test_reading_stays_within_a_memory_limit(tmp_path):
     count = beton.read_manifest(tmp_path / "memory_100.beton").count
     assert memory["images"] == 2 * (count // 64 * 64)
     anonymous = [sample["RssAnon"] for sample in memory["samples"]]
-    assert max(anonymous) - anonymous[0] < 100 and "RLIMIT_DATA" in loader.memory_text(memory)
+    assert max(anonymous) - anonymous[0] < 100 and "RLIMIT_DATA" in loader_report.memory_text(memory)
     assert data["bytes"] == (tmp_path / "jpg500_64.beton").stat().st_size
     if memory["group_mib"] is None:
         pytest.skip("no control group can be made here: the page cache was not limited")
     assert 50 < memory["group_mib"] <= 100
-    assert "page cache included, to 100 MiB" in loader.memory_text(memory)
+    assert "page cache included, to 100 MiB" in loader_report.memory_text(memory)
 
 
 def stored(path: Path) -> list[bytes]:
@@ -103,8 +103,8 @@ def test_a_failure_is_a_reason_not_a_gap(tmp_path):
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
-    absent = loader.Candidate("of tomorrow", ("jpg",), loader.ours, "automix_absent.part", "automix-absent")
-    broken = loader.Candidate("ours", ("jpg",), loader.ours)
+    absent = loader_candidates.Candidate("of tomorrow", ("jpg",), loader.ours, "automix_absent.part", "automix-absent")
+    broken = loader_candidates.Candidate("ours", ("jpg",), loader.ours)
     monkeypatch.setattr(loader, "CANDIDATES", (broken, absent))
     rows = loader.measure_storage("jpg@64", {"beton": str(tmp_path / "none.beton")}, 64, 1, 1)
     assert "does not exist" in rows[0]["note"] and "per_second" not in rows[0]
@@ -122,7 +122,8 @@ def test_targets():
         row("raw@256", "ours", 1000), {"storage": "raw@256", "candidate": "FFCV's Loader", "note": "failed"},
     ]  # fmt: skip
     met = {
-        (each["storage"], each["opponent"], each["by"]): (each["ratio"], each["met"]) for each in loader.targets(rows)
+        (each["storage"], each["opponent"], each["by"]): (each["ratio"], each["met"])
+        for each in loader_report.targets(rows)
     }
     assert met == {
         ("jpg@500", "FFCV's Loader", "per_cpu_second"): (pytest.approx(300 / 310), False),
@@ -137,11 +138,11 @@ def test_targets():
 
 def test_need_and_supply():
     rows = [row("jpg@500", "ours", 300), row("raw@256", "ours", 900)]  # in all, on two cores: 600 and 1,800
-    text = loader.need_text({"rows": rows, "need": {"images_per_second": 1000.0, "device": "X"}})
+    text = loader_report.need_text({"rows": rows, "need": {"images_per_second": 1000.0, "device": "X"}})
     jpeg, raw = (line for line in text.splitlines() if "@" in line)
     assert "0.60 times that, not enough" in jpeg and "4.0 of its cores" in jpeg
     assert "1.80 times that, enough" in raw and "1.3 of its cores" in raw
-    assert loader.need_text({"rows": rows, "need": None}).endswith("not measured.")
+    assert loader_report.need_text({"rows": rows, "need": None}).endswith("not measured.")
 
 
 @pytest.mark.parametrize(

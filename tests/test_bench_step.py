@@ -18,18 +18,19 @@ from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench import step as bench
+from automix_dist.bench import step_report, step_ways
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import CapturedStep
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD
 from automix_dist.draws import draw_step
 from automix_dist.momentum import MomentumUpdate
 
-NETWORKS = {network.name: network for network in bench.NETWORKS}
-TINY = bench.Network("tiny", "test_resnet", -2, 32, 4, classes=10)
+NETWORKS = {network.name: network for network in step_ways.NETWORKS}
+TINY = step_ways.Network("tiny", "test_resnet", -2, 32, 4, classes=10)
 
 
-def tiny_case(batch: int = 4) -> bench.Case:
-    return bench.Case(TINY, batch, torch.device("cpu"), torch.float32)
+def tiny_case(batch: int = 4) -> step_ways.Case:
+    return step_ways.Case(TINY, batch, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.slow
@@ -71,7 +72,7 @@ def test_end_to_end(tmp_path, capsys):
     assert list(parts) == [*names, "optimizer", "momentum update"] and min(parts.values()) > 0
 
     table = (tmp_path / "step.md").read_text()
-    assert table == bench.markdown(result) and table in capsys.readouterr().out
+    assert table == step_report.markdown(result) and table in capsys.readouterr().out
     drawing = xml.etree.ElementTree.parse(tmp_path / "step.svg").getroot()
     assert len(drawing.findall("{*}path")) == len(ways)
 
@@ -88,10 +89,10 @@ def test_end_to_end(tmp_path, capsys):
 )
 def test_vanilla_is_plain_training(how, monkeypatch):
     """Whatever the layout, padded or recorded: against a loop in the open."""
-    monkeypatch.setattr(bench, "CapturedStep", partial(CapturedStep, recorder=lambda: Tape))
+    monkeypatch.setattr(step_ways, "CapturedStep", partial(CapturedStep, recorder=lambda: Tape))
     case = tiny_case()
     torch.manual_seed(0)
-    trained = bench.vanilla(case, **how)
+    trained = step_ways.vanilla(case, **how)
     torch.manual_seed(0)
     model = create_timm_model(TINY.config().model, 32, 10).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=TINY.config().optimizer.lr, momentum=0.9)
@@ -109,7 +110,7 @@ def test_vanilla_is_plain_training(how, monkeypatch):
 def test_steps_that_alternate_are_measured_over_a_period():
     """Judging costs 2 F of (8 + f) F, in every second step 1 F on average; docs/throughput.md."""
     names = ["vanilla", "AutoMix, cut", "inexact: every second step judged", "inexact: Mix Block at rest"]
-    rows = {row.way: row for row in bench.measure(tiny_case(), [w for w in bench.WAYS if w.name in names], 1, 1)}
+    rows = {row.way: row for row in bench.measure(tiny_case(), [w for w in step_ways.WAYS if w.name in names], 1, 1)}
     vanilla, cut, alternating, resting = (rows[name].gflop_per_image for name in names)
     assert (cut - alternating) / vanilla == pytest.approx(1 / 3, abs=0.01)
     assert (cut - resting) / vanilla == pytest.approx(2 / 3, abs=0.01)
@@ -123,22 +124,22 @@ def test_a_period_takes_its_steps_in_turn():
         done.append(number)
         return torch.zeros(1).requires_grad_()
 
-    trained = bench.Trained(torch.nn.Identity(), loss, torch.optim.SGD([torch.zeros(1)]), period=3)
+    trained = step_ways.Trained(torch.nn.Identity(), loss, torch.optim.SGD([torch.zeros(1)]), period=3)
     trained.cycle(0)
     trained.cycle(1)
     assert done == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_decides_comes_first():
-    groups = bench.groups(list(bench.WAYS))
-    assert sorted(way.name for group in groups for way in group) == sorted(way.name for way in bench.WAYS)
+    groups = bench.groups(list(step_ways.WAYS))
+    assert sorted(way.name for group in groups for way in group) == sorted(way.name for way in step_ways.WAYS)
     assert all(len(group) == 1 for group in groups if group[0].graph)
     first = [way.name for way in groups[0]]
     assert {"vanilla, channels-last", "AutoMix", "AutoMix, cut", "published, float32"} <= set(first)
-    unasked = [way for way in bench.WAYS if way.unasked == "always"]
+    unasked = [way for way in step_ways.WAYS if way.unasked == "always"]
     assert bench.groups(unasked) == [unasked], "on a CPU all take turns"
     place = {way.name: index for index, group in enumerate(groups) for way in group}
-    for way in bench.WAYS:
+    for way in step_ways.WAYS:
         assert not way.twin or place[way.twin] < place[way.name], "its FLOPs have been counted"
 
 
@@ -167,7 +168,7 @@ def test_minutes(tmp_path, monkeypatch):
     result = json.loads((tmp_path / "step.json").read_text())
     assert {row["note"] for row in result["rows"]} == {"not reached"} and result["parts"] == {}
 
-    ways = [way for way in bench.WAYS if way.name in ("vanilla", "vanilla, channels-last")]
+    ways = [way for way in step_ways.WAYS if way.name in ("vanilla", "vanilla, channels-last")]
     with monkeypatch.context() as patch:
         patch.setattr(bench.time, "monotonic", itertools.count().__next__)  # two ways are begun, then one more round
         rows = bench.measure(tiny_case(), ways, 5, 1, None, 2.5)
@@ -176,8 +177,8 @@ def test_minutes(tmp_path, monkeypatch):
 
 def test_vanilla_flops_are_known():
     """ResNet-18 at 224: 1.814 G multiplications forward, three times that in a step but for the inputs of the stem."""
-    case = bench.Case(NETWORKS["resnet18"], 2, torch.device("cpu"), torch.float32)
-    trained = bench.vanilla(case)
+    case = step_ways.Case(NETWORKS["resnet18"], 2, torch.device("cpu"), torch.float32)
+    trained = step_ways.vanilla(case)
     counted = bench.counted_flops(lambda: trained.step(0)) / 2
     stem = 2 * 7 * 7 * 3 * 64 * 112**2
     assert counted == pytest.approx(3 * 2 * 1.814e9 - stem, rel=1e-3)
@@ -275,8 +276,8 @@ def test_waiting_is_noticed(wait):
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_gpu():
-    case = bench.Case(NETWORKS["cifar_resnet18"], 8, torch.device("cuda"), torch.bfloat16)
-    trained = bench.policy(case)
+    case = step_ways.Case(NETWORKS["cifar_resnet18"], 8, torch.device("cuda"), torch.bfloat16)
+    trained = step_ways.policy(case)
     trained.step(0)
     assert bench.host_reads(lambda: trained.step(1), case.device) == 0
 
@@ -285,23 +286,23 @@ def test_a_failure_is_a_reason_not_a_gap():
     def broken(case):
         raise RuntimeError("no such luck\nat all")
 
-    case = bench.Case(NETWORKS["cifar_resnet18"], 2, torch.device("cpu"), torch.float32)
-    rows = bench.measure(case, [bench.Way("broken", broken), bench.Way("vanilla", bench.vanilla)], 1, 1)
+    case = step_ways.Case(NETWORKS["cifar_resnet18"], 2, torch.device("cpu"), torch.float32)
+    rows = bench.measure(case, [step_ways.Way("broken", broken), step_ways.Way("vanilla", step_ways.vanilla)], 1, 1)
     assert rows[0].note == "failed: RuntimeError: no such luck" and rows[0].ms is None
     assert rows[1].ms > 0 and rows[1].note == ""
-    assert [row.ms for row in bench.measure(case, [bench.Way("broken", broken)], 1, 1)] == [None]
+    assert [row.ms for row in bench.measure(case, [step_ways.Way("broken", broken)], 1, 1)] == [None]
     machine = {"device": "abacus", "versions": {}, "load_average": 0.0, "date": "2026-01-01"}
     result = {"machine": machine, "gpu": False, "dtype": "float32", "rounds": 1, "steps": 1, "parts": {}}
     result |= {"rows": [dataclasses.asdict(row) for row in rows], "targets": []}
-    assert "no such luck" in bench.markdown(result) and bench.bars_svg(result).count("<path") == 1
+    assert "no such luck" in step_report.markdown(result) and step_report.bars_svg(result).count("<path") == 1
     result["rows"] = result["rows"][:1]
-    assert bench.bars_svg(result).count("<path") == 0, "without a vanilla step there are no ratios"
+    assert step_report.bars_svg(result).count("<path") == 0, "without a vanilla step there are no ratios"
 
 
 @pytest.mark.slow
 def test_every_way_runs():
     """What cannot, on this network, is a policy that needs another one, and says so."""
-    ways = [way for way in bench.WAYS if not way.twin and way.name != "attentivemix"]
+    ways = [way for way in step_ways.WAYS if not way.twin and way.name != "attentivemix"]
     rows = {row.way: row for row in bench.measure(tiny_case(), ways, 1, 1)}
     notes = {name: row.note for name, row in rows.items() if row.note}
     assert set(notes) <= {"AutoMix, cut, joint query", "transmix"}, notes
@@ -323,13 +324,13 @@ def result_of(**milliseconds: tuple[float, float, float] | None) -> dict:
 def test_comparing_tells_a_change_from_noise():
     before = result_of(a=(9, 10, 11), b=(9, 10, 11), c=(9, 10, 11), d=(9.9, 10, 10.05), e=(9, 10, 11))
     after = result_of(a=(10, 12, 13), b=(14, 15, 16), c=(5, 6, 7), d=(10.1, 10.2, 10.3), new=(1, 1, 1))
-    text, slower = bench.compare(after, before)
+    text, slower = step_report.compare(after, before)
     assert text == "n, b: 10.00 -> 15.00 ms, slower by 50.0%\nn, c: 10.00 -> 6.00 ms, faster by 40.0%" and slower
-    assert bench.compare(before, before) == ("nothing moved beyond the spread", False)
-    assert bench.compare(result_of(new=(1, 1, 1)), before) == (
+    assert step_report.compare(before, before) == ("nothing moved beyond the spread", False)
+    assert step_report.compare(result_of(new=(1, 1, 1)), before) == (
         "nothing in common: the same --networks, --batch-size and --ways can be compared", True
     )  # fmt: skip
-    text, slower = bench.compare(result_of(a=None), before)
+    text, slower = step_report.compare(result_of(a=None), before)
     assert "no figures any more" in text and slower
 
 
@@ -340,7 +341,7 @@ def targets_of(device: str, network: str, **milliseconds: float) -> dict:
          "gflop_per_image": 30.0 if way.startswith("AutoMix") else 10.0}
         for way, ms in milliseconds.items()
     ]  # fmt: skip
-    found = bench.targets({"rows": rows, "machine": {"device": device}})
+    found = step_report.targets({"rows": rows, "machine": {"device": device}})
     return {(each["network"], each["what"]): (each["value"], each["met"]) for each in found}
 
 
@@ -356,36 +357,36 @@ def test_targets():
     found = targets_of("NVIDIA H200", network, **steps)
     assert found[network, "vanilla, images/s"] == (pytest.approx(6400), True)
     assert found[network, "AutoMix, images/s"] == (pytest.approx(256 / 0.124), True)
-    assert found[network, bench.TIME_RATIO] == (pytest.approx(3.1), True)
+    assert found[network, step_report.TIME_RATIO] == (pytest.approx(3.1), True)
     assert found[network, speed] == (pytest.approx(400 / 124), True)
     assert found["cifar_resnet18@32", speed] == (None, None), "not measured"
-    assert found[network, f"{bench.TIME_RATIO}, over that of FLOPs"] == (None, None), "another machine"
+    assert found[network, f"{step_report.TIME_RATIO}, over that of FLOPs"] == (None, None), "another machine"
     suspect = targets_of("NVIDIA H200", network, vanilla=50.0, AutoMix=130.0)
-    assert suspect[network, bench.TIME_RATIO] == (pytest.approx(2.6), False), "vanilla is slow"
+    assert suspect[network, step_report.TIME_RATIO] == (pytest.approx(2.6), False), "vanilla is slow"
     assert suspect[network, speed] == (None, None)
     assert set(targets_of("NVIDIA H100", network, **steps).values()) == {(None, None)}
     on_cpu = targets_of("CPU, 2 threads", "n", vanilla=10.0, AutoMix=32.0)
-    assert on_cpu.pop(("n", f"{bench.TIME_RATIO}, over that of FLOPs")) == (pytest.approx(3.2 / 3), False)
+    assert on_cpu.pop(("n", f"{step_report.TIME_RATIO}, over that of FLOPs")) == (pytest.approx(3.2 / 3), False)
     assert set(on_cpu.values()) == {(None, None)}
 
 
 def test_verdicts_in_the_table():
     target = {"machine": "X", "network": "n", "what": "w", "value": 7000.0, "met": True, "least": 5000, "stretch": 7950}
-    assert bench._target_line(target) == "| X | n | w | at least 5,000 | 7,950 | 7,000 | met, stretch missed |"
-    assert bench._target_line(target | {"value": 8000.0}).endswith("8,000 | met, stretch too |")
-    assert bench._target_line(target | {"value": 4.0, "met": False}).endswith("4.00 | **missed** |")
-    assert bench._target_line(target | {"value": None, "met": None}).endswith("|  | not measured |")
+    assert step_report._target_line(target) == "| X | n | w | at least 5,000 | 7,950 | 7,000 | met, stretch missed |"
+    assert step_report._target_line(target | {"value": 8000.0}).endswith("8,000 | met, stretch too |")
+    assert step_report._target_line(target | {"value": 4.0, "met": False}).endswith("4.00 | **missed** |")
+    assert step_report._target_line(target | {"value": None, "met": None}).endswith("|  | not measured |")
     ratio = {"machine": "X", "network": "n", "what": "w", "value": 3.0, "met": True, "least": 2.9, "most": 3.15,
              "stretch": 3.05}  # fmt: skip
-    assert bench._target_line(ratio).endswith("| 2.9 to 3.15 | 3.05 | 3.00 | met, stretch too |")
+    assert step_report._target_line(ratio).endswith("| 2.9 to 3.15 | 3.05 | 3.00 | met, stretch too |")
 
 
 def test_launches_have_a_column_where_they_were_counted():
     result = json.loads((Path(__file__).parent.parent / "docs/benchmarks/step.json").read_text())
-    assert "launches" not in bench.markdown(result)
+    assert "launches" not in step_report.markdown(result)
     result["rows"][0]["launches"] = 2959
     result["rows"][1] = vars(bench.Row("resnet18@224", "AutoMix", 8))
-    of_rows, _ = bench.markdown(result).split("## Targets")
+    of_rows, _ = step_report.markdown(result).split("## Targets")
     header, _, first, reached_not, second, *_ = table = [x for x in of_rows.splitlines() if x.startswith("|")]
     assert header.endswith("| host reads | launches |") and first.endswith("| 0 | 2,959 |")
     assert bench.NOT_REACHED in reached_not and second.endswith("| 0 |  |")
@@ -395,8 +396,8 @@ def test_launches_have_a_column_where_they_were_counted():
 def test_the_published_table_is_made_from_its_json():
     folder = Path(__file__).parent.parent / "docs/benchmarks"
     result = json.loads((folder / "step.json").read_text())
-    assert bench.markdown(result) == (folder / "step.md").read_text()
-    assert bench.targets(result) == result["targets"]
+    assert step_report.markdown(result) == (folder / "step.md").read_text()
+    assert step_report.targets(result) == result["targets"]
 
 
 def test_clock():

@@ -30,8 +30,9 @@ ROWS = {
         "watch", "compare",
     ],
     4: [
-        "run", "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.memory", "bench.published",
-        "bench.scaling", "bench.step", "bench.throughput",
+        "run", "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.loader_candidates", "bench.loader_report",
+        "bench.memory", "bench.published", "bench.scaling", "bench.step", "bench.step_report", "bench.step_ways",
+        "bench.throughput",
     ],
 }  # fmt: skip
 # Files in one row that stand on each other, in this order.
@@ -48,7 +49,7 @@ SAME_ROW = {
     ("__main__", "cli"), ("bench.throughput", "run"),
 }  # fmt: skip
 OWNERS = {
-    "ffcv": {"augment", "bench.loader"},
+    "ffcv": {"augment", "bench.loader_candidates"},
     "timm": {"backbone"},
     "deepspeed": {"engines"},
     "accelerate": {"distributed", "trackers"},

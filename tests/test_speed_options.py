@@ -11,7 +11,7 @@ from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, ti
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import step as bench
+from automix_dist.bench import step_ways
 from automix_dist.bench.step import counted_flops
 from automix_dist.config import ConfigError, from_dict
 from automix_dist.convolutions import PaddedConv2d, pad_stems
@@ -199,10 +199,10 @@ def test_the_schedule_of_the_mix_block():
 
 
 def gpu_step(engine: dict, steps: int = 2, network: str = "resnet18", dtype=torch.bfloat16) -> list[torch.Tensor]:
-    (network,) = (each for each in bench.NETWORKS if each.name == network)
-    case = bench.Case(network, 8, torch.device("cuda"), dtype)
+    (network,) = (each for each in step_ways.NETWORKS if each.name == network)
+    case = step_ways.Case(network, 8, torch.device("cuda"), dtype)
     torch.manual_seed(0)
-    trained = bench.policy(case, engine=engine)
+    trained = step_ways.policy(case, engine=engine)
     for number in range(steps):
         trained.step(number)
     return [p.detach().clone() for p in trained.module.parameters()]

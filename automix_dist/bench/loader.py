@@ -25,25 +25,21 @@ import tarfile
 import tempfile
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from functools import partial
-from itertools import count, islice
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
 import psutil
 
 from automix_dist import beton
 from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
+from automix_dist.bench.loader_candidates import BATCH, CANDIDATES, QUALITY, SIDE, ours
+from automix_dist.bench.loader_report import bars_svg, markdown, targets
 from automix_dist.cores import usable_cores
 from automix_dist.prepare import prepare
 from automix_dist.provenance import installed_version
 
-BATCH, SIDE, QUALITY = 64, 224, 90
 STORAGES = ("jpg@500", "jpg@400", "raw@256")
 SHARDS_PER_WORKER = 2
 MEMORY_FACTOR = 4
@@ -58,192 +54,8 @@ CONTROL_GROUPS = (
 ANSWER_SECONDS = 900.0
 """A candidate that is silent for so long is given up."""
 
-DALI_LEAD = 4
-"""Batches of DALI's endless stream between two measured epochs, more than it prepares ahead."""
-
 SAMPLE_SECONDS = 0.25
-NEED_FACTOR = 1.2
-"""A loader shall deliver so many times what a training step asks for."""
-
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way of reading. `epoch_of(job)` prepares it and returns a function that gives an epoch, an iterator over
-    batches of images that does nothing before its first batch is asked for."""
-
-    name: str
-    kinds: tuple[str, ...]
-    """Storage kinds it reads: jpg, raw."""
-    epoch_of: Callable[[dict], Callable[[], Iterable]]
-    module: str = ""
-    """What must be installed for it."""
-    package: str = ""
-    """Name of the package that brings the module."""
-
-
-# The candidates. All of this runs in their own processes; what they import stays out of the others.
-
-
-def ours(job: dict, resize: str = "area", order: str = "random") -> Callable[[], Iterator]:
-    import torch
-
-    from automix_dist.config import DataConfig
-    from automix_dist.data import TrainLoader
-
-    config = DataConfig(image_size=SIDE, resize=resize, order=order, workers=job["workers"])
-    loader = TrainLoader(
-        job["beton"], config, seed=0, batch_size=BATCH, rank=0, world_size=1, accumulation_steps=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    numbers = count()
-
-    def epoch() -> Iterator:
-        for batch in loader.epoch(next(numbers)):
-            yield batch.images
-
-    return epoch
-
-
-def ours_plain(job: dict) -> Callable[[], Iterator]:
-    return ours(job | {"beton": job["plain"]})
-
-
-def ours_bicubic(job: dict) -> Callable[[], Iterator]:
-    return ours(job, resize="bicubic")
-
-
-def ffcv(job: dict) -> Callable[[], Iterator]:
-    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor
-
-    images = [RandomResizedCropRGBImageDecoder((SIDE, SIDE)), RandomHorizontalFlip(), ToTensor()]
-    loader = Loader(
-        job["plain"], batch_size=BATCH, num_workers=job["workers"], order=OrderOption.RANDOM, os_cache=True,
-        pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
-    )  # fmt: skip
-    return partial(_first_of_each, loader)
-
-
-def _first_of_each(batches: Iterable) -> Iterator:
-    """A generator, so that nothing starts before the clock does."""
-    for images, _ in batches:
-        yield images
-
-
-def _pil_transform() -> Callable:
-    from torchvision.transforms import v2
-
-    return v2.Compose([v2.RandomResizedCrop(SIDE), v2.RandomHorizontalFlip(), v2.PILToTensor()])
-
-
-def _tensor_transform() -> Callable:
-    from torchvision.transforms import v2
-
-    return v2.Compose([v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip()])
-
-
-def _data_loader(dataset, job: dict, **options) -> Callable[[], Iterator]:
-    from torch.utils.data import DataLoader
-
-    loader = DataLoader(dataset, num_workers=job["workers"], persistent_workers=True, **options)
-    return partial(_first_of_each, loader)
-
-
-def data_loader_pil(job: dict) -> Callable[[], Iterator]:
-    from torchvision.datasets import ImageFolder
-
-    dataset = ImageFolder(job["folder"], _pil_transform())
-    return _data_loader(dataset, job, batch_size=BATCH, shuffle=True, drop_last=True)
-
-
-def data_loader_decode_jpeg(job: dict) -> Callable[[], Iterator]:
-    from torchvision.datasets import ImageFolder
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
-
-    def load(path: str):
-        return decode_jpeg(read_file(path), ImageReadMode.RGB)
-
-    dataset = ImageFolder(job["folder"], _tensor_transform(), loader=load)
-    return _data_loader(dataset, job, batch_size=BATCH, shuffle=True, drop_last=True)
-
-
-class RawImages:
-    """A map-style dataset of the raw images of a .beton file, mapped into memory by numpy."""
-
-    def __init__(self, path: str, transform: Callable):
-        self.records = beton.read_index(path).records
-        self.file = np.memmap(path, np.uint8, "c")  # private, so that torch gets arrays that it may write to
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int):
-        import torch
-
-        image = self.records["image"][i]
-        height, width, start = int(image["height"]), int(image["width"]), int(image["data_ptr"])
-        pixels = self.file[start : start + 3 * height * width].reshape(height, width, 3)
-        return self.transform(torch.from_numpy(pixels).permute(2, 0, 1)), int(self.records["label"][i])
-
-
-def data_loader_memmap(job: dict) -> Callable[[], Iterator]:
-    dataset = RawImages(job["beton"], _tensor_transform())
-    return _data_loader(dataset, job, batch_size=BATCH, shuffle=True, drop_last=True)
-
-
-def webdataset(job: dict) -> Callable[[], Iterator]:
-    import webdataset as wds
-
-    dataset = (
-        wds.WebDataset(job["shards"], shardshuffle=len(job["shards"]), workersplitter=wds.split_by_worker)
-        .shuffle(1000)
-        .decode("pil")
-        .to_tuple("jpg", "cls")
-        .map_tuple(_pil_transform(), int)
-        .batched(BATCH, partial=True)
-    )
-    return _data_loader(dataset, job, batch_size=None)
-
-
-def dali(job: dict) -> Callable[[], Iterator]:
-    from nvidia.dali import fn, pipeline_def
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
-    @pipeline_def(batch_size=BATCH, num_threads=job["workers"], device_id=None, seed=0)
-    def pipeline():
-        files, labels = fn.readers.file(file_root=job["folder"], random_shuffle=True)
-        images = fn.decoders.image_random_crop(
-            files, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
-        )
-        images = fn.resize(images, resize_x=SIDE, resize_y=SIDE, antialias=True)
-        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
-
-    endless = (outputs[0]["images"] for outputs in DALIGenericIterator(pipeline(), ["images", "labels"]))
-
-    def epoch() -> Iterator:
-        # Batches are prepared across the ends of epochs. Those that wait since the last epoch were made while no clock
-        # ran: they are passed over.
-        deque(islice(endless, DALI_LEAD), maxlen=0)
-        return islice(endless, job["images"] // BATCH)
-
-    return epoch
-
-
-CANDIDATES = (
-    Candidate("ours", ("jpg", "raw"), ours),
-    Candidate("ours, bicubic", ("jpg", "raw"), ours_bicubic),
-    Candidate("ours, plain JPEG", ("jpg",), ours_plain),
-    Candidate("FFCV's Loader", ("jpg", "raw"), ffcv, "ffcv", "ffcv"),
-    Candidate("DataLoader + PIL", ("jpg",), data_loader_pil),
-    Candidate("DataLoader + decode_jpeg", ("jpg",), data_loader_decode_jpeg),
-    Candidate("DataLoader + numpy.memmap", ("raw",), data_loader_memmap),
-    Candidate("WebDataset + PIL", ("jpg",), webdataset, "webdataset", "webdataset"),
-    Candidate("DALI on the CPU", ("jpg",), dali, "nvidia.dali", "nvidia-dali-cuda120"),
-)
 
 
 def serve(job: dict, answers: io.TextIOBase) -> None:
@@ -462,32 +274,6 @@ def summary(epochs: list[dict]) -> dict:
     return result
 
 
-def targets(rows: list[dict]) -> list[dict]:
-    """What was aimed at, and what came of it; `ratio` is None where one of the two was not measured."""
-    found = {(row["storage"], row["candidate"]): row for row in rows if "per_second" in row}
-    jpegs = sorted({row["storage"] for row in rows if row["storage"] in ("jpg@400", "jpg@500")}, reverse=True)
-    result = []
-
-    def aim(storage: str, opponent: str, other_storage: str, least: float, by: str) -> None:
-        own, other = found.get((storage, "ours")), found.get((other_storage, opponent))
-        ratio = own[by]["median"] / other[by]["median"] if own and other else None
-        result.append(
-            {"storage": storage, "opponent": opponent, "opponent_storage": other_storage, "by": by, "least": least,
-             "ratio": ratio, "met": None if ratio is None else ratio >= least}
-        )  # fmt: skip
-
-    for storage in dict.fromkeys(row["storage"] for row in rows):
-        for by in ("per_cpu_second", "per_second"):
-            aim(storage, "FFCV's Loader", storage, 0.97, by)
-    for storage in jpegs:
-        aim(storage, "DataLoader + PIL", storage, 3.0, "per_cpu_second")
-        aim(storage, "DataLoader + decode_jpeg", storage, 1.5, "per_cpu_second")
-    if any(row["storage"] == "raw@256" for row in rows):
-        for storage in jpegs:
-            aim("raw@256", "DataLoader + PIL", storage, 10.0, "per_cpu_second")
-    return result
-
-
 def measure_memory(folder: Path, tree: Path, limit_mib: int, workers: int) -> dict:
     """Stream a raw file MEMORY_FACTOR times as large as the limit through a process that is held to it."""
     sources = sorted(tree.glob("*/*.jpg"))
@@ -580,137 +366,6 @@ def describe_machine(workers: int) -> dict:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "versions": versions,
     }
-
-
-# What a person reads; all of it from the dictionary that loader.json holds.
-
-
-def markdown(result: dict) -> str:
-    machine, options = result["machine"], result["options"]
-    lines = [
-        "# Loaders on the CPU", "",
-        f"{machine['cores']}-core CPU machine, {machine['cpu']}, {machine['memory_gib']:.0f} GiB; {machine['date']}; "
-        f"load average at the start {machine['load_average'][0]:.2f}; "
-        + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()) + ".", "",
-        f"{options['images']} generated images of ImageNet's shapes, in the page cache; random resized crop "
-        f"{SIDE} and flip, uint8, batches of {BATCH}; {machine['workers']} worker(s) each. Median of "
-        f"{options['repeat']} epochs after a first one that does not count (smallest to largest). `jpg@500`: longer "
-        f"side 500, JPEG quality {QUALITY}; every candidate reads the same coefficients, and ours the restart markers "
-        "that `automix prepare` adds, except for `plain JPEG`. CPU time is that of the process and its workers. DALI "
-        "prepares batches across epochs; it is measured over as many images of its endless "
-        "stream. Resize: ours and FFCV average areas; `ours, bicubic`, PIL, torchvision and DALI interpolate "
-        "with antialiasing (all but the first of these bilinearly). RSS is summed over a process and its workers, "
-        "pages that they share, and those of a mapped file, count in each; anonymous memory counts once and cannot be "
-        "dropped by the kernel.", "",
-        "| storage | loader | images/s per CPU-second | images/s in all | peak RSS, MiB | of it anonymous | ours is |",
-        "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    own = {row["storage"]: row for row in result["rows"] if row["candidate"] == "ours" and "per_second" in row}
-    for row in result["rows"]:
-        head = f"| {row['storage']} | {row['candidate']} |"
-        if "per_second" not in row:
-            lines.append(f"{head} {row['note'].replace('|', '/')} | | | | |")
-            continue
-        rates = " | ".join(
-            f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"
-            for rate in (row["per_cpu_second"], row["per_second"])
-        )
-        base = own.get(row["storage"])
-        ratio = f"{base['per_cpu_second']['median'] / row['per_cpu_second']['median']:.2f}x" if base else ""
-        ratio = "" if row is base else ratio
-        lines.append(f"{head} {rates} | {row['rss_mib']:,.0f} | {row['anonymous_mib']:,.0f} | {ratio} |")
-    lines += ["", "## Targets", "", "| ours | against | by | at least | is | |", "|---|---|---|---|---|---|"]
-    for target in result["targets"]:
-        by = {"per_cpu_second": "CPU-second", "per_second": "wall"}[target["by"]]
-        verdict = {True: "met", False: "**missed**", None: ""}[target["met"]]
-        ratio = "not measured" if target["ratio"] is None else f"{target['ratio']:.2f}x"
-        lines.append(
-            f"| {target['storage']} | {target['opponent']}, {target['opponent_storage']} | {by} | "
-            f"{target['least']:g}x | {ratio} | {verdict} |"
-        )
-    lines += ["", "## Need and supply", "", need_text(result)]
-    if result["memory"]:
-        lines += ["", "## Memory", "", memory_text(result["memory"])]
-    return "\n".join(lines) + "\n"
-
-
-def need_text(result: dict) -> str:
-    """How many images a ResNet-50 AutoMix step asks for, and which storage delivers that here."""
-    need = result["need"]
-    if need is None:
-        return "Images/s that a ResNet-50 AutoMix step asks for: not measured."
-    rate = need["images_per_second"]
-    lines = [f"A ResNet-50 AutoMix step on {need['device']} asks for {rate:,.0f} images/s."]
-    for row in result["rows"]:
-        if row["candidate"] == "ours" and "per_second" in row:
-            supply, each = row["per_second"]["median"], row["per_cpu_second"]["median"]
-            verdict = "enough" if supply >= NEED_FACTOR * rate else "not enough"
-            lines.append(
-                f"{row['storage']}: this machine delivers {supply / rate:.2f} times that, {verdict} "
-                f"({NEED_FACTOR:g} is wanted); it takes {NEED_FACTOR * rate / each:.1f} of its cores to deliver "
-                f"{NEED_FACTOR:g} times."
-            )
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def memory_text(memory: dict) -> str:
-    """What --memory-limit measured, and what it did not."""
-    if memory["note"]:
-        return f"Streaming {memory['file_mib']:,.0f} MiB within {memory['limit_mib']} MiB: {memory['note']}."
-    anonymous = [sample["RssAnon"] for sample in memory["samples"]]
-    mapped = [sample["RssFile"] for sample in memory["samples"]]
-    group = (
-        "The page cache itself was not limited, which needs a control group: what dropping pages costs in speed is not "
-        "measured here."
-    )
-    if memory["group_mib"] is not None:
-        group = (
-            f"A control group held all memory that it got from then on, page cache included, to {memory['limit_mib']} "
-            f"MiB; it used {memory['group_mib']:,.0f} MiB of them at most."
-        )
-    return (
-        f"A raw file of {memory['file_mib']:,.0f} MiB was read twice in quasi-random order ({memory['images']:,} "
-        f"images, {memory['images'] / memory['wall_s']:,.0f} images/s) by a process that the kernel (RLIMIT_DATA) held "
-        f"to {memory['limit_mib']} MiB of private writable memory beyond what it had after its first batch; more would "
-        f"have ended it. {group} Its anonymous memory was {anonymous[0]:,.0f} MiB at the start, "
-        f"{max(anonymous):,.0f} MiB at most and {anonymous[-1]:,.0f} MiB at the end. Its pages of files, which are the "
-        f"page cache's and which the kernel drops when it needs memory, rose from {mapped[0]:,.0f} to at most "
-        f"{max(mapped):,.0f} MiB."
-    )
-
-
-def bars_svg(result: dict) -> str:
-    """Images per second of CPU time, a panel per storage, each with a scale of its own from zero."""
-    rows = [row for row in result["rows"] if "per_second" in row]
-    left, width, step, gap = 190, 760, 22, 44
-    parts, y = [], 46
-    for storage in dict.fromkeys(row["storage"] for row in rows):
-        panel = [row for row in rows if row["storage"] == storage]
-        scale = (width - left - 90) / max(row["per_cpu_second"]["max"] for row in panel)
-        parts.append(f'<text x="10" y="{y}" font-weight="bold">{escape(storage)}</text>')
-        for row in panel:
-            y += step
-            low, middle, high = (row["per_cpu_second"][key] * scale for key in ("min", "median", "max"))
-            fill = "#c0392b" if row["candidate"].startswith("ours") else "#7f8c8d"
-            parts += [
-                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(row["candidate"])}</text>',
-                f'<rect x="{left}" y="{y - 11}" width="{middle:.1f}" height="14" fill="{fill}"/>',
-                f'<path d="M{left + low:.1f} {y - 4}H{left + high:.1f}" stroke="black"/>',
-                f'<text x="{left + high + 6:.1f}" y="{y}">{row["per_cpu_second"]["median"]:,.0f}</text>',
-            ]
-        y += gap
-    machine = result["machine"]
-    title = f"Images per CPU-second, median and range; {machine['cores']}-core CPU machine, {machine['cpu']}"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" font-family="sans-serif" '
-            'font-size="12">',
-            f'<rect width="{width}" height="{y}" fill="white"/>',
-            f'<text x="10" y="20">{escape(title)}</text>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

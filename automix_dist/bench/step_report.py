@@ -1,0 +1,180 @@
+"""What a person reads of `automix bench step`, all of it from the dictionary that step.json holds: the table, the
+targets met or missed, the bars, and what moved since an earlier result."""
+
+import math
+from xml.sax.saxutils import escape
+
+MIN_MOVE = 0.03
+"""With --compare, changes smaller than this are not reported, however narrow the spreads are."""
+
+TIME_RATIO = "AutoMix over vanilla, time"
+
+
+def fastest(rows: list[dict], network: str, way: str) -> dict | None:
+    """The fastest measured row of a network among the ways whose names begin so."""
+    found = [row for row in rows if row["network"] == network and row["way"].startswith(way) and row["ms"]]
+    return min(found, key=lambda row: row["ms"], default=None)
+
+
+def targets(result: dict) -> list[dict]:
+    """What was aimed at, and what came of it, each time of the fastest way of its kind; `value` and `met` are None on
+    another machine, and where a way has no figures."""
+    rows, device = result["rows"], result["machine"]["device"]
+    found = []
+
+    def aim(machine: str, network: str, what: str, value: float | None, **bounds: float) -> None:
+        value = value if machine in device else None
+        met = None if value is None else bounds.get("least", 0) <= value <= bounds.get("most", math.inf)
+        found.append({"machine": machine, "network": network, "what": what, **bounds, "value": value, "met": met})
+
+    def speed(network: str, way: str) -> float | None:
+        own = fastest(rows, network, way)
+        return own and own["images_per_second"]
+
+    def times(network: str, way: str, other: str) -> float | None:
+        """The one's speed as a multiple of the other's."""
+        own, slower = speed(network, way), speed(network, other)
+        return own and slower and own / slower
+
+    r50, cifar, reference = "resnet50@224", "cifar_resnet18@32", "published, float32"
+    aim("H200", r50, "vanilla, images/s", speed(r50, "vanilla"), least=5000, stretch=7950)
+    aim("H200", r50, "AutoMix, images/s", speed(r50, "AutoMix"), least=1650, stretch=2600)
+    # A ratio below 2.9 is no success: fewer FLOPs than that are not in it, so the vanilla step must be slow.
+    aim("H200", r50, TIME_RATIO, times(r50, "vanilla", "AutoMix"), least=2.9, most=3.15, stretch=3.05)
+    aim("H200", r50, f"AutoMix over {reference}, images/s", times(r50, "AutoMix", reference), least=3)
+    aim("H200", cifar, f"AutoMix over {reference}, images/s", times(cifar, "AutoMix", reference), least=4)
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = fastest(rows, network, "AutoMix")
+        time_ratio, flop_ratio = vanilla_ratios(rows, own) if own else (None, None)
+        value = time_ratio / flop_ratio if flop_ratio else None
+        aim("CPU", network, f"{TIME_RATIO}, over that of FLOPs", value, least=0.95, most=1.05)
+    return found
+
+
+def markdown(result: dict) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    counted = any(row.get("launches") for row in result["rows"])
+    lines = [
+        "# One training step", "",
+        f"{machine['device']}; {versions}; {result['dtype']}; {machine['date']}, load average at the start "
+        f"{machine['load_average']:.2f}. "
+        f"Medians (20 to 80 %) of {result['rounds']} interleaved rounds of {result['steps']} steps; one device, no "
+        "engine. `published` is the published step restated in plain PyTorch (automix_dist/bench/published.py), not "
+        "its authors' code" + (", with TF32 convolutions unless all is float32" if result["gpu"] else "") + ". "
+        "The ratio to the fastest vanilla step stands beside the ratio of counted FLOPs. Peak: "
+        + ("the allocator's, beyond what it held before the step" if result["gpu"] else
+           "what autograd holds for the backward pass, but for the weights")
+        + ". Host reads: how often a step waits for results of the device.", "",
+        "| network | way | batch | images/s | ms | of vanilla | FLOPs of vanilla's | MFU | peak, MiB | host reads |"
+        + " launches |" * counted,
+        "|---" * (10 + counted) + "|",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        head = f"| {row['network']} | {row['way']} | {row['batch']} |"
+        if row["ms"] is None:
+            lines.append(f"{head} {row['note'].replace('|', '/')} |{' |' * (6 + counted)}")
+            continue
+        ratios = vanilla_ratios(result["rows"], row)
+        few = row["note"] and f"; {row['note']}"
+        cells = [f"{row['images_per_second']:,.1f}"]
+        cells.append(f"{row['ms']:.2f} ({row['ms_20']:.2f} to {row['ms_80']:.2f}{few})")
+        cells += ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
+        cells.append("not known" if row["mfu"] is None else f"{row['mfu']:.1%}")
+        cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
+        cells.append("" if row["host_reads"] is None else str(row["host_reads"]))
+        if counted:
+            cells.append(f"{launches:,}" if (launches := row.get("launches")) else "")
+        lines.append(f"{head} {' | '.join(cells)} |")
+    lines += [
+        "", "## Targets", "", "Of the fastest way of each kind; where the machine is another or a way has no figures, "
+        "not measured. A ratio below its range points to a slow vanilla step.", "",
+        "| on | network | what | target | stretch | is | |", "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [_target_line(target) for target in result["targets"]]
+    for network, parts in result["parts"].items():
+        total = sum(parts.values())
+        lines += ["", f"## Parts of an AutoMix step, {network}", ""]
+        lines += ["Immediate backward, full feature pass.", "", "| part | ms | share |", "|---|---|---|"]
+        lines += [f"| {name} | {ms:.2f} | {ms / total:.1%} |" for name, ms in parts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _target_line(target: dict) -> str:
+    low, high, stretch, value = (target.get(key) for key in ("least", "most", "stretch", "value"))
+    aimed = f"at least {low:,g}" if high is None else f"{low:g} to {high:g}"
+    verdict = "not measured" if value is None else "met" if target["met"] else "**missed**"
+    if target["met"] and stretch:
+        verdict += ", stretch too" if (value >= stretch if high is None else value <= stretch) else ", stretch missed"
+    shown = "" if value is None else f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+    best = f"{stretch:,}" if stretch else ""
+    cells = [target["machine"], target["network"], target["what"], aimed, best, shown, verdict]
+    return f"| {' | '.join(cells)} |"
+
+
+def vanilla_ratios(rows: list[dict], row: dict) -> tuple[float | None, float | None]:
+    """A row's time and FLOPs as multiples of those of the network's fastest vanilla step."""
+    vanilla = fastest(rows, row["network"], "vanilla")
+    if vanilla is None:
+        return None, None
+    flops = row["gflop_per_image"] and vanilla["gflop_per_image"]
+    return row["ms"] / vanilla["ms"], row["gflop_per_image"] / vanilla["gflop_per_image"] if flops else None
+
+
+def bars_svg(result: dict) -> str:
+    """Time as a multiple of the fastest vanilla step, a panel per network; a tick where the FLOPs alone would be."""
+    left, width, height = 230, 760, 22
+    parts, y = [], 46
+    for network in dict.fromkeys(row["network"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["network"] == network and row["ms"]]
+        panel = [(row, *vanilla_ratios(rows, row)) for row in rows]
+        panel = [each for each in panel if each[1]]
+        if not panel:
+            continue
+        scale = (width - left - 90) / max(ratio for _, ratio, _ in panel)
+        parts.append(f'<text x="10" y="{y}" font-weight="bold">{escape(network)}</text>')
+        for row, ratio, flops in panel:
+            y += height
+            fill = "#c0392b" if row["way"].startswith("AutoMix") else "#7f8c8d"
+            parts += [
+                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(row["way"])}</text>',
+                f'<rect x="{left}" y="{y - 11}" width="{ratio * scale:.1f}" height="14" fill="{fill}"/>',
+                f'<text x="{left + max(ratio, flops or 0) * scale + 6:.1f}" y="{y}">{ratio:.2f}</text>',
+            ]
+            if flops:
+                parts.append(f'<path d="M{left + flops * scale:.1f} {y - 14}v20" stroke="black" stroke-width="2"/>')
+        y += 44
+    title = f"Step time as a multiple of the fastest vanilla step (tick: FLOPs); {result['machine']['device']}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" font-family="sans-serif" font-size="12">'
+    background = f'<rect width="{width}" height="{y}" fill="white"/>'
+    return "\n".join([head, background, f'<text x="10" y="20">{escape(title)}</text>', *parts, "</svg>\n"])
+
+
+def compare(result: dict, before: dict) -> tuple[str, bool]:
+    """What moved since an earlier result of the same kind of machine, and whether anything became slower, or was not
+    compared at all.
+
+    A row has moved when the middle 60 % of its times and those of before do not overlap, and the medians differ by
+    more than MIN_MOVE.
+    """
+    earlier = {(row["network"], row["way"], row["batch"]): row for row in before["rows"] if row["ms"]}
+    lines, slower, compared = [], False, 0
+    for row in result["rows"]:
+        old = earlier.pop((row["network"], row["way"], row["batch"]), None)
+        if old is None:
+            continue
+        compared += 1
+        name = f"{row['network']}, {row['way']}"
+        if row["ms"] is None:
+            lines.append(f"{name}: no figures any more: {row['note']}")
+            slower = True
+            continue
+        change = row["ms"] / old["ms"] - 1
+        apart = row["ms_20"] > old["ms_80"] or row["ms_80"] < old["ms_20"]
+        if apart and abs(change) > MIN_MOVE:
+            lines.append(f"{name}: {old['ms']:.2f} -> {row['ms']:.2f} ms, {'slower' if change > 0 else 'faster'} "
+                         f"by {abs(change):.1%}")  # fmt: skip
+            slower |= change > 0
+    if not compared:
+        return "nothing in common: the same --networks, --batch-size and --ways can be compared", True
+    return "\n".join(lines or ["nothing moved beyond the spread"]), slower
