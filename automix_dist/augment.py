@@ -1,51 +1,30 @@
 """FFCV operations whose every random choice is a function of (seed, epoch, sample id).
 
 FFCV's own random operations draw from the generators of the threads that happen to run them, so that the same seed
-gives other pixels each time. Here a counter-based hash of (seed, epoch, sample id, operation) replaces the generators:
-the same sample gets the same pixels for any number of threads, ranks and batch sizes, and after any restart.
+gives other pixels each time. Here hashes of (seed, epoch, sample id, operation) replace them (random_streams.py): the
+same sample gets the same pixels for any number of threads, ranks and batch sizes, and after any restart.
 
-The loops are compiled functions of this module, kept in numba's cache on disk, with all settings as arguments: no
-process but the first compiles them, and no new epoch or crop does. Each operation's `generate_code` returns a few lines
+The loops are compiled functions, kept on disk (compiled_loops.py), with all settings as arguments: no process but the
+first compiles them, and no new epoch or crop does. Each operation's `generate_code` returns a few lines
 that call them, which runs as it is and in FFCV's own Loader too (with `os_cache=True`).
 
 Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, sorted places, their sizes). They decode
-the crop alone (jpeg.py) and resize it with compiled loops, both faster than FFCV's own, which call OpenCV.
+the crop alone (jpeg.py) and resize it (resize.py), both faster than FFCV's own, which call OpenCV.
 """
 
-import contextlib
-import ctypes
-import hashlib
 import math
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import llvmlite.binding
-import numba.typed
 import numpy as np
-import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.core.caching import FunctionCache
-from numba.extending import intrinsic
+from numba import prange, types
 
-# Importing FFCV sets torch's thread count to 1, which would starve everything else in the process, and fills one of
-# numba's typed dictionaries, for which numba compiles for four seconds: no compiled code reads it, so any dict does.
-_threads, _typed_dict = torch.get_num_threads(), numba.typed.Dict
-numba.typed.Dict = dict
-from ffcv import libffcv  # noqa: E402
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
-from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
-from ffcv.pipeline.operation import Operation  # noqa: E402
-from ffcv.pipeline.state import State  # noqa: E402
-
-from automix_dist import jpeg  # noqa: E402
-
-torch.set_num_threads(_threads)
-numba.typed.Dict = _typed_dict
+from automix_dist import jpeg
+from automix_dist.compiled_loops import c_function, compiled, uint64_at
+from automix_dist.ffcv_parts import AllocationQuery, Operation, SimpleRGBImageDecoder, State, libffcv
+from automix_dist.random_streams import CROP, ERASE, FLIP, GOLDEN_GAMMA, JITTER, splitmix64, stream_of, uniform
+from automix_dist.resize import AREA, SLACK, resample, whole_size
 
 JPEG = 0
 """FFCV's number for images stored as JPEG; others are raw pixels."""
@@ -53,114 +32,10 @@ JPEG = 0
 OK, UNREADABLE, ALTERED = 0, 1, 2
 """What a decoder reports of each sample: decoded; its JPEG is damaged; its bytes are not those that were written."""
 
-AREA, BILINEAR, BICUBIC = 0, 1, 2
-"""How to resize: by area averaging as OpenCV's, or by Pillow's antialiased bilinear or bicubic filter."""
-
-RESIZE_METHODS = {"area": AREA, "bilinear": BILINEAR, "bicubic": BICUBIC}
-
-CROP, FLIP, JITTER, ERASE, POLICY = 1, 2, 3, 4, 5  # the operations' own streams of random numbers
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""What splitmix64 counts by: 2^64 over the golden ratio, made odd."""
-
-
-class _Cache(FunctionCache):
-    """What numba compiled, kept on disk where that can be: a full or broken disk costs time, and no training."""
-
-    def load_overload(self, sig, target_context):
-        with contextlib.suppress(OSError):
-            return super().load_overload(sig, target_context)
-
-    def save_overload(self, sig, data):
-        with contextlib.suppress(OSError):
-            super().save_overload(sig, data)
-
-
-def _cache_folder() -> str:
-    """For these sources and this kind of processor alone: numba itself looks at the file of a function but not at those
-    of the functions that it calls, and two processors that write at once would take each other's code."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
-    for name in ("augment.py", "rand_augment.py"):
-        digest.update((package / name).read_bytes())
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = package / "__pycache__" if os.access(package, os.W_OK) else Path(home, "automix_dist")
-    return str(Path(numba.config.CACHE_DIR or place) / f"numba-{digest.hexdigest()[:16]}")
-
-
-_CACHE_FOLDER = _cache_folder()
-
-
-def compiled(*, parallel: bool = False) -> Callable:
-    """numba's njit, keeping what it compiled on disk. No fastmath: crops could differ by a pixel between processors."""
-
-    def decorate(function: Callable) -> Callable:
-        dispatcher = njit(nogil=True, error_model="numpy", parallel=parallel)(function)
-        asked, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _CACHE_FOLDER
-        try:
-            dispatcher._cache = _Cache(function)
-        except RuntimeError:
-            pass  # no folder can be written: compile every time
-        finally:
-            numba.config.CACHE_DIR = asked
-        return dispatcher
-
-    return decorate
-
-
-def _c_function(library: ctypes.CDLL, name: str, signature: types.FunctionType) -> types.ExternalFunction:
-    """A library's function for compiled code, called by name: code with an address in it cannot be kept on disk."""
-    symbol = f"automix_loader_{name}"
-    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(symbol, address)
-    return types.ExternalFunction(symbol, signature)
-
-
-_decode_box = _c_function(
+_decode_box = c_function(
     jpeg.library, "automix_decode_box", types.int32(types.uintp, types.uint64, *[types.uint32] * 6, types.uintp)
 )
-_resize = _c_function(libffcv.lib, "resize", types.void(*[types.int64] * 11))
-_memcpy = _c_function(libffcv.lib, "my_memcpy", types.void(types.uintp, types.uintp, types.uint64))
-
-
-@intrinsic
-def uint64_at(typing_context, address):
-    """The uint64 in memory at an address."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()))
-
-    return types.uint64(types.uintp), codegen
-
-
-@compiled()
-def splitmix64(x):
-    """Splitmix64's mixing of 64 bits: a bijection in which each bit of x decides about half of the result's."""
-    x = np.uint64(x)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@compiled()
-def stream_key(seed, epoch, sample, operation):
-    """Where one operation's random numbers for one sample in one epoch start."""
-    key = splitmix64(np.uint64(seed) + GOLDEN_GAMMA)
-    key = splitmix64(key + np.uint64(epoch) + GOLDEN_GAMMA)
-    key = splitmix64(key + np.uint64(sample) + GOLDEN_GAMMA)
-    return splitmix64(key + np.uint64(operation) + GOLDEN_GAMMA)
-
-
-@compiled()
-def stream_of(key, sample, operation):
-    """`stream_key` where seed and epoch are two numbers in memory, at the address `key`."""
-    return stream_key(uint64_at(key), uint64_at(key + np.uint64(8)), sample, operation)
-
-
-@compiled()
-def uniform(key, i):
-    """Random number i of a stream, in [0, 1) with 53 bits."""
-    bits = splitmix64(key + GOLDEN_GAMMA * np.uint64(i + 1))
-    return np.float64(bits >> np.uint64(11)) * (1.0 / 9007199254740992.0)
+_memcpy = c_function(libffcv.lib, "my_memcpy", types.void(types.uintp, types.uintp, types.uint64))
 
 
 @compiled()
@@ -220,248 +95,6 @@ def _pixels(image, storage, scratch, sum_address, box):
     return pixels, OK
 
 
-# Resize in two passes, the first one rounded to bytes, in Pillow's fixed point. An output value is a weighted sum over
-# an interval of the source; where the image shrinks, the filter widens with it (antialiasing). The two inner loops are
-# written as vectors, because LLVM does not find any in interleaved pixels. Loads may pass the end of a row or of a
-# buffer by less than 16 bytes, whose weights are zero or whose results are not used.
-
-PRECISION = 22
-"""Bits after the point of a weight."""
-
-SLACK = 16
-"""Bytes that must follow a buffer of pixels that is resized. In a file, tables follow the last image."""
-
-_INT, _BYTE = ir.IntType(32), ir.IntType(8)
-
-
-def _load_bytes(builder, address, count: int):
-    """`count` bytes in memory as a vector of int32."""
-    loaded = builder.load(builder.inttoptr(address, ir.VectorType(_BYTE, count).as_pointer()), align=1)
-    return builder.zext(loaded, ir.VectorType(_INT, count))
-
-
-def _store_bytes(builder, sums, address, count: int) -> None:
-    """Round a vector of weighted sums to bytes, 0 to 255, and store it."""
-    kind = ir.VectorType(_INT, count)
-    half, point, low, high = (ir.Constant(kind, [v] * count) for v in (1 << (PRECISION - 1), PRECISION, 0, 255))
-    values = builder.ashr(builder.add(sums, half), point)
-    values = builder.select(builder.icmp_signed("<", values, low), low, values)
-    values = builder.select(builder.icmp_signed(">", values, high), high, values)
-    whole = builder.trunc(values, ir.VectorType(_BYTE, count))
-    builder.store(whole, builder.inttoptr(address, whole.type.as_pointer()), align=1)
-
-
-def _shuffle(builder, vector, lanes: list[int]):
-    mask = ir.Constant(ir.VectorType(_INT, len(lanes)), lanes)
-    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
-
-
-@intrinsic
-def _weigh_pixels(typing_context, source, weights, pairs, target):
-    """Store the weighted sum of 2 * pairs neighbouring RGB pixels, and one byte more.
-
-    weights: int32 [pairs, 8]; the first three of a row weigh one pixel's channels, the next three the other's.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        source, weights, pairs, target = arguments
-        kind = ir.VectorType(_INT, 8)
-        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * 8))
-        with cgutils.for_range(builder, pairs) as loop:
-            pixels = _load_bytes(builder, builder.add(source, builder.mul(loop.index, ir.IntType(64)(6))), 8)
-            place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(32)))
-            weight = builder.load(builder.inttoptr(place, kind.as_pointer()), align=4)
-            builder.store(builder.add(builder.load(total), builder.mul(pixels, weight)), total)
-        both = builder.load(total)
-        one = builder.add(_shuffle(builder, both, [0, 1, 2, 6]), _shuffle(builder, both, [3, 4, 5, 7]))
-        _store_bytes(builder, one, target, 4)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
-
-
-@intrinsic
-def _weigh_rows(typing_context, source, stride, weights, count, target):
-    """Store 16 bytes, the weighted sum of `count` times 16 bytes that lie `stride` apart. weights: int32 [count]."""
-
-    def codegen(context, builder, signature, arguments):
-        source, stride, weights, count, target = arguments
-        kind = ir.VectorType(_INT, 16)
-        total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * 16))
-        with cgutils.for_range(builder, count) as loop:
-            values = _load_bytes(builder, builder.add(source, builder.mul(loop.index, stride)), 16)
-            place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(4)))
-            weight = builder.load(builder.inttoptr(place, _INT.as_pointer()), align=4)
-            first = builder.insert_element(ir.Constant(kind, ir.Undefined), weight, _INT(0))
-            product = builder.mul(values, _shuffle(builder, first, [0] * 16))
-            builder.store(builder.add(builder.load(total), product), total)
-        _store_bytes(builder, builder.load(total), target, 16)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5), codegen
-
-
-@compiled()
-def _filter_weight(x, method):
-    """The filter of a resize method at distance x from its centre."""
-    x = abs(x)
-    if method == BILINEAR:
-        return max(1.0 - x, 0.0)
-    if x < 1:
-        return (1.5 * x - 2.5) * x * x + 1.0
-    if x < 2:
-        return -0.5 * (((x - 5.0) * x + 8.0) * x - 4.0)
-    return 0.0
-
-
-@compiled()
-def _fixed_point(weight):
-    """A weight with PRECISION bits after the point, rounded."""
-    return np.int32(int(weight * (1 << PRECISION) + (0.5 if weight >= 0 else -0.5)))
-
-
-@compiled()
-def _intervals(first, count, scale, length, method):
-    """What Pillow weighs for outputs first .. first + count - 1 of a row of `length` reduced by `scale`.
-
-    Returns starts [count], ends [count] and weights in fixed point [count, most].
-    """
-    stretch = max(scale, 1.0)
-    support = stretch * (1.0 if method == BILINEAR else 2.0)
-    starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
-    weights = np.zeros((count, 2 * math.ceil(support) + 1), np.int32)
-    exact = np.empty(weights.shape[1])
-    for i in range(count):
-        centre = (first + i + 0.5) * scale
-        start = max(int(centre - support + 0.5), 0)
-        end = min(int(centre + support + 0.5), length)
-        total = 0.0
-        for k in range(end - start):
-            exact[k] = _filter_weight((k + start - centre + 0.5) * (1.0 / stretch), method)
-            total += exact[k]
-        for k in range(end - start):
-            weights[i, k] = _fixed_point(exact[k] / total)
-        starts[i], ends[i] = start, end
-    return starts, ends, weights
-
-
-@compiled()
-def _area_intervals(count, scale, length):
-    """As _intervals, what OpenCV's INTER_AREA weighs where an image shrinks: each pixel's share in an interval."""
-    starts, ends = np.empty(count, np.int64), np.empty(count, np.int64)
-    weights = np.zeros((count, math.ceil(scale) + 2), np.int32)
-    for i in range(count):
-        starts[i], ends[i] = min(int(i * scale), length - 1), min(math.ceil((i + 1) * scale), length)
-        for k in range(starts[i], ends[i]):
-            share = min(k + 1.0, (i + 1) * scale) - max(float(k), i * scale)
-            weights[i, k - starts[i]] = _fixed_point(max(share, 0.0) / scale)
-    return starts, ends, weights
-
-
-@compiled()
-def _resample(pixels, width, box, whole, first, method, target):
-    """Resize the box (top, left, height, width) of an image to whole (height, width), and keep the part that begins at
-    first (row, column), (0, 0) for AREA, and has the size of target, [H, W, 3] with W at least 6.
-
-    pixels: address of the image.
-    """
-    top, left, height, length = box
-    if method == AREA and (height < whole[0] or length < whole[1]):  # OpenCV's own, which interpolates then, is fast
-        _resize(
-            0, pixels, top + height, width, top, top + height, left, left + length,
-            target.ctypes.data, target.shape[0], target.shape[1],
-        )  # fmt: skip
-        return
-    if method == AREA:
-        row_starts, row_ends, row_weights = _area_intervals(whole[0], height / whole[0], height)
-        starts, ends, weights = _area_intervals(whole[1], length / whole[1], length)
-        rows_first = True  # the faster way
-    else:
-        row_starts, row_ends, row_weights = _intervals(first[0], target.shape[0], height / whole[0], height, method)
-        starts, ends, weights = _intervals(first[1], target.shape[1], length / whole[1], length, method)
-        rows_first = height - whole[0] > max(0, 2 * (length - whole[1]))  # Pillow's choice: the result depends on it
-    count = ((ends - starts).max() + 1) // 2  # the same for all: a loop of known length is faster than a shorter one
-    pairs = np.zeros((len(starts), count, 8), np.int32)
-    for x in range(len(starts)):
-        at = max(min(starts[x], ends[-1] - 2 * count), starts[0])  # as far to the left as it takes to end in the row
-        for k in range(ends[x] - starts[x]):
-            j = starts[x] - at + k
-            for channel in range(3):
-                pairs[x, j // 2, 3 * (j % 2) + channel] = weights[x, k]
-        starts[x] = at
-    if rows_first:
-        _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target)
-    else:
-        _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_ends, row_weights, target)
-
-
-@compiled()
-def _pixels_then_rows(pixels, width, top, left, starts, pairs, row_starts, row_ends, row_weights, target):
-    """_resample's horizontal pass and then its vertical one."""
-    stride = 3 * target.shape[1]
-    low, high = row_starts[0], row_ends[-1]
-    rows = np.empty(stride * (high - low) + SLACK, np.uint8)
-    for y in range(high - low):
-        source = np.int64(pixels) + 3 * ((top + low + y) * width + left)
-        for x in range(len(starts)):
-            _weigh_pixels(
-                source + 3 * starts[x],
-                np.int64(pairs.ctypes.data) + 32 * pairs.shape[1] * x,
-                pairs.shape[1],
-                np.int64(rows.ctypes.data) + stride * y + 3 * x,
-            )
-    for y in range(target.shape[0]):
-        source = np.int64(rows.ctypes.data) + stride * (row_starts[y] - low)
-        for start in range(0, stride, 16):
-            at = min(start, stride - 16)  # the last 16 bytes overlap those before: what follows is another image
-            _weigh_rows(
-                source + at,
-                stride,
-                np.int64(row_weights.ctypes.data) + 4 * row_weights.shape[1] * y,
-                row_ends[y] - row_starts[y],
-                np.int64(target.ctypes.data) + stride * y + at,
-            )
-
-
-@compiled()
-def _rows_then_pixels(pixels, width, top, left, starts, ends, pairs, row_starts, row_ends, row_weights, target):
-    """_resample's vertical pass and then its horizontal one."""
-    low, size = starts[0], target.shape[0]
-    stride = 3 * (ends[-1] - low)
-    rows = np.empty(stride * size + SLACK, np.uint8)
-    for y in range(size):
-        source = np.int64(pixels) + 3 * ((top + row_starts[y]) * width + left + low)
-        for at in range(0, stride, 16):
-            _weigh_rows(
-                source + at,
-                3 * width,
-                np.int64(row_weights.ctypes.data) + 4 * row_weights.shape[1] * y,
-                row_ends[y] - row_starts[y],
-                np.int64(rows.ctypes.data) + stride * y + at,
-            )
-    last = np.empty(3 * target.shape[1] + 1, np.uint8)  # a pixel is stored with one byte more: not into another image
-    for y in range(size):
-        to = np.int64(target.ctypes.data) + 3 * target.shape[1] * y
-        if y == size - 1:
-            to = np.int64(last.ctypes.data)
-        for x in range(len(starts)):
-            _weigh_pixels(
-                np.int64(rows.ctypes.data) + stride * y + 3 * (starts[x] - low),
-                np.int64(pairs.ctypes.data) + 32 * pairs.shape[1] * x,
-                pairs.shape[1],
-                to + 3 * x,
-            )
-    for x in range(target.shape[1]):
-        for channel in range(3):
-            target[size - 1, x, channel] = last[3 * x + channel]
-
-
-@compiled()
-def _whole_size(side, shorter, size, ratio):
-    """Length of a side after the resize that brings the shorter one to size / ratio, as torchvision's Resize."""
-    return int(round(size / ratio) * side / shorter)
-
-
 # A task decodes a few samples, one after another, into a buffer of its own: memory goes with the number of threads,
 # where FFCV's decoders hold one such buffer for each image of each batch ahead.
 
@@ -489,13 +122,13 @@ def _crop_and_resize(indices, images, status, records, storage, largest, sums, k
                 box = centre_box(height, width, scale[0])
             else:  # the centre of the whole image's resize: unlike a resized centre box, it sees what lies around
                 box, shorter = (0, 0, height, width), min(height, width)
-                rows = _whole_size(height, shorter, size, scale[0])
-                columns = _whole_size(width, shorter, size, scale[0])
+                rows = whole_size(height, shorter, size, scale[0])
+                columns = whole_size(width, shorter, size, scale[0])
                 whole, first = (rows, columns), (round((rows - size) / 2), round((columns - size) / 2))
             sum_address = sums + np.uint64(8) * np.uint64(sample) if sums != 0 else np.uint64(0)
             pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address, box)
             if status[i, 0] == OK:
-                _resample(pixels, width, box, whole, first, method, target)
+                resample(pixels, width, box, whole, first, method, target)
 
 
 @compiled()

@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""What splitmix64 counts by. augment.py has both for compiled code, and is slow to import."""
+"""What splitmix64 counts by. random_streams.py has both for compiled code, and is slow to import."""
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -376,7 +376,9 @@ class _Pipeline:
 
 def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
     """The FFCV operations for a file: a decoder, then operations that work in place. Raises ConfigError."""
-    size, method = config.image_size, augment.RESIZE_METHODS[config.resize]
+    from automix_dist.resize import RESIZE_METHODS  # as augment
+
+    size, method = config.image_size, RESIZE_METHODS[config.resize]
     smallest = min(manifest.height_range[0], manifest.width_range[0])
     largest = max(manifest.height_range[1], manifest.width_range[1])
     if not train:

@@ -14,22 +14,12 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from automix_dist.augment import (
-    BRIGHTNESS,
-    CONTRAST,
-    POLICY,
-    SATURATION,
-    SLACK,
-    AugmentKey,
-    Operation,
-    State,
-    adjust_colour,
-    blend,
-    compiled,
-    stream_of,
-    uniform,
-)
+from automix_dist.augment import BRIGHTNESS, CONTRAST, SATURATION, AugmentKey, adjust_colour, blend
+from automix_dist.compiled_loops import compiled
 from automix_dist.config import RandAugmentPolicy
+from automix_dist.ffcv_parts import Operation, State
+from automix_dist.random_streams import POLICY, stream_of, uniform
+from automix_dist.resize import SLACK
 
 OPERATIONS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing", "SolarizeAdd",

@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing as TimmsRandomErasing
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from automix_dist import augment, beton, prepare, sources
+from automix_dist import augment, beton, compiled_loops, prepare, resize, sources
 from automix_dist.augment import (
     AugmentKey,
     ColorJitter,
@@ -25,6 +25,7 @@ from automix_dist.augment import (
     RandomErasing,
     RandomFlip,
 )
+from automix_dist.random_streams import CROP, ERASE, JITTER, splitmix64, stream_key, uniform
 
 COUNT = 24
 FILTERS = [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]
@@ -83,22 +84,20 @@ def run(path: Path, operations: list, indices) -> tuple[np.ndarray, np.ndarray]:
 
 def boxes(height: int, width: int, scale, ratio, count: int) -> np.ndarray:
     """[count, 4] (top, left, height, width) of our random crops of samples 0 .. count - 1."""
-    keys = [augment.stream_key(5, 0, i, augment.CROP) for i in range(count)]
+    keys = [stream_key(5, 0, i, CROP) for i in range(count)]
     return np.array([augment.random_box(height, width, *scale, *ratio, np.uint64(key)) for key in keys])
 
 
 def test_hash_is_splitmix64():
     # The published test values of splitmix64 for seed 1234567.
     step = 0x9E3779B97F4A7C15
-    values = [int(augment.splitmix64(np.uint64((1234567 + (i + 1) * step) % 2**64))) for i in range(3)]
+    values = [int(splitmix64(np.uint64((1234567 + (i + 1) * step) % 2**64))) for i in range(3)]
     assert values == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_uniforms_are_uniform_and_independent():
     def draw(seed, epoch, operation, i):
-        return np.array(
-            [augment.uniform(np.uint64(augment.stream_key(seed, epoch, s, operation)), i) for s in range(4000)]
-        )
+        return np.array([uniform(np.uint64(stream_key(seed, epoch, s, operation)), i) for s in range(4000)])
 
     base = draw(1, 0, 1, 0)
     assert base.min() >= 0 and base.max() < 1
@@ -171,7 +170,12 @@ def test_crop_and_resize_is_opencvs_area_resize(raw_file):
     for i in range(COUNT):
         pixels = np.asarray(picture(i))
         box = augment.random_box(
-            *pixels.shape[:2], 0.08, 1.0, 3 / 4, 4 / 3, np.uint64(augment.stream_key(5, 0, i, augment.CROP))
+            *pixels.shape[:2],
+            0.08,
+            1.0,
+            3 / 4,
+            4 / 3,
+            np.uint64(stream_key(5, 0, i, CROP)),
         )
         top, left, h, w = box
         expected = cv2.resize(pixels[top : top + h, left : left + w], (size, size), interpolation=cv2.INTER_AREA)
@@ -183,19 +187,19 @@ def test_crop_and_resize_is_opencvs_area_resize(raw_file):
 @pytest.mark.parametrize("mode", ["raw", "jpg"])
 def test_crop_and_resize_is_pillows(raw_file, jpeg_file, mode, method, pillows, size):
     key = AugmentKey(5)
-    method = augment.RESIZE_METHODS[method]
+    method = resize.RESIZE_METHODS[method]
     decoder = CropResizeDecoder(size, (0.08, 1.0), (3 / 4, 4 / 3), method=method, key=key)
     images, status = run(raw_file if mode == "raw" else jpeg_file, [decoder], range(COUNT))
     assert (status == augment.OK).all()
     for i in range(COUNT):
         whole = picture(i) if mode == "raw" else stored_picture(i)
-        stream = np.uint64(augment.stream_key(5, 0, i, augment.CROP))
+        stream = np.uint64(stream_key(5, 0, i, CROP))
         top, left, h, w = augment.random_box(whole.height, whole.width, 0.08, 1.0, 3 / 4, 4 / 3, stream)
         expected = whole.crop((left, top, left + w, top + h)).resize((size, size), pillows)
         assert np.array_equal(images[i], np.asarray(expected))
 
 
-@pytest.mark.parametrize("method", augment.RESIZE_METHODS)
+@pytest.mark.parametrize("method", resize.RESIZE_METHODS)
 @pytest.mark.parametrize(
     ("height", "width", "out_height", "out_width"),
     [
@@ -214,15 +218,15 @@ def test_crop_and_resize_is_pillows(raw_file, jpeg_file, mode, method, pillows, 
 def test_resize_of_noise_is_opencvs_or_pillows(method, height, width, out_height, out_width):
     """Noise shows every weight, and that neither the image's neighbour in memory nor the result's is touched."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    memory = np.concatenate([noise.ravel(), np.full(augment.SLACK, 255, np.uint8)])
+    memory = np.concatenate([noise.ravel(), np.full(resize.SLACK, 255, np.uint8)])
     results = np.full((3, out_height, out_width, 3), 7, np.uint8)
-    augment._resample(
+    resize.resample(
         np.uint64(memory.ctypes.data),
         width,
         (0, 0, height, width),
         (out_height, out_width),
         (0, 0),
-        augment.RESIZE_METHODS[method],
+        resize.RESIZE_METHODS[method],
         results[1],
     )
     if method == "area":
@@ -237,7 +241,7 @@ def test_resize_of_noise_is_opencvs_or_pillows(method, height, width, out_height
 @pytest.mark.parametrize(("size", "ratio"), [(28, 224 / 256), (56, 224 / 256), (31, 0.6), (112, 1.0)])
 def test_evaluation_crop_is_torchvisions(raw_file, method, pillows, size, ratio):
     """Resize and CenterCrop, the custom of ImageNet, on images of three shapes."""
-    decoder = CropResizeDecoder(size, (ratio, ratio), method=augment.RESIZE_METHODS[method])
+    decoder = CropResizeDecoder(size, (ratio, ratio), method=resize.RESIZE_METHODS[method])
     images, _ = run(raw_file, [decoder], range(COUNT))
     mode = InterpolationMode(method)
     theirs = transforms.Compose([transforms.Resize(round(size / ratio), mode), transforms.CenterCrop(size)])
@@ -283,9 +287,9 @@ def test_padded_crop(raw_file, jpeg_file, mode, reflect):
     for i in range(COUNT):
         whole = picture(i) if mode == "raw" else stored_picture(i)
         pixels = np.pad(np.asarray(whole), ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if reflect else "constant")
-        key_i = np.uint64(augment.stream_key(9, 0, i, augment.CROP))
-        top = int(augment.uniform(key_i, 0) * (pixels.shape[0] - size + 1))
-        left = int(augment.uniform(key_i, 1) * (pixels.shape[1] - size + 1))
+        key_i = np.uint64(stream_key(9, 0, i, CROP))
+        top = int(uniform(key_i, 0) * (pixels.shape[0] - size + 1))
+        left = int(uniform(key_i, 1) * (pixels.shape[1] - size + 1))
         assert np.array_equal(images[i], pixels[top : top + size, left : left + size])
         places.append((top, left))
     assert len(set(places)) > COUNT // 2
@@ -320,7 +324,7 @@ def test_colour_jitter_takes_its_steps():
     jittered = ColorJitter(key, 0.4).generate_code()(pictures.copy(), None, np.arange(8))
     for i in range(8):
         expected = picture(2)
-        for kind, factor in augment.jitter_steps(0.4, np.uint64(augment.stream_key(4, 0, i, augment.JITTER))):
+        for kind, factor in augment.jitter_steps(0.4, np.uint64(stream_key(4, 0, i, JITTER))):
             expected = ENHANCERS[kind](expected).enhance(factor)
         assert np.array_equal(jittered[i], expected)
 
@@ -331,7 +335,7 @@ def test_colour_jitter_is_distributed_as_torchvisions(strength):
     theirs = transforms.ColorJitter(strength, strength, strength)
     torch.manual_seed(0)
     drawn = [theirs.get_params(theirs.brightness, theirs.contrast, theirs.saturation, None) for _ in range(count)]
-    keys = [np.uint64(augment.stream_key(1, 0, i, augment.JITTER)) for i in range(count)]
+    keys = [np.uint64(stream_key(1, 0, i, JITTER)) for i in range(count)]
     steps = [augment.jitter_steps(strength, key) for key in keys]
     bound = 1.95 * np.sqrt(2 / count)  # Kolmogorov-Smirnov, two samples, 0.1 %
     for kind in range(3):
@@ -347,7 +351,7 @@ def test_erased_boxes_are_distributed_as_timms():
     import random
 
     count, height, width = 2000, 60, 90
-    keys = [np.uint64(augment.stream_key(1, 0, i, augment.ERASE)) for i in range(count)]
+    keys = [np.uint64(stream_key(1, 0, i, ERASE)) for i in range(count)]
     ours = np.array([augment.erased_box(height, width, key) for key in keys])
     theirs, erase = [], TimmsRandomErasing(probability=1.0, mode="const", device="cpu")
     random.seed(0)
@@ -370,9 +374,9 @@ def test_random_erasing(pixel):
     changed = 0
     values = []
     for i in range(count):
-        stream = np.uint64(augment.stream_key(2, 0, i, augment.ERASE))
+        stream = np.uint64(stream_key(2, 0, i, ERASE))
         top, left, height, width = augment.erased_box(40, 50, stream)
-        if augment.uniform(stream, 0) >= 0.25:
+        if uniform(stream, 0) >= 0.25:
             assert (erased[i] == 255).all()
             continue
         changed += 1
@@ -390,7 +394,7 @@ def test_random_erasing(pixel):
 
 def every_operation(size: int, key: AugmentKey) -> list:
     return [
-        CropResizeDecoder(size, (0.08, 1.0), (3 / 4, 4 / 3), method=augment.BICUBIC, key=key),
+        CropResizeDecoder(size, (0.08, 1.0), (3 / 4, 4 / 3), method=resize.BICUBIC, key=key),
         RandomFlip(key),
         ColorJitter(key, 0.4),
         RandomErasing(key, 0.5, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), pixel=True),
@@ -440,7 +444,7 @@ def test_compiled_code_is_kept_on_disk(raw_file):
     """A second process takes it from there: seconds per loader, rank and start."""
     loops = (augment._crop_and_resize, augment._pad_and_crop, augment._flip)
     run(raw_file, [CropResizeDecoder(24, (1.0, 1.0))], range(4))
-    assert all(loop.stats.cache_path.startswith(augment._CACHE_FOLDER) for loop in loops)
+    assert all(loop.stats.cache_path.startswith(compiled_loops._CACHE_FOLDER) for loop in loops)
     assert sum(loop.stats.cache_hits.total() + loop.stats.cache_misses.total() for loop in loops) > 0
     assert list(Path(augment._crop_and_resize.stats.cache_path).glob("augment._crop_and_resize*.nbi"))
 
@@ -462,15 +466,15 @@ def test_a_disk_that_cannot_keep_compiled_code_stops_nothing(monkeypatch):
 
     for name in ("save", "load"):
         monkeypatch.setattr(f"numba.core.caching.IndexDataCacheFile.{name}", full)
-    assert augment.compiled()(lambda x: x + 1)(2) == 3
+    assert compiled_loops.compiled()(lambda x: x + 1)(2) == 3
 
 
 def test_code_compiled_from_other_sources_or_for_another_processor_is_not_taken(monkeypatch):
-    folders = {augment._cache_folder()}
+    folders = {compiled_loops._cache_folder()}
     monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: "another")
-    folders.add(augment._cache_folder())
+    folders.add(compiled_loops._cache_folder())
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"edited")
-    assert len(folders | {augment._cache_folder()}) == 3
+    assert len(folders | {compiled_loops._cache_folder()}) == 3
 
 
 def test_torch_keeps_its_threads():
@@ -530,21 +534,21 @@ def test_the_operations_run_in_ffcvs_own_loader(jpeg_file, tmp_path):
 GUARDED = """
 import ctypes, sys
 import numpy as np
-from automix_dist import augment
+from automix_dist import resize
 
 libc = ctypes.CDLL(None)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 for height, width, size in [(8, 512, 32), (600, 40, 32), (300, 2000, 224), (7, 6, 8), (64, 4288, 16)]:
-    needed = 3 * height * width + augment.SLACK
+    needed = 3 * height * width + resize.SLACK
     pages = -(-needed // 4096)
     start = libc.mmap(None, (pages + 1) * 4096, 3, 0x22, -1, 0)
     assert libc.mprotect(start + pages * 4096, 4096, 0) == 0  # reading beyond the buffer ends the process
     image = np.uint64(start + pages * 4096 - needed)
-    for method in (augment.AREA, augment.BILINEAR, augment.BICUBIC):
+    for method in (resize.AREA, resize.BILINEAR, resize.BICUBIC):
         target = np.zeros((size, size, 3), np.uint8)
-        augment._resample(image, width, (0, 0, height, width), (size, size), (0, 0), method, target)
+        resize.resample(image, width, (0, 0, height, width), (size, size), (0, 0), method, target)
 print("within")
 """
 

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 ROWS = {
     0: [
         "errors", "config", "cores", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress",
-        "sources", "datasets", "jpeg", "robustness", "whole_file", "ordered_threads",
+        "sources", "datasets", "jpeg", "robustness", "whole_file", "ordered_threads", "ffcv_parts", "compiled_loops",
     ],
     1: [
         "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm",
-        "activation_checkpointing", "beton", "prepare", "augment", "rand_augment", "profiling", "page",
+        "activation_checkpointing", "beton", "prepare", "random_streams", "resize", "augment", "rand_augment",
+        "profiling", "page",
     ],
     2: [
         "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",
@@ -41,7 +42,9 @@ SAME_ROW = {
     ("schedules", "config"), ("draws", "config"), ("run_log", "trackers"), ("trackers", "config"),
     ("trackers", "whole_file"), ("trackers", "provenance"), ("run_log", "whole_file"),
     ("datasets", "sources"), ("prepare", "beton"),
-    ("rand_augment", "augment"), ("classifier", "automix"), ("captured_step", "automix"),
+    ("augment", "random_streams"), ("augment", "resize"), ("rand_augment", "augment"),
+    ("rand_augment", "random_streams"), ("rand_augment", "resize"),
+    ("classifier", "automix"), ("captured_step", "automix"),
     ("momentum", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "validate"), ("trainer", "replay"), ("engine_state", "engines"),
     ("preflight", "doctor"), ("evaluate", "cam"), ("watch", "report"),
@@ -49,7 +52,7 @@ SAME_ROW = {
     ("__main__", "cli"), ("bench.throughput", "run"),
 }  # fmt: skip
 OWNERS = {
-    "ffcv": {"augment", "bench.loader_candidates"},
+    "ffcv": {"ffcv_parts", "bench.loader_candidates"},
     "timm": {"backbone"},
     "deepspeed": {"engines"},
     "accelerate": {"distributed", "trackers"},

@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 from timm.data import auto_augment
 
-from automix_dist import augment, rand_augment
+from automix_dist import rand_augment
 from automix_dist.augment import AugmentKey
 from automix_dist.config import ConfigError, DataConfig, RandAugmentPolicy
 from automix_dist.rand_augment import OPERATIONS, RandAugment
+from automix_dist.random_streams import POLICY, stream_key
 
 FILL = (124, 116, 104)
 ARGUMENTS = {
@@ -61,7 +62,7 @@ def test_operations_are_timms_increasing_ones():
 
 def steps(policy: RandAugmentPolicy, count: int, number: int = 0) -> list[tuple[int, float]]:
     values = tuple(map(float, (policy.magnitude, policy.std, policy.most, policy.probability)))
-    keys = [np.uint64(augment.stream_key(7, 0, i, augment.POLICY)) for i in range(count)]
+    keys = [np.uint64(stream_key(7, 0, i, POLICY)) for i in range(count)]
     return [rand_augment.policy_step(number, values, key) for key in keys]
 
 
@@ -110,7 +111,7 @@ def test_an_image_takes_its_steps():
     for i, number in enumerate(numbers):
         expected = batch[i]
         for step in range(3):
-            stream = np.uint64(augment.stream_key(7, 0, number, augment.POLICY))
+            stream = np.uint64(stream_key(7, 0, number, POLICY))
             kind, argument = rand_augment.policy_step(step, values, stream)
             expected = timms(expected, OPERATIONS[kind], argument) if kind >= 0 else expected
         assert np.array_equal(augmented[i], expected)
