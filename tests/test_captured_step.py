@@ -157,16 +157,16 @@ def test_graphs_of_another_size_make_room_and_too_many_are_refused(monkeypatch):
 
 def train_recorded(config, folder):
     """As train_with_engine, recorded: what `automix train` does with engine.cuda_graph, but for the GPU."""
-    import test_engine
+    import test_data_parallel
 
-    build = test_engine.build_engine
+    build = test_data_parallel.build_engine
 
     def build_and_record(model, *arguments):
         engine = build(model, *arguments)
         CapturedStep(model, lambda: Tape)
         return engine
 
-    test_engine.build_engine = build_and_record
+    test_data_parallel.build_engine = build_and_record
     return train_with_engine(config, folder, 4)
 
 

@@ -44,16 +44,16 @@ def test_compiled_regions_compute_the_same(immediate, backend):
 
 def train_compiled(config, folder, backend):
     """As train_with_engine, compiled: what `automix train` does with engine.compile."""
-    import test_engine
+    import test_data_parallel
 
-    make = test_engine.tiny_model
+    make = test_data_parallel.tiny_model
 
     def compiled(settings):
         model = make(settings)
         model.compile_regions(backend)
         return model
 
-    test_engine.tiny_model = compiled
+    test_data_parallel.tiny_model = compiled
     return train_with_engine(config, folder, 2)
 
 

@@ -1,7 +1,7 @@
 """Traps of DeepSpeed and Accelerate that once broke trainings like this one, each with a test that would catch it.
 
 The loader's traps are in test_data.py; clipping and accumulation, the momentum encoder under sharding, and resuming on
-another world size are in test_engine.py; interrupted saves are in test_checkpoint.py.
+another world size are in test_data_parallel.py; interrupted saves are in test_checkpoint.py.
 """
 
 import os
