@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone, foreign_normalisation
-from automix_dist.beton import open_source, prepare
 from automix_dist.checkpoint import Saved, verify
 from automix_dist.config import ConfigError, DataConfig, from_dict, to_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
 from automix_dist.export import export_encoder, transform_code
+from automix_dist.prepare import open_source, prepare
 
 # name, settings, image size, feature -> channels, size of the feature map (AUTOMIX's table of layers and scales)
 FEATURES = [

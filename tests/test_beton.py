@@ -136,7 +136,7 @@ def test_sum_sees_any_changed_byte(data, draw):
 
 
 def test_import_is_light():
-    code = "import sys, automix_dist.beton; assert not {'torch', 'ffcv', 'numba', 'sklearn'} & set(sys.modules)"
+    code = "import sys, automix_dist.prepare; assert not {'torch', 'ffcv', 'numba', 'sklearn'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
