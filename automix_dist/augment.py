@@ -33,7 +33,7 @@ OK, UNREADABLE, ALTERED = 0, 1, 2
 """What a decoder reports of each sample: decoded; its JPEG is damaged; its bytes are not those that were written."""
 
 _decode_box = c_function(
-    jpeg.library, "automix_decode_box", types.int32(types.uintp, types.uint64, *[types.uint32] * 6, types.uintp)
+    jpeg.library(), "automix_decode_box", types.int32(types.uintp, types.uint64, *[types.uint32] * 6, types.uintp)
 )
 _memcpy = c_function(libffcv.lib, "my_memcpy", types.void(types.uintp, types.uintp, types.uint64))
 

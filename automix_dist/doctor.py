@@ -241,11 +241,12 @@ def _libraries() -> list[Check]:
 
 
 def _decoder() -> Check:
+    from automix_dist import jpeg
+
     try:
-        from automix_dist import jpeg
-    except ImportError as error:
+        return Check("JPEG decoder", "ok", Path(jpeg.library()._name).name)
+    except jpeg.DecoderError as error:
         return Check("JPEG decoder", "fail", str(error.__cause__), "run launch/install.sh, which compiles it")
-    return Check("JPEG decoder", "ok", Path(jpeg.library._name).name)
 
 
 def _shared_memory() -> Check:

@@ -6,6 +6,7 @@ TurboJPEG's interface, decodes whole images only.
 """
 
 import ctypes
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +18,27 @@ class DecoderError(AutomixError, ImportError):
     """The compiled part is missing or does not load; the message says what to do."""
 
 
-def _load() -> ctypes.CDLL:
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled part. Raises DecoderError."""
     try:
-        return ctypes.CDLL(str(Path(__file__).with_name("_jpeg.abi3.so")))
+        loaded = ctypes.CDLL(str(Path(__file__).with_name("_jpeg.abi3.so")))
     except OSError as error:
         raise DecoderError(
             f"the JPEG decoder does not load ({error}): run launch/install.sh, or install libjpeg-dev and a C compiler "
             "and then this package again"
         ) from error
-
-
-library = _load()
-library.automix_decode_box.argtypes = [
-    ctypes.c_char_p, ctypes.c_uint64, *[ctypes.c_uint32] * 6, ctypes.c_void_p
-]  # fmt: skip
+    loaded.automix_decode_box.argtypes = [
+        ctypes.c_char_p, ctypes.c_uint64, *[ctypes.c_uint32] * 6, ctypes.c_void_p
+    ]  # fmt: skip
+    return loaded
 
 
 def decodes(jpeg: bytes, height: int, width: int) -> bool:
     """Whether these bytes are a sound JPEG of this size; not if they are CMYK, nor if any part is damaged."""
     pixels = np.empty((height, width, 3), np.uint8)
     arguments = (height, width, 0, 0, height, width, pixels.ctypes.data)
-    return library.automix_decode_box(jpeg, len(jpeg), *arguments) == 0
+    return library().automix_decode_box(jpeg, len(jpeg), *arguments) == 0
 
 
 def restart_interval(width: int) -> int:

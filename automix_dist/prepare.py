@@ -45,7 +45,7 @@ from automix_dist.beton import (
     word_sum,
 )
 from automix_dist.cores import usable_cores
-from automix_dist.jpeg import decodes, restart_interval
+from automix_dist.jpeg import decodes, library, restart_interval
 from automix_dist.ordered_threads import in_order
 from automix_dist.sources import Source, SourceError, Split, open_source, some
 
@@ -109,6 +109,8 @@ def prepare(
     """
     out = Path(out)
     _check_options(out, split, per_class, write_mode, max_resolution, quality, workers)
+    if write_mode != "raw":
+        library()  # if the decoder is missing, that is not to be said of each image
     try:
         images = open_source(source, split, classes)
     except SourceError as error:

@@ -12,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: see automix_di
 import torch
 from ranks import ROOT, run
 
+import automix_dist  # noqa: F401 - in a checkout that is not installed it makes automix_kernels known
+
 TESTS = Path(__file__).parent
 
 

@@ -1,5 +1,6 @@
 """Writing, describing and checking .beton files."""
 
+import ctypes
 import errno
 import fcntl
 import io
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from automix_dist import beton, prepare, sources
 from automix_dist.beton import BetonError
+from automix_dist.jpeg import DecoderError, library
 
 
 def write(source, out, **options) -> beton.Manifest:
@@ -510,6 +512,15 @@ def test_an_image_larger_than_a_page(tmp_path):
 def test_bad_options(options, message, tmp_path):
     with pytest.raises(BetonError, match=message):
         write("digits", tmp_path / "x.beton", **options)
+
+
+def test_a_missing_decoder_is_no_broken_image(tmp_path, monkeypatch):
+    load = ctypes.CDLL
+    library.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: load(f"{path}.missing"))
+    with pytest.raises(DecoderError, match=r"cannot open .*launch/install\.sh"):
+        write("digits:4", tmp_path / "x.beton", write_mode="jpg", skip_broken=True)
+    assert write("digits:4", tmp_path / "x.beton").jpeg_count == 0
 
 
 def test_output_must_be_a_beton_file(tmp_path):

@@ -58,7 +58,7 @@ def decode(data: bytes, height: int, width: int, box: tuple[int, int, int, int])
     """Status, and the box's pixels; what lies around the image must not be touched."""
     memory = np.full(2 * GUARD + 3 * height * width, 77, np.uint8)
     address = memory.ctypes.data + GUARD
-    status = jpeg.library.automix_decode_box(data, len(data), height, width, *box, address)
+    status = jpeg.library().automix_decode_box(data, len(data), height, width, *box, address)
     assert (memory[:GUARD] == 77).all() and (memory[-GUARD:] == 77).all()
     top, left, h, w = box
     return status, memory[GUARD:-GUARD].reshape(height, width, 3)[top : top + h, left : left + w]

@@ -300,6 +300,7 @@ def test_help_and_mistakes_answer_at_once():
 BARE = """
 import sys
 from importlib import metadata
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 installed = metadata.version
 def version(name):
     if name in ("automix-dist", "ffcv", "deepspeed"):
@@ -317,7 +318,7 @@ def test_a_checkout_without_an_installation_says_what_is_missing(settings, tmp_p
 
     def bare(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", BARE, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     assert bare("--version").stdout.startswith("automix-dist ")
     assert bare("prepare", "digits:4", tmp_path / "few.beton").returncode == 0
