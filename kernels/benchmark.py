@@ -355,6 +355,7 @@ def tune(shape: Shape, dtype: torch.dtype, machine: Machine, budget_s: float, de
                 label = f"{tuple(tile)}{' (default)' if tile == chosen else ''}"
                 row = Row("mix attention", shape.label, label, name)
                 trials.append((row, calls_of(tile), pool.submit(calls_of(tile)[0])))
+        print(f"{shape.label}: compiling {len(trials)} tiles", flush=True)
     for row, calls, compiled in trials:
         if time.monotonic() > deadline:
             row.note = "not reached"
