@@ -14,13 +14,15 @@ from automix_dist import beton
 from automix_dist.bench import loader, loader_candidates, loader_report
 
 RATES = {"median", "min", "max"}
+IN_THIS_PROCESS = ("ours, bicubic", "ours, plain JPEG", "DataLoader + PIL", "DataLoader + decode_jpeg")
 
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path, capsys, monkeypatch):
-    # Each is a process that imports and compiles: of raw storage two will do.
+    # Each is a process that imports and compiles: of raw storage two will do, and some are tried in this one, below.
+    apart = [each for each in loader.CANDIDATES if each.name not in IN_THIS_PROCESS]
     both_kinds = ("ours", "DataLoader + numpy.memmap")
-    fewer = [each if each.name in both_kinds else replace(each, kinds=("jpg",)) for each in loader.CANDIDATES]
+    fewer = [each if each.name in both_kinds else replace(each, kinds=("jpg",)) for each in apart]
     monkeypatch.setattr(loader, "CANDIDATES", tuple(fewer))
     step = tmp_path / "step.json"
     step.write_text('{"images_per_second": 100, "device": "an abacus"}')
@@ -54,6 +56,14 @@ def test_end_to_end(tmp_path, capsys, monkeypatch):
     drawing = xml.etree.ElementTree.parse(out / "loader.svg").getroot()
     measured = sum(not row["note"] for row in result["rows"])
     assert len(drawing.findall("{*}path")) == measured
+
+
+def test_candidates_give_batches_of_images(tmp_path):
+    job = loader.make_data(tmp_path, "jpg@96", 64, 1) | {"images": 64, "workers": 1}
+    for candidate in (each for each in loader.CANDIDATES if each.name in IN_THIS_PROCESS):
+        (batch,) = candidate.epoch_of(job)()
+        assert batch.element_size() == 1 and sorted(batch.shape) == [3, 64, 224, 224], candidate.name
+        assert batch.float().std() > 10  # pixels
 
 
 @pytest.mark.slow

@@ -298,7 +298,7 @@ def test_help_and_mistakes_answer_at_once():
 
 
 BARE = """
-import sys
+import json, sys
 from importlib import metadata
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 installed = metadata.version
@@ -309,24 +309,29 @@ def version(name):
 metadata.version = version
 sys.modules["ffcv"] = sys.modules["deepspeed"] = None  # importing them says that they are not there
 from automix_dist.cli import main
-main(sys.argv[1:])
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(f"-> {end.code}", file=sys.stderr, flush=True)
 """
 
 
 def test_a_checkout_without_an_installation_says_what_is_missing(settings, tmp_path):
-    """As on a machine where PYTHONPATH alone names the checkout, with some of the packages."""
-
-    def bare(*arguments: object) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", BARE, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-    assert bare("--version").stdout.startswith("automix-dist ")
-    assert bare("prepare", "digits:4", tmp_path / "few.beton").returncode == 0
-    no_engine = bare("train", settings, "engine.name=deepspeed")
-    assert no_engine.returncode == 2 and "deepspeed is not installed here" in no_engine.stderr
-    no_loader = bare("train", settings, "engine.name=ddp")
-    assert no_loader.returncode == 1 and "Traceback" not in no_loader.stderr
-    assert f"error: ffcv is not installed in {sys.prefix}: bash launch/install.sh" in no_loader.stderr
+    """As on a machine where the checkout is on Python's path alone, with some of the packages."""
+    commands = [
+        ["prepare", "digits:4", str(tmp_path / "few.beton")],
+        ["train", str(settings), "engine.name=deepspeed"],
+        ["train", str(settings), "engine.name=ddp"],
+        ["--version"],
+    ]
+    command = [sys.executable, "-c", BARE, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    prepared, no_engine, no_loader, version, _ = re.split(r"(?<=-> \d\n)", done.stderr)
+    assert prepared.endswith("-> 0\n") and version == "-> 0\n" and "automix-dist 0." in done.stdout
+    assert "deepspeed is not installed here" in no_engine and no_engine.endswith("-> 2\n")
+    assert f"error: ffcv is not installed in {sys.prefix}: bash launch/install.sh" in no_loader
+    assert "Traceback" not in no_loader and no_loader.endswith("-> 1\n")
 
 
 @pytest.mark.parametrize(
