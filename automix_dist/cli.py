@@ -4,7 +4,7 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
 import shlex
@@ -17,8 +17,6 @@ from typing import NoReturn
 import automix_dist
 from automix_dist.config import Config, ConfigError, keys_named, load_config, to_yaml
 from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean
-
-OWN_PACKAGES = ("automix_dist", "automix_kernels")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -60,7 +58,8 @@ def _explain(error: Exception) -> str | None:
         return (
             f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size (eval: --batch-size) ({reason})"
         )
-    if isinstance(error, ModuleNotFoundError) and (package := error.name.split(".")[0]) not in OWN_PACKAGES:
+    package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed in {sys.prefix}: bash launch/install.sh installs what is missing"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
