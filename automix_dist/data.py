@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -423,6 +422,8 @@ def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, t
 
 def _free_memory() -> int:
     """Bytes of memory that can hold files: what the machine has available, or the container's limit."""
+    import psutil  # here, for policies need Batch where psutil may not be installed
+
     free = psutil.virtual_memory().available
     for limit in MEMORY_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no control group of this version, or no limit ("max")
