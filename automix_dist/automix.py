@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, LossConfig
 from automix_dist.convolutions import surrounding_autocast
 from automix_dist.draws import Draws, MixDraw, draw_step, gallery_pairs, on_device
+from automix_dist.fused_batchnorm import FusedBatchNorm2d
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.mix_block import MixBlock, mask_loss
 
@@ -375,7 +376,9 @@ def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
 def _normalize_halves(encoder: Encoder) -> None:
     """Have BatchNorm take each half of a training batch for a batch of its own, the first one first."""
     for layer in encoder.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if isinstance(layer, FusedBatchNorm2d):
+            layer.batches = 2
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.forward = partial(_forward_halves, layer, layer.forward)
 
 

@@ -12,6 +12,7 @@ from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.convolutions import lay_out_weights, pad_stems, surrounding_autocast
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
+from automix_dist.fused_batchnorm import fuse_batchnorms
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.policy import Draw, Policy, load
 
@@ -150,6 +151,8 @@ def build_model(
     module, settings = load(config.policy)
     if config.engine.padded_stem:
         pad_stems(backbone)
+    if config.engine.fused_batchnorm:
+        fuse_batchnorms(backbone, config.engine.kernels)
     common = {
         "loss": config.loss,
         "mean": config.data.mean,

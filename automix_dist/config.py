@@ -399,6 +399,9 @@ class EngineConfig:
     padded_stem: bool = False
     """The first convolution reads a fourth channel of zeros, for GPU kernels that want channels in fours; images are
     copied for it. The weights stay as they are."""
+    fused_batchnorm: bool = False
+    """BatchNorm, the ReLU behind it and in ResNets the addition of a block's shortcut as one operation, with kernels of
+    its own on a GPU (engine.kernels)."""
     deterministic: bool = False
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -435,6 +438,8 @@ class EngineConfig:
             raise ConfigError("engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, got 0")
         if self.sync_batchnorm and self.device == "cpu":
             raise ConfigError("engine.sync_batchnorm needs GPUs, but engine.device = 'cpu': set it to false")
+        if self.fused_batchnorm and self.sync_batchnorm:
+            raise ConfigError("engine.fused_batchnorm does not go with engine.sync_batchnorm: set one of them to false")
         for key in ("compile", "cuda_graph"):
             if getattr(self, key) and (self.zero_stage == 3 or self.name == "fsdp2"):
                 raise ConfigError(

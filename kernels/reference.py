@@ -367,3 +367,115 @@ def momentum_update(
     steps = torch._foreach_sub(sources, targets)
     torch._foreach_mul_(steps, (1 - coefficient) * (1 - skip.to(targets[0].dtype)))
     torch._foreach_add_(targets, steps)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    groups: int = 1,
+) -> Tensor:
+    """nn.BatchNorm2d in training, then the residual added, then ReLU; each in x's type, as those layers do it.
+
+    Args:
+        x: [B, C, H, W].
+        weight, bias: [C].
+        running_mean, running_var: [C], moved by `momentum` towards this batch's mean and unbiased variance, in place.
+        num_batches: scalar int64, how many batches have moved them.
+        residual: of x's shape and type, or None.
+        relu: whether there is one.
+        groups: as many batches, one after the other, are in x.
+    """
+    normalized = [
+        F.batch_norm(batch, running_mean, running_var, weight, bias, True, momentum, eps) for batch in x.chunk(groups)
+    ]
+    num_batches += groups
+    y = torch.cat(normalized) if groups > 1 else normalized[0]
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def batch_moments(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float,
+    eps: float,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """[B, C, H, W] -> mean and 1 / sqrt(variance + eps) of each group, [groups, C]; the running statistics move."""
+    batches = _grouped(x, groups).to(_accumulate_dtype(x))
+    var, mean = torch.var_mean(batches, dim=(1, 3, 4), correction=0)
+    count = batches[0].numel() // batches.shape[2]
+    for group in range(groups):
+        running_mean.lerp_(mean[group].to(running_mean.dtype), momentum)
+        running_var.lerp_((var[group] * (count / (count - 1))).to(running_var.dtype), momentum)
+    num_batches += groups
+    return mean, (var + eps).rsqrt()
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    return x.unflatten(0, (groups, -1))
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """[C] or [groups, C] against [groups, images, C, H, W]."""
+    return values.view(-1, 1, values.shape[-1], 1, 1)
+
+
+def batch_norm_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """relu((x - mean) * rstd * weight + bias + residual) in x's type, channels-last; the moments are [groups, C]."""
+    y = (_grouped(x, len(mean)).to(mean.dtype) - _per_channel(mean)) * _per_channel(rstd * weight) + _per_channel(bias)
+    y = y.flatten(0, 1)
+    if residual is not None:
+        y = y + residual
+    return (F.relu(y) if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the residual; the moments are x's own.
+
+    `y` is the result where there was a residual; else it is None, the ReLU's sign is that of its input computed again,
+    and the residual's gradient is empty.
+
+    With g what the ReLU lets through of `grad`, x^ = (x - mean) * rstd and n numbers in each channel of a group,
+    x gets weight * rstd * (g - sum g / n - x^ * sum (g x^) / n), the bias sum g and the weight sum (g x^).
+    """
+    groups = len(mean)
+    distance = _grouped(x, groups).to(mean.dtype) - _per_channel(mean)
+    scale = _per_channel(rstd * weight)
+    g = _grouped(grad, groups).to(mean.dtype)
+    if y is not None:
+        g = g.masked_fill(_grouped(y, groups) <= 0, 0)
+    elif relu:
+        g = g.masked_fill(distance * scale + _per_channel(bias) <= 0, 0)
+    normalized = distance * _per_channel(rstd)
+    first, second = (each.sum(dim=(1, 3, 4)) for each in (g, g * normalized))
+    count = x.numel() // x.shape[1] // groups
+    grad_x = scale * (g - _per_channel(first / count) - normalized * _per_channel(second / count))
+    grad_residual = x.new_empty(0) if y is None else _as_map(g, x.dtype)
+    return _as_map(grad_x, x.dtype), second.sum(dim=0).to(weight.dtype), first.sum(dim=0).to(bias.dtype), grad_residual
+
+
+def _as_map(grouped: Tensor, dtype: torch.dtype) -> Tensor:
+    return grouped.flatten(0, 1).to(dtype).contiguous(memory_format=torch.channels_last)

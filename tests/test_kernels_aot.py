@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from automix_kernels import mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
+from automix_kernels import batch_norm, mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
 from automix_kernels.reference import joined_rows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -228,3 +228,34 @@ def test_momentum_update(record, tmp_path, architecture, skip):
     if architecture != "hip":
         kernel, arguments = launches[0]
         assert "ld.global.v4.b32" in compile_launch(kernel, dict(arguments), architecture).asm["ptx"]
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "relu", "with_residual", "groups"),
+    [
+        ((256, 64, 112, 112), True, False, 1),
+        ((256, 1024, 14, 14), True, True, 1),
+        ((64, 2048, 7, 7), False, False, 2),
+        ((100, 80, 8, 8), True, True, 1),
+    ],
+)
+def test_batch_norm(record, tmp_path, architecture, dtype, shape, relu, with_residual, groups):
+    launches = record(batch_norm, architecture)
+    x = meta(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    of_channels = [meta(shape[1]) for _ in range(4)]
+    moments = batch_norm.launch_moments(x, *of_channels[:2], meta((), dtype=torch.int64), 0.1, 1e-5, groups)
+    residual = x if with_residual else None
+    y = batch_norm.launch_apply(x, *moments, *of_channels[2:], residual, relu)
+    batch_norm.launch_backward(y, x, *moments, *of_channels[2:], y if with_residual else None, relu)
+    assert [kernel.__name__ for kernel, _ in launches] == [
+        "_moments_kernel", "_finish_moments_kernel", "_apply_kernel",
+        "_backward_sums_kernel", "_finish_backward_kernel", "_input_grad_kernel",
+    ]  # fmt: skip
+    assert_fits(launches, architecture, tmp_path)
+    if architecture != "hip" and shape[1] % 64 == 0:
+        for kernel, arguments in launches:
+            if "finish" not in kernel.__name__:
+                code = compile_launch(kernel, dict(arguments), architecture).asm["ptx"]
+                assert "ld.global.v4.b32" in code, kernel.__name__

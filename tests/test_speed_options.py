@@ -5,17 +5,22 @@ import dataclasses
 
 import pytest
 import torch
+from automix_kernels import api as kernels
 from engine_steps import assert_same, train_plain, train_with_engine
 from ranks import run_ranks
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
+from torch import nn
 
+from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
 from automix_dist.bench import step_ways
 from automix_dist.bench.step import counted_flops
+from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError, from_dict
 from automix_dist.convolutions import PaddedConv2d, pad_stems
 from automix_dist.draws import draw_step
+from automix_dist.fused_batchnorm import FusedBatchNorm2d, fuse_batchnorms
 from automix_dist.schedules import Schedule
 
 
@@ -120,6 +125,95 @@ def test_a_padded_stem_computes_the_same_with_the_same_weights(name):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
     with pytest.raises(ConfigError, match=r"engine\.padded_stem"):
         pad_stems(torch.nn.Linear(3, 3))
+
+
+NETWORKS_WITH_BATCHNORM = {  # operations that normalise, of them with a ReLU, of them with a shortcut
+    "resnet10t": (14, 11, 4),  # a deep stem, and blocks with a pooled shortcut
+    "resnet26": (29, 25, 8),
+    "seresnet18": (20, 9, 0),
+    "resnetv2_18": (17, 17, 0),
+    "regnety_002": (44, 27, 0),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS_WITH_BATCHNORM)
+def test_fused_batchnorms_compute_the_same_with_the_same_weights(name, monkeypatch):
+    """To the bit on the CPU: embeddings, gradients down to the image, running statistics, and in evaluation."""
+    config = from_dict({"model": {"backbone": name}})
+    plain = create_backbone(config.model, -2, 64).train()
+    fused = copy.deepcopy(plain)
+    fuse_batchnorms(fused)
+    assert list(fused.state_dict()) == list(plain.state_dict()), "a checkpoint of one fits the other"
+    calls, batch_norm = [], kernels.batch_norm
+
+    def counted(*arguments, **keywords):
+        calls.append(arguments)
+        return batch_norm(*arguments, **keywords)
+
+    monkeypatch.setattr(kernels, "batch_norm", counted)
+    torch.manual_seed(0)
+    images = torch.randn(3, 3, 64, 64, requires_grad=True)
+    results = []
+    for backbone in (plain, fused):
+        embedding = backbone(images)
+        wanted = [images, *backbone.parameters()]
+        found = torch.autograd.grad(embedding.square().sum(), wanted)
+        with torch.no_grad():
+            features = backbone.features(images)
+        results.append([embedding, *found, features, *backbone.buffers(), backbone.eval()(images)])
+    passes = [call for call in calls if call[0].requires_grad]
+    with_relu, with_shortcut = sum(call[9] for call in passes), sum(call[8] is not None for call in passes)
+    assert (len(passes), with_relu, with_shortcut) == NETWORKS_WITH_BATCHNORM[name]
+    for got, expected in zip(*results[::-1], strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_what_follows_a_batchnorm_is_left_alone_where_it_is_something_else():
+    """Other activations, dropped paths, and norms without weights or running statistics."""
+    for settings in (
+        {"backbone": "resnet10t", "timm_kwargs": {"act_layer": "silu"}},
+        {"backbone": "resnet18", "drop_path": 0.2},
+        {"backbone": "resnet18", "timm_kwargs": {"block_args": {"attn_layer": "eca"}}},
+        {"backbone": "efficientnet_b0"},
+    ):
+        config = from_dict({"model": settings})
+        plain = create_backbone(config.model, -2, 64).train()
+        fused = copy.deepcopy(plain)
+        fuse_batchnorms(fused)
+        images = torch.randn(3, 3, 64, 64)
+        results = []
+        for backbone in (plain, fused):
+            torch.manual_seed(0)  # of what is dropped
+            results.append(backbone(images))
+        assert torch.equal(*results), settings
+    others = nn.Sequential(nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3))
+    fuse_batchnorms(others)
+    assert [type(each) for each in others] == [nn.BatchNorm2d, nn.BatchNorm2d, FusedBatchNorm2d]
+    with pytest.raises(ConfigError, match=r"engine\.fused_batchnorm"):
+        fuse_batchnorms(create_backbone(from_dict({"model": {"backbone": "convnext_atto"}}).model, -2, 64))
+    with pytest.raises(ConfigError, match="sync_batchnorm"):
+        from_dict({"engine": {"fused_batchnorm": True, "sync_batchnorm": True}})
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_with_fused_batchnorms_is_the_same_step(joint, checkpointing):
+    """AutoMix as `automix train` builds it, all options that touch a BatchNorm together."""
+    results = []
+    for fused in (False, True):
+        engine = {"joint_query": joint, "fused_batchnorm": fused, "immediate_backward": not checkpointing}
+        config = from_dict({"model": {"backbone": "resnet10t"}, "data": {"image_size": 64}, "engine": engine})
+        torch.manual_seed(0)
+        model = build_model(config, create_backbone(config.model, -2, 64), 10).train()
+        if checkpointing:
+            checkpoint_blocks(model)
+        images, labels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8), torch.arange(4)
+        losses = model(images, labels, draw_step(config.automix, 4, seed=0, step=0), 0.1)
+        losses.total.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*losses, *grads, *(b.clone() for b in model.buffers())])
+    for got, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def small_resnet(**automix) -> tuple[AutoMix, dict]:

@@ -1,0 +1,489 @@
+"""BatchNorm in training, with the addition of a shortcut and the ReLU behind it: Triton kernels and the torch ops.
+
+    y = relu((x - mean) * rstd * weight + bias + residual)        residual and relu if wanted
+
+As operations of their own these read and write the map three times over; here the forward pass reads it for the
+statistics and once more for the result, and the backward pass likewise. Without a residual the ReLU's sign is computed
+again from x, so that the result needs not be read; with one, the pass that adds up the sums also writes the residual's
+gradient, which is what the second pass reads.
+
+A map is a matrix in memory: channels-last, `rows` of all images' pixels by C channels. Its tiles of rows are dealt out
+to at most PROGRAMS parts in turn, and every sum over rows is the sum of its parts' in their order: no atomics, and
+the same bits on every GPU. Passes over the map run from the back and from the front in turn, so that each begins with
+what the one before left in the cache. With several groups of images, each has statistics of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 512  # of the passes that sum: all of them fit an A100 or an H200 at once, and none is left over for the end
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # numbers: 32 bytes or more of each map that a thread has under way
+ROUNDS = 4  # tiles a program in the passes that do not sum
+FINISHED = 4096  # numbers in a tile of the finishing kernels, which holds all parts
+
+
+@triton.jit
+def _tile(ptr, row, rows, channels, C, BLOCK_R: tl.constexpr):
+    """Pointers to BLOCK_R rows from `row` on, and which of them exist."""
+    within = tl.arange(0, BLOCK_R)
+    pointers = ptr + row.to(tl.int64) * C + (within[:, None] * C + channels[None, :])
+    return pointers, (row + within < rows)[:, None] & (channels < C)[None, :]
+
+
+@triton.jit
+def _of_channels(ptr, group, channels, C):
+    """[1, channels] float32 of one group."""
+    return tl.load(ptr + group * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _rows_of_part(part, PARTS, rows, BLOCK_R: tl.constexpr):
+    """How many rows the tiles part, part + PARTS, ... hold, counted from the back; the last of all may be cut."""
+    tiles = tl.cdiv(rows, BLOCK_R)
+    cut = tl.where(part == 0, tiles * BLOCK_R - rows, 0)
+    return tl.cdiv(tiles - part, PARTS) * BLOCK_R - cut
+
+
+@triton.jit
+def _moments_kernel(x_ptr, parts_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Mean and sum of squared distances from it, of each part. Grid: (blocks of channels, parts, groups).
+
+    parts is [2, groups, parts, C]. Sums are of distances from the part's first row, so that a mean far from zero costs
+    no digits.
+    """
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part, PARTS = tl.program_id(1), tl.num_programs(1)
+    group, groups = tl.program_id(2), tl.num_programs(2)
+    x_ptr += group.to(tl.int64) * rows * C
+    tiles = tl.cdiv(rows, BLOCK_R)
+    start = (tiles - 1 - part) * BLOCK_R
+    shift = tl.load(x_ptr + start.to(tl.int64) * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    first = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for tile in range(part, tiles, PARTS):
+        pointers, mask = _tile(x_ptr, (tiles - 1 - tile) * BLOCK_R, rows, channels, C, BLOCK_R)
+        distance = tl.where(mask, tl.load(pointers, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
+        first += distance
+        second += distance * distance
+    total = tl.sum(first, axis=0)[None, :]
+    mean = total / _rows_of_part(part, PARTS, rows, BLOCK_R)
+    squares = tl.sum(second, axis=0)[None, :] - total * mean
+    squares = tl.where(squares < 0, 0.0, squares)  # NaN stays
+    pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
+    tl.store(pointers, shift + mean, mask=(channels < C)[None, :])
+    tl.store(pointers + groups * PARTS * C, squares, mask=(channels < C)[None, :])
+
+
+@triton.jit
+def _finish_moments_kernel(
+    parts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    num_batches_ptr,
+    rows,
+    C,
+    PARTS,
+    groups,
+    momentum,
+    eps,
+    ROWS_OF_TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Parts put together as one group's moments, and the running statistics moved. Grid: (blocks of channels,)."""
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.arange(0, BLOCK_P)[:, None]
+    inside = channels < C
+    mask = (part < PARTS) & inside[None, :]
+    count = tl.where(part < PARTS, _rows_of_part(part, PARTS, rows, ROWS_OF_TILE), 0).to(tl.float32)
+    running_mean = tl.load(running_mean_ptr + channels, mask=inside)
+    running_var = tl.load(running_var_ptr + channels, mask=inside)
+    for group in range(groups):
+        pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
+        means = tl.load(pointers, mask=mask, other=0.0)
+        shift = tl.load(parts_ptr + group * PARTS * C + channels, mask=inside, other=0.0)
+        mean = shift + tl.sum(tl.where(mask, count * (means - shift[None, :]), 0.0), axis=0) / rows
+        away = means - mean[None, :]
+        squares = tl.load(pointers + groups * PARTS * C, mask=mask, other=0.0)
+        squares = tl.sum(tl.where(mask, squares + count * away * away, 0.0), axis=0)
+        tl.store(mean_ptr + group * C + channels, mean, mask=inside)
+        tl.store(rstd_ptr + group * C + channels, 1 / tl.sqrt_rn(squares / rows + eps), mask=inside)
+        running_mean += momentum * (mean - running_mean)
+        running_var += momentum * (squares / (rows - 1) - running_var)
+    tl.store(running_mean_ptr + channels, running_mean, mask=inside)
+    tl.store(running_var_ptr + channels, running_var, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(num_batches_ptr, tl.load(num_batches_ptr) + groups)
+
+
+@triton.jit
+def _apply_kernel(
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    rows,
+    C,
+    RELU: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Grid: (ROUNDS tiles of rows, blocks of channels, groups)."""
+    group = tl.program_id(2)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean = _of_channels(mean_ptr, group, channels, C)
+    scale = _of_channels(rstd_ptr, group, channels, C) * _of_channels(weight_ptr, 0, channels, C)
+    bias = _of_channels(bias_ptr, 0, channels, C)
+    offset = group.to(tl.int64) * rows * C
+    for i in tl.static_range(ROUNDS):
+        row = (tl.program_id(0) * ROUNDS + i) * BLOCK_R
+        pointers, mask = _tile(x_ptr + offset, row, rows, channels, C, BLOCK_R)
+        y = (tl.load(pointers, mask=mask, other=0.0).to(tl.float32) - mean) * scale + bias
+        if residual_ptr is not None:
+            pointers, _ = _tile(residual_ptr + offset, row, rows, channels, C, BLOCK_R)
+            y += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            y = tl.where(y < 0, 0.0, y)  # NaN stays
+        pointers, _ = _tile(y_ptr + offset, row, rows, channels, C, BLOCK_R)
+        tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_sums_kernel(
+    grad_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    grad_residual_ptr,
+    parts_ptr,
+    rows,
+    C,
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums of g and of g * (x - mean) * rstd over each part; g is the gradient where the ReLU lets it through.
+
+    Grid: (blocks of channels, parts, groups). parts is [2, groups, parts, C]. y and grad_residual, which is g, come
+    together or not at all.
+    """
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part, PARTS = tl.program_id(1), tl.num_programs(1)
+    group, groups = tl.program_id(2), tl.num_programs(2)
+    mean, rstd = _of_channels(mean_ptr, group, channels, C), _of_channels(rstd_ptr, group, channels, C)
+    scale = rstd * _of_channels(weight_ptr, 0, channels, C)
+    bias = _of_channels(bias_ptr, 0, channels, C)
+    offset = group.to(tl.int64) * rows * C
+    first = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    tiles = tl.cdiv(rows, BLOCK_R)
+    for tile in range(part, tiles, PARTS):
+        row = (tiles - 1 - tile) * BLOCK_R
+        pointers, mask = _tile(grad_ptr + offset, row, rows, channels, C, BLOCK_R)
+        grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        pointers, _ = _tile(x_ptr + offset, row, rows, channels, C, BLOCK_R)
+        distance = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) - mean
+        if grad_residual_ptr is not None:
+            pointers, _ = _tile(y_ptr + offset, row, rows, channels, C, BLOCK_R)
+            grad = tl.where(tl.load(pointers, mask=mask, other=0.0) <= 0, 0.0, grad)
+            pointers, _ = _tile(grad_residual_ptr + offset, row, rows, channels, C, BLOCK_R)
+            tl.store(pointers, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
+        elif RELU:
+            grad = tl.where(distance * scale + bias <= 0, 0.0, grad)
+        first += grad
+        second += tl.where(mask, grad * (distance * rstd), 0.0)
+    pointers = parts_ptr + (group * PARTS + part) * C + channels
+    tl.store(pointers, tl.sum(first, axis=0), mask=channels < C)
+    tl.store(pointers + groups * PARTS * C, tl.sum(second, axis=0), mask=channels < C)
+
+
+@triton.jit
+def _finish_backward_kernel(
+    parts_ptr,
+    sums_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    C,
+    PARTS,
+    groups,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sums of each group [2, groups, C], and over the groups the gradients. Grid: (blocks of channels,)."""
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.arange(0, BLOCK_P)[:, None]
+    inside = channels < C
+    mask = (part < PARTS) & inside[None, :]
+    grad_weight = tl.zeros([BLOCK_C], tl.float32)
+    grad_bias = tl.zeros([BLOCK_C], tl.float32)
+    for group in range(groups):
+        pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
+        first = tl.sum(tl.load(pointers, mask=mask, other=0.0), axis=0)
+        second = tl.sum(tl.load(pointers + groups * PARTS * C, mask=mask, other=0.0), axis=0)
+        tl.store(sums_ptr + group * C + channels, first, mask=inside)
+        tl.store(sums_ptr + (groups + group) * C + channels, second, mask=inside)
+        grad_bias += first
+        grad_weight += second
+    tl.store(grad_weight_ptr + channels, grad_weight, mask=inside)
+    tl.store(grad_bias_ptr + channels, grad_bias, mask=inside)
+
+
+@triton.jit
+def _input_grad_kernel(
+    grad_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    sums_ptr,
+    grad_x_ptr,
+    rows,
+    C,
+    RELU: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """weight * rstd * (g - sum g / rows - x^ * sum (g * x^) / rows), x^ = (x - mean) * rstd. Grid: as `_apply_kernel`.
+
+    RELU: the sign of the ReLU's input is to be computed from x; else `grad` is g.
+    """
+    group, groups = tl.program_id(2), tl.num_programs(2)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mean, rstd = _of_channels(mean_ptr, group, channels, C), _of_channels(rstd_ptr, group, channels, C)
+    scale = rstd * _of_channels(weight_ptr, 0, channels, C)
+    bias = _of_channels(bias_ptr, 0, channels, C)
+    constant = _of_channels(sums_ptr, group, channels, C) / rows
+    slope = _of_channels(sums_ptr, groups + group, channels, C) * rstd / rows
+    offset = group.to(tl.int64) * rows * C
+    for i in tl.static_range(ROUNDS):
+        row = (tl.program_id(0) * ROUNDS + i) * BLOCK_R
+        pointers, mask = _tile(grad_ptr + offset, row, rows, channels, C, BLOCK_R)
+        grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        pointers, _ = _tile(x_ptr + offset, row, rows, channels, C, BLOCK_R)
+        distance = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) - mean
+        if RELU:
+            grad = tl.where(distance * scale + bias <= 0, 0.0, grad)
+        pointers, _ = _tile(grad_x_ptr + offset, row, rows, channels, C, BLOCK_R)
+        grad = scale * (grad - constant - distance * slope)
+        tl.store(pointers, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+class _Plan:
+    """How the kernels divide a map of `groups` times `rows` x `channels`; a function of these alone."""
+
+    def __init__(self, x: Tensor, groups: int, tile: int):
+        images, self.channels, height, width = x.shape
+        self.groups, self.rows = groups, images // groups * height * width
+        self.block_c = min(128, triton.next_power_of_2(self.channels))
+        self.block_r = tile // self.block_c
+        self.blocks = triton.cdiv(self.channels, self.block_c)
+        tiles = triton.cdiv(self.rows, self.block_r)
+        self.parts = min(triton.cdiv(PROGRAMS, self.blocks * groups), tiles)
+        self.sum_grid = self.blocks, self.parts, groups
+        self.map_grid = triton.cdiv(tiles, ROUNDS), self.blocks, groups
+
+    def tiles(self) -> dict[str, int]:
+        return {"rows": self.rows, "C": self.channels, "BLOCK_R": self.block_r, "BLOCK_C": self.block_c}
+
+    def finish(self) -> tuple[tuple[int], dict[str, int]]:
+        """Grid and sizes of a finishing kernel."""
+        block_p = triton.next_power_of_2(self.parts)
+        block_c = min(FINISHED // block_p, triton.next_power_of_2(self.channels), 64)
+        sizes = {"C": self.channels, "PARTS": self.parts, "groups": self.groups, "BLOCK_P": block_p, "BLOCK_C": block_c}
+        return (triton.cdiv(self.channels, block_c),), sizes
+
+    def empty_parts(self, x: Tensor) -> Tensor:
+        return x.new_empty(2, self.groups, self.parts, self.channels, dtype=torch.float32)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def launch_moments(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches: Tensor,
+    momentum: float,
+    eps: float,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """[B, C, H, W] -> mean and 1 / sqrt(variance + eps) of each group, [groups, C] float32; running statistics move."""
+    plan, x = _Plan(x, groups, FORWARD_TILE), _channels_last(x)
+    parts, (mean, rstd) = plan.empty_parts(x), _empty_moments(x, groups)
+    with torch.cuda.device_of(x):
+        _moments_kernel[plan.sum_grid](
+            x_ptr=x,
+            parts_ptr=parts,
+            **plan.tiles(),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        grid, sizes = plan.finish()
+        _finish_moments_kernel[grid](
+            parts_ptr=parts,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            running_mean_ptr=running_mean,
+            running_var_ptr=running_var,
+            num_batches_ptr=num_batches,
+            rows=plan.rows,
+            momentum=momentum,
+            eps=eps,
+            ROWS_OF_TILE=plan.block_r,
+            **sizes,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return mean, rstd
+
+
+def _empty_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(groups, x.shape[1], dtype=torch.float32) for _ in range(2))
+
+
+batch_moments = torch.library.custom_op(
+    "automix::batch_moments",
+    launch_moments,
+    mutates_args=("running_mean", "running_var", "num_batches"),
+    device_types="cuda",
+)
+
+
+@batch_moments.register_fake
+def _(x, running_mean, running_var, num_batches, momentum, eps, groups):
+    return _empty_moments(x, groups)
+
+
+def launch_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """y in x's type, channels-last; the moments are x's own, [groups, C]."""
+    plan, x = _Plan(x, len(mean), FORWARD_TILE), _channels_last(x)
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _apply_kernel[plan.map_grid](
+            x_ptr=x,
+            mean_ptr=mean,
+            rstd_ptr=rstd,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            residual_ptr=None if residual is None else _channels_last(residual),
+            y_ptr=y,
+            **plan.tiles(),
+            RELU=relu,
+            ROUNDS=ROUNDS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+batch_norm_apply = torch.library.custom_op(
+    "automix::batch_norm_apply", launch_apply, mutates_args=(), device_types="cuda"
+)
+
+
+@batch_norm_apply.register_fake
+def _(x, mean, rstd, weight, bias, residual, relu):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def launch_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the residual; `y` is the result where there was a residual, else None, and the
+    residual's gradient is empty."""
+    plan, grad, x = _Plan(x, len(mean), BACKWARD_TILE), _channels_last(grad), _channels_last(x)
+    grad_x, grad_weight, grad_bias, grad_residual = outputs = _empty_gradients(x, weight, bias, y)
+    parts = plan.empty_parts(x)
+    sums = x.new_empty(2, plan.groups, plan.channels, dtype=torch.float32)
+    of_norm = {"x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd, "weight_ptr": weight, "bias_ptr": bias}
+    with torch.cuda.device_of(x):
+        _backward_sums_kernel[plan.sum_grid](
+            grad_ptr=grad,
+            **of_norm,
+            y_ptr=None if y is None else _channels_last(y),
+            grad_residual_ptr=None if y is None else grad_residual,
+            parts_ptr=parts,
+            **plan.tiles(),
+            RELU=relu,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        grid, sizes = plan.finish()
+        _finish_backward_kernel[grid](
+            parts_ptr=parts,
+            sums_ptr=sums,
+            grad_weight_ptr=grad_weight,
+            grad_bias_ptr=grad_bias,
+            **sizes,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+        _input_grad_kernel[plan.map_grid](
+            grad_ptr=grad if y is None else grad_residual,
+            **of_norm,
+            sums_ptr=sums,
+            grad_x_ptr=grad_x,
+            **plan.tiles(),
+            RELU=relu and y is None,
+            ROUNDS=ROUNDS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return outputs
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last)
+    grad_residual = x.new_empty(0) if y is None else torch.empty_like(grad_x)
+    return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_residual
+
+
+batch_norm_backward = torch.library.custom_op(
+    "automix::batch_norm_backward", launch_backward, mutates_args=(), device_types="cuda"
+)
+
+
+@batch_norm_backward.register_fake
+def _(grad, x, mean, rstd, weight, bias, y, relu):
+    return _empty_gradients(x, weight, bias, y)
+
+
+def _setup_context(ctx, inputs, output):
+    x, mean, rstd, weight, bias, residual, ctx.relu = inputs
+    ctx.save_for_backward(x, mean, rstd, weight, bias, None if residual is None else output)
+
+
+def _backward(ctx, grad):
+    """By way of the moments, which have no gradient of their own, too."""
+    *inputs, y = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias, grad_residual = batch_norm_backward(grad, *inputs, y, ctx.relu)
+    return grad_x, None, None, grad_weight, grad_bias, None if y is None else grad_residual, None
+
+
+batch_norm_apply.register_autograd(_backward, setup_context=_setup_context)
