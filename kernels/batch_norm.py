@@ -50,8 +50,8 @@ def _rows_of_part(part, PARTS, rows, BLOCK_R: tl.constexpr):
 def _moments_kernel(x_ptr, parts_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Mean and sum of squared distances from it, of each part. Grid: (blocks of channels, parts, groups).
 
-    parts is [2, groups, parts, C]. Sums are of distances from the part's first row, so that a mean far from zero costs
-    no digits.
+    parts is [2, groups, parts, C]. Sums are of distances from the mean of the part's first tile, so that a mean far
+    from zero costs no digits.
     """
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part, PARTS = tl.program_id(1), tl.num_programs(1)
@@ -59,14 +59,18 @@ def _moments_kernel(x_ptr, parts_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: t
     x_ptr += group.to(tl.int64) * rows * C
     tiles = tl.cdiv(rows, BLOCK_R)
     start = (tiles - 1 - part) * BLOCK_R
-    shift = tl.load(x_ptr + start.to(tl.int64) * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+    pointers, mask = _tile(x_ptr, start, rows, channels, C, BLOCK_R)
+    shift = tl.sum(tl.load(pointers, mask=mask, other=0.0).to(tl.float32), axis=0)[None, :]
+    shift /= tl.minimum(rows - start, BLOCK_R)
     first = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for tile in range(part, tiles, PARTS):
+    tile = part
+    while tile < tiles:
         pointers, mask = _tile(x_ptr, (tiles - 1 - tile) * BLOCK_R, rows, channels, C, BLOCK_R)
         distance = tl.where(mask, tl.load(pointers, mask=mask, other=0.0).to(tl.float32) - shift, 0.0)
         first += distance
         second += distance * distance
+        tile += PARTS
     total = tl.sum(first, axis=0)[None, :]
     mean = total / _rows_of_part(part, PARTS, rows, BLOCK_R)
     squares = tl.sum(second, axis=0)[None, :] - total * mean
@@ -87,9 +91,9 @@ def _finish_moments_kernel(
     rows,
     C,
     PARTS,
-    groups,
     momentum,
     eps,
+    GROUPS: tl.constexpr,
     ROWS_OF_TILE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -102,13 +106,13 @@ def _finish_moments_kernel(
     count = tl.where(part < PARTS, _rows_of_part(part, PARTS, rows, ROWS_OF_TILE), 0).to(tl.float32)
     running_mean = tl.load(running_mean_ptr + channels, mask=inside)
     running_var = tl.load(running_var_ptr + channels, mask=inside)
-    for group in range(groups):
+    for group in range(GROUPS):
         pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
         means = tl.load(pointers, mask=mask, other=0.0)
         shift = tl.load(parts_ptr + group * PARTS * C + channels, mask=inside, other=0.0)
         mean = shift + tl.sum(tl.where(mask, count * (means - shift[None, :]), 0.0), axis=0) / rows
         away = means - mean[None, :]
-        squares = tl.load(pointers + groups * PARTS * C, mask=mask, other=0.0)
+        squares = tl.load(pointers + GROUPS * PARTS * C, mask=mask, other=0.0)
         squares = tl.sum(tl.where(mask, squares + count * away * away, 0.0), axis=0)
         tl.store(mean_ptr + group * C + channels, mean, mask=inside)
         tl.store(rstd_ptr + group * C + channels, 1 / tl.sqrt_rn(squares / rows + eps), mask=inside)
@@ -117,7 +121,7 @@ def _finish_moments_kernel(
     tl.store(running_mean_ptr + channels, running_mean, mask=inside)
     tl.store(running_var_ptr + channels, running_var, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(num_batches_ptr, tl.load(num_batches_ptr) + groups)
+        tl.store(num_batches_ptr, tl.load(num_batches_ptr) + GROUPS)
 
 
 @triton.jit
@@ -188,7 +192,8 @@ def _backward_sums_kernel(
     first = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     tiles = tl.cdiv(rows, BLOCK_R)
-    for tile in range(part, tiles, PARTS):
+    tile = part
+    while tile < tiles:
         row = (tiles - 1 - tile) * BLOCK_R
         pointers, mask = _tile(grad_ptr + offset, row, rows, channels, C, BLOCK_R)
         grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -203,6 +208,7 @@ def _backward_sums_kernel(
             grad = tl.where(distance * scale + bias <= 0, 0.0, grad)
         first += grad
         second += tl.where(mask, grad * (distance * rstd), 0.0)
+        tile += PARTS
     pointers = parts_ptr + (group * PARTS + part) * C + channels
     tl.store(pointers, tl.sum(first, axis=0), mask=channels < C)
     tl.store(pointers + groups * PARTS * C, tl.sum(second, axis=0), mask=channels < C)
@@ -216,7 +222,7 @@ def _finish_backward_kernel(
     grad_bias_ptr,
     C,
     PARTS,
-    groups,
+    GROUPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -227,12 +233,12 @@ def _finish_backward_kernel(
     mask = (part < PARTS) & inside[None, :]
     grad_weight = tl.zeros([BLOCK_C], tl.float32)
     grad_bias = tl.zeros([BLOCK_C], tl.float32)
-    for group in range(groups):
+    for group in range(GROUPS):
         pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
         first = tl.sum(tl.load(pointers, mask=mask, other=0.0), axis=0)
-        second = tl.sum(tl.load(pointers + groups * PARTS * C, mask=mask, other=0.0), axis=0)
+        second = tl.sum(tl.load(pointers + GROUPS * PARTS * C, mask=mask, other=0.0), axis=0)
         tl.store(sums_ptr + group * C + channels, first, mask=inside)
-        tl.store(sums_ptr + (groups + group) * C + channels, second, mask=inside)
+        tl.store(sums_ptr + (GROUPS + group) * C + channels, second, mask=inside)
         grad_bias += first
         grad_weight += second
     tl.store(grad_weight_ptr + channels, grad_weight, mask=inside)
@@ -302,7 +308,7 @@ class _Plan:
         """Grid and sizes of a finishing kernel."""
         block_p = triton.next_power_of_2(self.parts)
         block_c = min(FINISHED // block_p, triton.next_power_of_2(self.channels), 64)
-        sizes = {"C": self.channels, "PARTS": self.parts, "groups": self.groups, "BLOCK_P": block_p, "BLOCK_C": block_c}
+        sizes = {"C": self.channels, "PARTS": self.parts, "GROUPS": self.groups, "BLOCK_P": block_p, "BLOCK_C": block_c}
         return (triton.cdiv(self.channels, block_c),), sizes
 
     def empty_parts(self, x: Tensor) -> Tensor:

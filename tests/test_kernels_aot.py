@@ -230,17 +230,19 @@ def test_momentum_update(record, tmp_path, architecture, skip):
         assert "ld.global.v4.b32" in compile_launch(kernel, dict(arguments), architecture).asm["ptx"]
 
 
-@pytest.mark.parametrize("architecture", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("shape", "relu", "with_residual", "groups"),
-    [
-        ((256, 64, 112, 112), True, False, 1),
-        ((256, 1024, 14, 14), True, True, 1),
-        ((64, 2048, 7, 7), False, False, 2),
-        ((100, 80, 8, 8), True, True, 1),
-    ],
-)
+NORM_CASES = [
+    # architecture, dtype, shape, relu, residual, groups
+    ("sm90", torch.bfloat16, (256, 64, 112, 112), True, False, 1),
+    ("sm90", torch.bfloat16, (256, 1024, 14, 14), True, True, 1),
+    ("sm90", torch.bfloat16, (64, 2048, 7, 7), False, False, 2),
+    ("sm90", torch.bfloat16, (100, 80, 8, 8), True, True, 1),
+    ("sm90", torch.float32, (256, 1024, 14, 14), True, True, 1),
+    *((each, torch.bfloat16, (256, 1024, 14, 14), True, True, 1) for each in ("sm80", "sm100", "hip")),
+    *((each, torch.float32, (64, 2048, 7, 7), True, False, 2) for each in ("sm80", "sm100", "hip")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "shape", "relu", "with_residual", "groups"), NORM_CASES)
 def test_batch_norm(record, tmp_path, architecture, dtype, shape, relu, with_residual, groups):
     launches = record(batch_norm, architecture)
     x = meta(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)

@@ -44,6 +44,41 @@ def blend_arguments(batch=3, mode="nearest", h=3, w=2):
     }
 
 
+def norm_arguments(shape=(4, 3, 2, 5)):
+    generator, channels = torch.Generator().manual_seed(0), shape[1]
+    return {
+        "x": torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last),
+        "weight": torch.randn(channels, generator=generator),
+        "bias": torch.randn(channels, generator=generator),
+        "running_mean": torch.randn(channels, generator=generator),
+        "running_var": torch.rand(channels, generator=generator),
+        "num_batches": torch.tensor(3),
+        "residual": torch.randn(shape, generator=generator).contiguous(memory_format=torch.channels_last),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 3)}, ValueError, r"x must have shape \[any, any, any, any\], got \[4, 3\]"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \[3\], got \[4\]"),
+        ({"running_var": torch.zeros(3, device="meta")}, ValueError, "running_var must be on cpu"),
+        ({"num_batches": torch.tensor(3.0)}, TypeError, "num_batches must be torch.int64, got torch.float32"),
+        ({"residual": torch.zeros(4, 3, 2, 5).half()}, TypeError, "residual must be torch.float32, got torch.float16"),
+        ({"relu": False}, ValueError, "a residual is added in front of a ReLU"),
+        ({"groups": 3}, ValueError, "groups must divide the batch of 4, got 3"),
+        (
+            {"x": torch.zeros(4, 3, 1, 1), "residual": None, "groups": 4}, ValueError,
+            r"more than one number a channel .* got x of shape \[4, 3, 1, 1\]",
+        ),
+        ({"implementation": "triton"}, RuntimeError, "tensors are on cpu.*engine.kernels=reference"),
+    ],
+)  # fmt: skip
+def test_batch_norm_refuses(change, error, message):
+    with pytest.raises(error, match=message):
+        api.batch_norm(**{**norm_arguments(), "relu": True, **change})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -4,10 +4,10 @@ the Triton code: on a GPU, and in Triton's interpreter, in which test_kernels_in
 
 import pytest
 import torch
-from test_kernels_api import attention_arguments, blend_arguments
+from test_kernels_api import attention_arguments, blend_arguments, norm_arguments
 
 pytest.importorskip("triton")
-from automix_kernels import mask_blend, mix_attention, momentum, normalize, reference, split_weights
+from automix_kernels import batch_norm, mask_blend, mix_attention, momentum, normalize, reference, split_weights
 from torch.library import opcheck
 
 pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -70,3 +70,17 @@ def test_momentum(device):
     sources = on(device, [torch.randn(3), torch.randn(4).bfloat16()])
     opcheck(momentum.momentum_update, (targets, sources, 0.9))
     opcheck(momentum.momentum_update, (targets, sources, 0.9, torch.tensor(1.0, device=device)))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_batch_norm(groups, with_residual, device):
+    x, weight, bias, *running, residual = on(device, norm_arguments().values())
+    opcheck(batch_norm.batch_moments, (x, *running, 0.1, 1e-5, groups))
+    moments = batch_norm.batch_moments(x, *running, 0.1, 1e-5, groups)
+    residual = residual.requires_grad_() if with_residual else None
+    leaves = (x.requires_grad_(), *moments, weight.requires_grad_(), bias.requires_grad_(), residual)
+    opcheck(batch_norm.batch_norm_apply, (*leaves, True))
+    inputs = [each.detach() for each in leaves[:5]]
+    y = batch_norm.batch_norm_apply(*inputs, residual, True).detach() if with_residual else None
+    opcheck(batch_norm.batch_norm_backward, (torch.randn_like(inputs[0]), *inputs, y, True))

@@ -48,6 +48,46 @@ def test_weights_are_cut_and_their_gradients_put_together(columns):
         torch.testing.assert_close(ours, theirs, check_dtype=False)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("relu", "with_residual"), [(False, False), (True, False), (True, True)])
+def test_batch_norm_in_parts_is_batch_norm(relu, with_residual, groups):
+    """The moments, the map and the written-out backward pass, as the kernels divide them, against torch's own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, weight, bias, grad = normal(4, 3, 2, 5) * 2 + 1, normal(3), normal(3), normal(4, 3, 2, 5)
+    residual = normal(4, 3, 2, 5).requires_grad_() if with_residual else None
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()] + [residual] * with_residual
+    running = [normal(3), normal(3).abs(), torch.tensor(7)]
+    norm, states = torch.nn.BatchNorm2d(3).double(), []
+    norm.weight, norm.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    norm.running_mean, norm.running_var, norm.num_batches_tracked = (each.clone() for each in running)
+    expected = torch.cat([norm(batch) for batch in x.chunk(groups)])
+    expected = expected if residual is None else expected + residual
+    expected = expected.relu() if relu else expected
+    states.append([norm.running_mean, norm.running_var, norm.num_batches_tracked])
+    whole = [each.clone() for each in running]
+    y = reference.batch_norm(x, weight, bias, *whole, 0.1, 1e-5, residual, relu, groups)
+    states.append(whole)
+    parts = [each.clone() for each in running]
+    moments = reference.batch_moments(x.detach(), *parts, 0.1, 1e-5, groups)
+    applied = reference.batch_norm_apply(x, *moments, weight, bias, residual, relu)
+    states.append(parts)
+    for each in (y, applied):
+        torch.testing.assert_close(each, expected)
+    for state in states:
+        torch.testing.assert_close(state, states[0])
+    detached = [each.detach() for each in (x, *moments, weight, bias)]
+    found = reference.batch_norm_backward(grad, *detached, applied.detach() if with_residual else None, relu)
+    by_autograd = torch.autograd.grad(y, leaves, grad)
+    torch.testing.assert_close(list(found[: len(leaves)]), list(by_autograd))
+    norm_leaves = [x, norm.weight, norm.bias] + [residual] * with_residual
+    torch.testing.assert_close(list(by_autograd), list(torch.autograd.grad(expected, norm_leaves, grad)))
+    assert with_residual or not found[3].numel()
+
+
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_gradcheck_of_blend(mode, kind):
