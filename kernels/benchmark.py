@@ -35,6 +35,7 @@ TOLERANCES = {2: 2e-2, 4: 1e-3}  # of the error's norm, relative, by bytes of th
 CPU_BATCH = 4
 MAX_SETS = 512
 FIRST = ("resnet50/256", "cifar_resnet18/100")
+OPERATIONS = ("block", "attention", "blend", "normalize", "momentum", "batch-norm")
 
 # Tiles worth a try: (rows, columns, width, warps, stages).
 FORWARD_TILES = [
@@ -379,8 +380,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     names = sorted({shape.name for shape in SHAPES} | {shape.label for shape in SHAPES} | set(benchmark_cases.ALIASES))
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of: {', '.join(names)} (default: all)")
     parser.add_argument(
-        "--operations", nargs="+", choices=["block", "attention", "blend", "normalize", "momentum"],
-        default=["block", "attention", "blend", "normalize", "momentum"],
+        "--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS,
+        help="(default: all; batch-norm for ResNets only)",
     )  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=["nearest", "bilinear"], default=["nearest", "bilinear"])
     parser.add_argument(
@@ -437,6 +438,9 @@ def plan(
                 yield benchmark_cases.blend_case(shape, device, dtype, mode)
         if "normalize" in options.operations:
             yield benchmark_cases.normalize_case(shape, device, dtype)
+        if "batch-norm" in options.operations and shape.has_batch_norm:
+            for shortcut in (False, True):
+                yield benchmark_cases.norm_case(shape, device, dtype, shortcut)
 
     groups = [[s for s in shapes if s.label in FIRST], [s for s in shapes if s.label not in FIRST]]
     for number, group in enumerate(filter(None, groups)):

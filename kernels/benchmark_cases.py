@@ -15,7 +15,8 @@ LAM_MARGIN = 0.08  # the classifier's, in the published recipes
 STAGES = (
     ("ours",),
     (
-        "published", "definition", "rearranged", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "sdpa-math",
+        "published", "definition", "definition-without-cudnn", "rearranged", "sdpa-flash",
+        "sdpa-cudnn", "sdpa-efficient", "sdpa-math",
         "ours-without-skip", "foreach-lerp-without-skip", "loop-without-skip",
     ),
     (
@@ -47,6 +48,10 @@ class Shape:
     @property
     def label(self) -> str:
         return f"{self.name}/{self.batch}"
+
+    @property
+    def has_batch_norm(self) -> bool:
+        return "resnet" in self.name or "wrn" in self.name
 
     @property
     def positions(self) -> int:
@@ -498,6 +503,66 @@ def block_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
         plain(reference.mix_attention, torch.float64), candidates,
         forward=[projection, attention_work(shape, dtype, draws=2), blend_work(shape, dtype, draws=2)],
         backward=[blend_backward_work(shape, dtype), attention_backward_work(shape, dtype), projection],
+    )  # fmt: skip
+
+
+# BatchNorm with ReLU, and perhaps a shortcut, on the network's feature map.
+
+NORM = ("x", "weight", "bias", "running_mean", "running_var", "num_batches")
+
+
+def norm_case(shape: Shape, device: str, dtype: torch.dtype, shortcut: bool) -> Case:
+    leaves = ("x", "weight", "bias", *(("residual",) if shortcut else ()))
+
+    def draw(seed: int) -> Inputs:
+        """What enters the ReLU is clear of zero where it is the sum of two: its sign must not hang on a rounding."""
+        g, size = torch.Generator(device).manual_seed(seed), (shape.batch, shape.channels, shape.cells, shape.cells)
+
+        def uniform(*size: int) -> Tensor:
+            return torch.rand(size, device=device, generator=g)
+
+        def a_map(values: Tensor) -> Tensor:
+            return values.to(dtype).contiguous(memory_format=torch.channels_last)
+
+        sign = torch.where(uniform(*size) < 0.5, -1.0, 1.0)
+        tensors = {
+            "x": a_map(uniform(*size) + 1),
+            "weight": 0.9 + 0.1 * uniform(shape.channels),
+            "bias": 0.1 * uniform(shape.channels),
+            "residual": a_map(sign * (2 + uniform(*size))),  # a uniform number is at most 1.74 deviations from its mean
+        }
+        running = {
+            "running_mean": uniform(shape.channels),
+            "running_var": uniform(shape.channels),
+            "num_batches": torch.zeros((), dtype=torch.int64, device=device),
+        }
+        return {**{name: tensors[name].requires_grad_() for name in leaves}, **running}
+
+    def bound(function: Callable) -> Candidate:
+        names = NORM + leaves[3:]
+        return takes(lambda *tensors: function(*tensors[:6], 0.1, 1e-5, *(tensors[6:] or (None,)), True), names)
+
+    def without_cudnn(*arguments: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return reference.batch_norm(*arguments)
+
+    candidates = {"ours": bound(api.batch_norm)}
+    if device == "cuda":
+        candidates |= {
+            "definition": bound(reference.batch_norm),
+            "definition-without-cudnn": bound(without_cudnn),
+            "definition-compiled": compiled(bound(reference.batch_norm)),
+            "definition-max-autotune": max_autotuned(bound(reference.batch_norm)),
+        }
+    elements = shape.batch * shape.positions * shape.channels
+    # Maps read and written: x for its moments and again; the gradient and x for their sums and again, or, with a
+    # shortcut, these two and the result, which give the shortcut's gradient, and that one and x again.
+    maps, maps_back = (4, 7) if shortcut else (3, 5)
+    return Case(
+        "batch norm and shortcut" if shortcut else "batch norm", shape, dtype, draw, leaves,
+        bound(reference.batch_norm), candidates,
+        forward=[Work("batch norm", 8 * elements, maps * dtype.itemsize * elements)],
+        backward=[Work("batch norm backward", 12 * elements, maps_back * dtype.itemsize * elements)],
     )  # fmt: skip
 
 

@@ -129,6 +129,11 @@ def targets(machine: Machine) -> list[Target]:
             wanted = "at least 0.85 of the copy bandwidth"
             aim(f"blend {mode}, {direction}", "resnet50/256", wanted, share, "{:.3f}", at_least=0.85)
 
+    for operation in ("batch norm", "batch norm and shortcut"):
+        for shape in ("resnet50/256", "cifar_resnet18/100"):
+            ratio, found = times_faster(operation, shape, "both")
+            aim(operation, shape, "as fast as every alternative", ratio, found, at_least=1)
+
     for opponent in ("definition", "foreach-lerp-without-skip"):
         ratio, found = times_faster("momentum update", "25.6M", "forward", opponent)
         aim("momentum update", "25.6M", f"as fast as {opponent}", ratio, found, at_least=1)

@@ -85,7 +85,13 @@ def test_end_to_end(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"channels_last": True}, {"channels_last": True, "padded": True}, {"channels_last": True, "graph": True}],
+    [
+        {},
+        {"channels_last": True},
+        {"channels_last": True, "padded": True},
+        {"channels_last": True, "graph": True},
+        {"channels_last": True, "fused": True, "graph": True},
+    ],
 )
 def test_vanilla_is_plain_training(how, monkeypatch):
     """Whatever the layout, padded or recorded: against a loop in the open."""
@@ -138,7 +144,7 @@ def test_what_decides_comes_first():
     assert {"vanilla, channels-last", "AutoMix", "AutoMix, cut", "published, float32"} <= set(first)
     unasked = [way for way in step_ways.WAYS if way.unasked == "always"]
     assert bench.groups(unasked) == [unasked], "on a CPU all take turns"
-    place = {way.name: index for index, group in enumerate(groups) for way in group}
+    place = {way.name: index for index, way in enumerate(way for group in groups for way in group)}
     for way in step_ways.WAYS:
         assert not way.twin or place[way.twin] < place[way.name], "its FLOPs have been counted"
 

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from automix_kernels import api as kernels
 from engine_steps import ENGINES, assert_same, train_plain, train_with_engine
 from ranks import run_ranks
 from tiny import CLASSES, SIZE, TinyBackbone, micro_batch, tiny_config, tiny_model
@@ -62,6 +63,7 @@ class Dropping(TinyBackbone):
 POLICIES = {
     "automix": {"automix": {"upsampling": ["nearest", "bilinear"], "mask_adjust": 0.5, "switch_off": 0.5}},
     "one backward": {"engine": {"immediate_backward": False}},
+    "operators": {"engine": {"fused_batchnorm": True}},
     "samix": {"policy": {"name": "samix"}, "automix": {"lam_concat": False}},
     "adautomix": {"policy": {"name": "adautomix", "settings": {"random_samples": True}}},
     "none": {"policy": {"name": "none"}},
@@ -96,8 +98,11 @@ def train(config, captured: bool, steps: int = 8) -> tuple[list, dict]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_replayed_steps_train_as_steps_do(policy):
+def test_replayed_steps_train_as_steps_do(policy, monkeypatch):
     """To the bit, for draws, weights of the mask loss and dropout that change in each step."""
+    if policy == "operators":  # those of the kernels, as on a GPU, with their definitions
+        pytest.importorskip("triton")
+        monkeypatch.setattr(kernels, "_takes_triton", lambda *_: True)
     config, before = tiny_config(**POLICIES[policy]), Tape.made
     expected, state = train(config, captured=False)
     losses, replayed = train(config, captured=True)

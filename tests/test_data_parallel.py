@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from automix_kernels import api as kernels
 from engine_steps import (
     ENGINES,
     TOLERANCE,
@@ -30,6 +31,7 @@ from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import ConfigError
 from automix_dist.draws import Draws, MixDraw
 from automix_dist.engines import build_engine
+from automix_dist.fused_batchnorm import fuse_batchnorms
 from automix_dist.optimizer import build_optimizer
 
 
@@ -46,17 +48,20 @@ def channels_last(images: torch.Tensor) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def train_laid_out(config, folder: Path, steps: int) -> dict[str, torch.Tensor]:
-    """As on a GPU: channels-last images, and weights that are laid out for them."""
+def train_as_on_a_gpu(config, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Channels-last images, weights that are laid out for them, and the kernels' operators, with their definitions; of
+    fused BatchNorms too."""
     laid_out = mock.Mock(side_effect=convolutions._LaidOut.apply)
     with (
         mock.patch.object(automix, "lay_out", channels_last),
         mock.patch.object(convolutions, "_reads_channels_last", lambda images: True),
         mock.patch.object(convolutions._LaidOut, "apply", laid_out),
+        mock.patch.object(kernels, "_takes_triton", lambda *_: True),
     ):
         process = distributed.start(config.engine)
         model = tiny_model(config)
         convolutions.lay_out_weights(model)
+        fuse_batchnorms(model)
         engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
         engine_steps(config, process, model, engine, 0, steps)
     assert laid_out.call_count >= 2 * 3 * steps  # two convolutions, whole passes of the momentum and query encoders
@@ -64,9 +69,10 @@ def train_laid_out(config, folder: Path, steps: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero2", "zero3", "ddp", "fsdp2"])
-def test_weights_may_be_laid_out(engine, tmp_path):
+def test_two_ranks_as_on_a_gpu_equal_one_process(engine, tmp_path):
+    pytest.importorskip("triton")
     config = tiny_config(engine={**ENGINES[engine], "immediate_backward": True})
-    ranks = run_ranks(2, train_laid_out, config, tmp_path, 3)
+    ranks = run_ranks(2, train_as_on_a_gpu, config, tmp_path, 3)
     assert_same(ranks[0], train_plain(tiny_config(engine=ENGINES[engine]), ranks=2, steps=3))
 
 

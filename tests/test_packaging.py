@@ -18,7 +18,7 @@ ROWS = {
         "sources", "datasets", "jpeg", "robustness", "whole_file", "ordered_threads", "ffcv_parts", "compiled_loops",
     ],
     1: [
-        "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm",
+        "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm", "fused_batchnorm",
         "activation_checkpointing", "beton", "prepare", "random_streams", "resize", "augment", "rand_augment",
         "profiling", "page",
     ],
@@ -53,7 +53,7 @@ SAME_ROW = {
 }  # fmt: skip
 OWNERS = {
     "ffcv": {"ffcv_parts", "bench.loader_candidates"},
-    "timm": {"backbone"},
+    "timm": {"backbone", "fused_batchnorm"},
     "deepspeed": {"engines"},
     "accelerate": {"distributed", "trackers"},
     "triton": set(),

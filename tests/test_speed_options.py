@@ -14,6 +14,7 @@ from torch import nn
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
+from automix_dist.batchnorm import RunningStatistics
 from automix_dist.bench import step_ways
 from automix_dist.bench.step import counted_flops
 from automix_dist.classifier import build_model
@@ -32,15 +33,26 @@ def gradients(model: AutoMix, config) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("immediate", "backend"), [(False, "aot_eager"), (True, "inductor")])
-def test_compiled_regions_compute_the_same(immediate, backend):
+@pytest.mark.parametrize(
+    ("immediate", "backend", "fused"),
+    [(False, "aot_eager", False), (True, "inductor", False), (True, "inductor", True)],
+)
+def test_compiled_regions_compute_the_same(immediate, backend, fused, monkeypatch):
+    """`fused`: BatchNorms as on a GPU, operators that move statistics which are views of one tensor."""
     config = tiny_config(engine={"immediate_backward": immediate})
     plain, compiled = tiny_model(config), tiny_model(config)
     names = list(compiled.state_dict())
+    if fused:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(kernels, "_takes_triton", lambda *_: True)
+        fuse_batchnorms(compiled)
+        RunningStatistics(compiled)
     compiled.compile_regions(backend)
     assert list(compiled.state_dict()) == names, "a checkpoint of one fits the other"
     for got, expected in zip(gradients(compiled, config), gradients(plain, config), strict=True):
         assert (got - expected).norm() / expected.norm().clamp(min=1e-3) < 1e-4
+    for name, expected in plain.named_buffers():
+        torch.testing.assert_close(compiled.get_buffer(name), expected, rtol=1e-4, atol=1e-6, msg=name)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 4 and not counters["graph_break"]
     torch.compiler.reset()

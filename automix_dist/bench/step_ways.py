@@ -18,6 +18,7 @@ from automix_dist.classifier import build_model
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config, from_dict
 from automix_dist.convolutions import pad_stems
 from automix_dist.draws import draw_step
+from automix_dist.fused_batchnorm import fuse_batchnorms
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
 from automix_dist.policy import needed_feature
@@ -139,12 +140,20 @@ class Vanilla(nn.Module):
 
 
 def vanilla(
-    case: Case, *, channels_last: bool = False, compiler: str = "", padded: bool = False, graph: bool = False
+    case: Case,
+    *,
+    channels_last: bool = False,
+    compiler: str = "",
+    padded: bool = False,
+    fused: bool = False,
+    graph: bool = False,
 ) -> Trained:
     """Plain training; `channels_last` is the layout of the weights, `compiler` a mode of torch.compile."""
     network = create_timm_model(case.network.config().model, case.network.size, case.network.classes)
     if padded:
         pad_stems(network)
+    if fused:
+        fuse_batchnorms(network)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = Vanilla(network.to(case.device, memory_format=layout), case).train()
     if compiler:
@@ -203,14 +212,22 @@ def variant(twin: str, suffix: str, turn: int, build: Callable[[Case], Trained],
 
 
 TOGETHER, COMPILED, PADDED = {"immediate_backward": False}, {"compile": True}, {"padded_stem": True}
-RECORDED = {"cuda_graph": True}
+RECORDED, FUSED = {"cuda_graph": True}, {"fused_batchnorm": True}
 channels_last, cut = partial(vanilla, channels_last=True), partial(policy, feature_pass="cut")
 # Turn 1 decides, eager; 2 decides, compiled; 3 decides, recorded; 4 compiles longest; then the rest likewise.
 WAYS = (
     Way("vanilla", vanilla),
     Way("vanilla, channels-last", channels_last, unasked="gpu"),
+    variant("vanilla", "channels-last, fused BatchNorm", 1, partial(channels_last, fused=True)),
     variant("vanilla", "channels-last, compiled", 2, partial(channels_last, compiler="default")),
     variant("vanilla", "channels-last, CUDA graph", 3, partial(channels_last, graph=True), graph=True),
+    variant(
+        "vanilla",
+        "channels-last, fused BatchNorm, CUDA graph",
+        3,
+        partial(channels_last, fused=True, graph=True),
+        True,
+    ),
     variant(
         "vanilla",
         "channels-last, compiled, CUDA graph",
@@ -226,9 +243,13 @@ WAYS = (
     Way("AutoMix, one backward", partial(policy, engine=TOGETHER)),
     Way("AutoMix, cut", cut),
     Way("AutoMix, cut, one backward", partial(cut, engine=TOGETHER)),
+    variant("AutoMix, cut", "fused BatchNorm", 1, partial(cut, engine=FUSED)),
     variant("AutoMix, cut", "compiled", 2, partial(cut, engine=COMPILED)),
     variant("AutoMix, cut", "compiled, CUDA graph", 3, partial(cut, engine=COMPILED | RECORDED), graph=True),
     variant("AutoMix, cut", "CUDA graph", 3, partial(cut, engine=RECORDED), graph=True),
+    variant("AutoMix, cut", "fused BatchNorm, CUDA graph", 3, partial(cut, engine=FUSED | RECORDED), graph=True),
+    variant("AutoMix, cut", "fused BatchNorm, compiled", 6, partial(cut, engine=FUSED | COMPILED)),
+    variant("AutoMix, cut", "fused BatchNorm, joint query", 5, partial(cut, engine=FUSED | {"joint_query": True})),
     Way("AutoMix, cut, joint query", partial(cut, engine={"joint_query": True}), unasked="gpu", turn=5),
     variant("AutoMix, cut", "padded stem", 5, partial(cut, engine=PADDED)),
     variant("AutoMix, cut", "one backward, compiled", 6, partial(cut, engine=COMPILED | TOGETHER)),
