@@ -103,15 +103,15 @@ SAMPLES_PER_TASK = 4
 
 @compiled(parallel=True)
 def _crop_and_resize(indices, images, status, records, storage, largest, sums, key, scale, ratio, method):
-    """Decode, crop and resize samples into images [B, H, W, 3].
+    """Decode, crop and resize samples into images [B, H, W, 3]; a sample beyond the last record is a copy of an image.
 
     key: address of (seed, epoch) for random boxes within scale and ratio (low, high); 0 = centre crops of scale[0].
     """
     for task in prange((len(indices) + SAMPLES_PER_TASK - 1) // SAMPLES_PER_TASK):
         scratch = np.empty(largest + SLACK, np.uint8)
         for i in range(task * SAMPLES_PER_TASK, min((task + 1) * SAMPLES_PER_TASK, len(indices))):
-            sample = indices[i]
-            image = records[sample]
+            sample, number = indices[i], indices[i] % len(records)
+            image = records[number]
             height, width = int(image["height"]), int(image["width"])
             target, size = images[i], images.shape[1]
             whole, first = (size, size), (0, 0)
@@ -125,7 +125,7 @@ def _crop_and_resize(indices, images, status, records, storage, largest, sums, k
                 rows = whole_size(height, shorter, size, scale[0])
                 columns = whole_size(width, shorter, size, scale[0])
                 whole, first = (rows, columns), (round((rows - size) / 2), round((columns - size) / 2))
-            sum_address = sums + np.uint64(8) * np.uint64(sample) if sums != 0 else np.uint64(0)
+            sum_address = sums + np.uint64(8) * np.uint64(number) if sums != 0 else np.uint64(0)
             pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address, box)
             if status[i, 0] == OK:
                 resample(pixels, width, box, whole, first, method, target)
@@ -147,10 +147,10 @@ def _pad_and_crop(indices, images, status, records, storage, largest, sums, key,
     for task in prange((len(indices) + SAMPLES_PER_TASK - 1) // SAMPLES_PER_TASK):
         scratch = np.empty(largest, np.uint8)
         for i in range(task * SAMPLES_PER_TASK, min((task + 1) * SAMPLES_PER_TASK, len(indices))):
-            sample = indices[i]
-            image = records[sample]
+            sample, number = indices[i], indices[i] % len(records)
+            image = records[number]
             height, width = int(image["height"]), int(image["width"])
-            sum_address = sums + np.uint64(8) * np.uint64(sample) if sums != 0 else np.uint64(0)
+            sum_address = sums + np.uint64(8) * np.uint64(number) if sums != 0 else np.uint64(0)
             pixels, status[i, 0] = _pixels(image, storage, scratch, sum_address, (0, 0, height, width))
             if status[i, 0] != OK:
                 continue

@@ -89,6 +89,9 @@ class DataConfig:
     order: Literal["random", "quasi_random"] = "random"
     """Order of the training images: any, or shuffled within windows of the file that are read chunk by chunk, for files
     larger than memory."""
+    repeats: int = 1
+    """How often an epoch shows an image, each time augmented anew; the epoch keeps its length and shows fewer images
+    (repeated augmentation; RSB A2: 3)."""
     chunk_size: int = 16
     """Images that the quasi-random order reads together."""
     window_chunks: int = 512
@@ -123,6 +126,7 @@ class DataConfig:
         self.rand_augment_policy()  # raises for what cannot be read
         _require(self.color_jitter >= 0, "data.color_jitter", self.color_jitter, "0 (off) or a positive strength")
         _require(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "a probability")
+        _require(self.repeats >= 1, "data.repeats", self.repeats, "1 (off) or more times")
         _require(self.chunk_size >= 1, "data.chunk_size", self.chunk_size, "1 or more images")
         _require(self.window_chunks >= 1, "data.window_chunks", self.window_chunks, "1 or more chunks")
         starts, sizes = [s for s, _ in self.resolution_schedule], [size for _, size in self.resolution_schedule]

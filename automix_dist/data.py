@@ -85,6 +85,17 @@ def quasi_random_order(count: int, seed: int, epoch: int, chunk_size: int, windo
     return order[np.argsort(window_of_chunk[order // chunk_size], kind="stable")]
 
 
+def repeated(order: np.ndarray, repeats: int) -> np.ndarray:
+    """An epoch of as many samples over fewer images: the first of the order, each with its copies behind it.
+
+    Copy c of image i is sample i + c * len(order): copies are augmented each in its own way (repeated augmentation;
+    Hoffer et al., arXiv 1901.09335; timm's RepeatAugSampler).
+    """
+    count = len(order)
+    images = order[: -(-count // repeats)]
+    return (images[:, None] + count * np.arange(repeats)).ravel()[:count]
+
+
 def _splitmix64(x: np.ndarray) -> np.ndarray:
     """The hash of 64 bits, on uint64 arrays."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -92,15 +103,21 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def rank_batches(order: np.ndarray, batch_size: int, accumulation_steps: int, world_size: int, rank: int) -> np.ndarray:
+def rank_batches(
+    order: np.ndarray, batch_size: int, accumulation_steps: int, world_size: int, rank: int, *, dealt: bool = False
+) -> np.ndarray:
     """The micro batches of one rank, [steps, accumulation_steps, micro batch size], rows of samples from `order`.
 
     Step s takes order[s * batch_size : (s + 1) * batch_size], whatever the world size; micro step a of rank r takes
-    slice a * world_size + r of it. An incomplete last batch is left out.
+    slice a * world_size + r of it. If `dealt`, neighbours go to different slices, which take them in turn. An
+    incomplete last batch is left out.
     """
     steps = len(order) // batch_size
     micro = batch_size // (accumulation_steps * world_size)
-    return order[: steps * batch_size].reshape(steps, accumulation_steps, world_size, micro)[:, :, rank]
+    order = order[: steps * batch_size]
+    if dealt:
+        return order.reshape(steps, micro, accumulation_steps, world_size)[..., rank].transpose(0, 2, 1)
+    return order.reshape(steps, accumulation_steps, world_size, micro)[:, :, rank]
 
 
 class TrainLoader:
@@ -157,7 +174,9 @@ class TrainLoader:
             order = self._pipeline.by_place[places]
         else:
             order = epoch_order(count, self._seed, epoch)
-        steps = rank_batches(order, *self._shares)[start_step:]
+        # Copies in one micro batch would be fewer images for BatchNorm, and mixed with each other.
+        order, dealt = repeated(order, config.repeats), config.repeats > 1
+        steps = rank_batches(order, *self._shares, dealt=dealt)[start_step:]
         return self._pipeline.stream(list(steps.reshape(-1, steps.shape[-1])), config.train_size(epoch), epoch)
 
     def close(self) -> None:
@@ -273,7 +292,7 @@ class _Pipeline:
             return
         _, places, sizes = self._storage
         for indices in batches:
-            for chunk in np.unique(self._chunk_of[indices]).tolist():
+            for chunk in np.unique(self._chunk_of[indices % len(self._records)]).tolist():
                 if chunk in announced:
                     continue
                 announced.add(chunk)
@@ -288,7 +307,8 @@ class _Pipeline:
         return operation.generate_code()
 
     def stream(self, batches: Sequence[np.ndarray], size: int, epoch: int) -> Iterator[Batch]:
-        """Batches of these samples, images of size x size, with as many prepared ahead as configured."""
+        """Batches of these samples, images of size x size, with as many prepared ahead as configured. A sample is an
+        image's number, plus a multiple of how many there are for copies of it."""
         pending: deque[Future] = deque()
         announced: set[int] = set()
         try:
@@ -328,6 +348,7 @@ class _Pipeline:
                     skipped = self._replace_damaged(indices, images.numpy(), status)
                 for transform in self._transforms:
                     transform(images.numpy(), None, indices)
+            indices %= len(self._records)
             self._raise_for(indices, status[:, 0])
             batch = Batch(images, torch.from_numpy(self._labels[indices]), torch.from_numpy(indices))
             if not on_gpu:
@@ -347,7 +368,8 @@ class _Pipeline:
         for _ in range(SKIP_ATTEMPTS):
             if not len(failed):
                 break
-            indices[failed] = (indices[failed] + 1) % len(self._records)
+            copy, image = np.divmod(indices[failed], len(self._records))
+            indices[failed] = copy * len(self._records) + (image + 1) % len(self._records)
             stand_ins = np.empty((len(failed), *images.shape[1:]), np.uint8)
             found = np.zeros((len(failed), 1), np.int32)
             self._decode(indices[failed], (stand_ins, found), self._records, self._storage)

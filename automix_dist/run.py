@@ -45,6 +45,7 @@ FIXED_ON_RESUME = (
     "data.order",
     "data.chunk_size",
     "data.window_chunks",
+    "data.repeats",
     "model",
     "automix.reduction",
     "automix.lam_concat",

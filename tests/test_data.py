@@ -31,6 +31,7 @@ from automix_dist.data import (
     epoch_order,
     quasi_random_order,
     rank_batches,
+    repeated,
 )
 
 CPU = torch.device("cpu")
@@ -118,6 +119,36 @@ def test_shares_cut_one_global_stream(world_size, accumulation_steps, micro, ext
     assert all(share.shape == (steps, accumulation_steps, micro) for share in shares)
     joined = np.stack(shares, axis=2).reshape(steps, batch_size)
     assert np.array_equal(joined.ravel(), order[: steps * batch_size])
+
+
+@given(counts, st.integers(1, 5))
+def test_repeated_images_fill_an_epoch(count, repeats):
+    order = epoch_order(count, 1, 0)
+    samples = repeated(order, repeats)
+    images, copies = samples % count, samples // count
+    assert len(set(samples.tolist())) == len(samples) == count and copies.max() < repeats
+    assert images[::repeats].tolist() == order[: -(-count // repeats)].tolist()
+    assert np.array_equal(images, np.repeat(images[::repeats], repeats)[:count])
+    assert repeats > 1 or np.array_equal(samples, order)
+
+
+def test_repeated_orders_never_change():
+    assert repeated(epoch_order(10, 0, 0), 3).tolist() == [0, 10, 20, 7, 17, 27, 8, 18, 28, 2]
+
+
+@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 6), st.integers(0, 300))
+def test_copies_are_dealt_out_to_different_slices(world_size, accumulation_steps, micro, extra):
+    """Every step has the samples that it has on one rank."""
+    batch_size, slices = world_size * accumulation_steps * micro, world_size * accumulation_steps
+    count = batch_size + extra
+    order = repeated(epoch_order(count, 1, 0), 3)
+    ranks = range(world_size)
+    shares = [rank_batches(order, batch_size, accumulation_steps, world_size, rank, dealt=True) for rank in ranks]
+    steps = np.stack(shares, axis=2).reshape(-1, batch_size)
+    assert np.array_equal(np.sort(steps), np.sort(order[: steps.size].reshape(steps.shape)))
+    if slices >= 3:
+        micro_batches = np.stack(shares).reshape(-1, micro) % count
+        assert all(len(set(row)) == micro for row in micro_batches.tolist())
 
 
 chunk_sizes, windows = st.integers(1, 20), st.integers(1, 10)
@@ -332,6 +363,44 @@ def damage(path: Path, folder: Path, samples: list[int]) -> Path:
             file.seek(int(index.records["image"]["data_ptr"][i]) + 50)
             file.write(b"damage")
     return copy
+
+
+@pytest.mark.parametrize("config", [RESIZED, replace(RESIZED, crop="padded", pad=2)], ids=["resized", "padded"])
+def test_copies_of_an_image_are_augmented_each_in_its_own_way(path, config):
+    """The first copy has the pixels that the image has without copies, and any number of ranks sees the same ones."""
+    whole = by_sample(train_loader(path, config, batch_size=53).epoch(2))
+    loader = train_loader(path, replace(config, repeats=3), batch_size=12)
+    batches = list(loader.epoch(2))
+    labels = beton.read_index(path).records["label"]
+    assert all(np.array_equal(batch.labels, labels[batch.indices]) for batch in batches)
+    numbers = torch.cat([batch.indices for batch in batches]).tolist()
+    images = torch.cat([batch.images for batch in batches]).numpy()
+    assert numbers == np.repeat(epoch_order(COUNT, 1, 2)[: len(numbers) // 3], 3).tolist()
+    assert all(np.array_equal(images[i], whole[numbers[i]]) for i in range(0, len(numbers), 3))
+    differing = sum(not np.array_equal(images[i], images[i + c]) for i in range(0, len(numbers), 3) for c in (1, 2))
+    assert differing > 0.8 * 2 / 3 * len(numbers)
+    ranks = [
+        list(train_loader(path, replace(config, repeats=3), batch_size=12, rank=r, world_size=4).epoch(2))
+        for r in range(4)
+    ]
+    for step, batch in enumerate(batches):
+        joined = torch.stack([share[step].images for share in ranks], dim=1).flatten(0, 1)
+        assert torch.equal(joined, batch.images)
+    assert same(loader.epoch(2, start_step=2), batches[2:])
+
+
+def test_a_damaged_image_has_a_stand_in_for_each_copy(path, tmp_path):
+    order = epoch_order(COUNT, 1, 0)
+    damaged = int(order[1])
+    copy = damage(path, tmp_path, [damaged])
+    config = replace(RESIZED, on_corrupt="skip", repeats=2)
+    loader = train_loader(copy, config)
+    batch = next(loader.epoch(0))
+    stand_in = (damaged + 1) % COUNT
+    assert batch.indices[2:4].tolist() == [stand_in] * 2 and loader.skipped == 2
+    assert not torch.equal(batch.images[2], batch.images[3])
+    with pytest.raises(LoaderError, match=f"sample {damaged}: "):
+        list(train_loader(copy, replace(RESIZED, repeats=2)).epoch(0))
 
 
 @pytest.mark.parametrize("sample", [6, 7], ids=["raw", "jpeg"])
