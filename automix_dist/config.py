@@ -405,12 +405,13 @@ class EngineConfig:
     copied for it. The weights stay as they are."""
     fused_batchnorm: bool = False
     """BatchNorm, the ReLU behind it and in ResNets the addition of a block's shortcut as one operation, with kernels of
-    its own on a GPU (engine.kernels)."""
+    its own on a GPU (engine.kernels); other BatchNorms stay as they are."""
     deterministic: bool = False
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """The Mix Block's kernels: fused Triton or plain PyTorch; auto = Triton on a GPU that can run it (compute
-    capability 8.0 or higher), but for what has no kernel: automix.norm, automix.mask_adjust, SAMix and AdAutoMix."""
+    """The kernels of the Mix Block and of fused_batchnorm: Triton or plain PyTorch; auto = Triton on a GPU that can run
+    it (compute capability 8.0 or higher), but for what has none: automix.norm, automix.mask_adjust, SAMix and
+    AdAutoMix."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto = the GPU if there is one; one that torch cannot use is an error."""
     bucket_size: int = 8_000_000

@@ -30,6 +30,7 @@ from automix_dist.distributed import Process, autocast_dtype, resolve_device
 from automix_dist.engines import build_engine, deepspeed_settings, summary
 from automix_dist.errors import EXIT_STOPPED, AutomixError
 from automix_dist.evaluate import Conditions, evaluate_model, write_evaluation
+from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
@@ -131,6 +132,8 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
     say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
     feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
     say(f"{config.model.backbone}{feature}")
+    if fused := describe_fused(backbone):
+        say(fused)
     if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
         say(f"warning: {note}")
     if len(checked.train.classes) == 1:

@@ -5,7 +5,7 @@
                      "reference"  the definitions in reference.py
 
 The Triton kernels are torch operators (automix::split_weights, automix::mix_attention, automix::mask_blend,
-automix::normalize, automix::momentum_update, automix::batch_moments, automix::batch_norm_apply and four backward
+automix::normalize, automix::momentum_update, automix::batch_moments, automix::batch_norm_relu and four backward
 passes), so that torch.compile keeps them whole. On CPU tensors the same operators compute the definitions; in a process
 with TRITON_INTERPRET=1 they run the Triton code in its interpreter, and so does implementation="triton".
 """
@@ -21,7 +21,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = False
 if HAS_TRITON:
     import triton
-    from automix_kernels import batch_norm as triton_batch_norm
+    from automix_kernels import batch_norm_relu as triton_batch_norm_relu
     from automix_kernels import mask_blend as triton_mask_blend
     from automix_kernels import mix_attention as triton_mix_attention
     from automix_kernels import momentum as triton_momentum
@@ -46,14 +46,18 @@ if HAS_TRITON:
         (triton_mask_blend.mask_blend_backward, triton_mask_blend.launch_backward, reference.mask_blend_backward),
         (triton_normalize.normalize, triton_normalize.launch, reference.normalize),
         (triton_momentum.momentum_update, triton_momentum.launch, reference.momentum_update),
-        (triton_batch_norm.batch_moments, triton_batch_norm.launch_moments, reference.batch_moments),
-        (triton_batch_norm.batch_norm_apply, triton_batch_norm.launch_apply, reference.batch_norm_apply),
-        (triton_batch_norm.batch_norm_backward, triton_batch_norm.launch_backward, reference.batch_norm_backward),
+        (triton_batch_norm_relu.batch_moments, triton_batch_norm_relu.launch_moments, reference.batch_moments),
+        (triton_batch_norm_relu.batch_norm_relu, triton_batch_norm_relu.launch_apply, reference.batch_norm_relu_apply),
+        (
+            triton_batch_norm_relu.batch_norm_relu_backward,
+            triton_batch_norm_relu.launch_backward,
+            reference.batch_norm_relu_backward,
+        ),
     ):
         operator.register_kernel("cpu")(launch if INTERPRETED else definition)
 
 __all__ = [
-    "batch_norm",
+    "batch_norm_relu",
     "mask_blend",
     "mix_attention",
     "momentum_update",
@@ -360,7 +364,7 @@ def momentum_update(
         reference.momentum_update(targets, sources, coefficient, skip)
 
 
-def batch_norm(
+def batch_norm_relu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -370,7 +374,6 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     residual: Tensor | None = None,
-    relu: bool = False,
     groups: int = 1,
     *,
     implementation: str = "auto",
@@ -382,13 +385,12 @@ def batch_norm(
     Args:
         x: [B, C, H, W] float32, bfloat16 or float16 (float64 in plain PyTorch); any layout, fastest in channels-last.
         weight, bias: [C] float32.
-        running_mean, running_var: [C] float32, moved in place: each <- each + momentum * (this batch's - each), the
-            variance being the unbiased one.
+        running_mean, running_var: [C] float32 without gaps, moved in place: each <- each + momentum * (this batch's -
+            each), the variance being the unbiased one.
         num_batches: int64 scalar, how many batches have moved them; counted up in place.
         momentum: of the running statistics, 0 to 1.
         eps: added to the variance.
         residual: of x's shape and type, added in front of the ReLU, or None.
-        relu: whether there is a ReLU; needed with a residual.
         groups: x holds so many batches of the same size, one behind the other, each with statistics of its own; the
             running statistics see them in this order.
         implementation: "auto", "triton" or "reference".
@@ -397,37 +399,35 @@ def batch_norm(
         y, of x's shape and type; from the kernels in channels-last layout.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device; a residual without a ReLU; one number a channel.
+        TypeError, ValueError: a wrong dtype, shape or device; one number a channel.
         RuntimeError: implementation="triton" where Triton cannot run.
     """
     _check("x", x, (None, None, None, None))
     images, channels, height, width = x.shape
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, tensor in vectors.items():
         _check(name, tensor, (channels,), device=x.device)
     _check("num_batches", num_batches, (), (torch.int64,), x.device)
     if residual is not None:
         _check("residual", residual, tuple(x.shape), (x.dtype,), x.device)
-        if not relu:
-            raise ValueError("a residual is added in front of a ReLU: set relu=True, or add it to the result")
     if groups < 1 or images % groups:
         raise ValueError(f"groups must divide the batch of {images}, got {groups}")
     if images // groups * height * width < 2:
         raise ValueError(f"more than one number a channel is needed for a variance, got x of shape {list(x.shape)}")
     obstacle = _dtype_obstacle("x", x)
-    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean)):
+    for name, tensor in vectors.items():
         if tensor.dtype != torch.float32:
             obstacle = obstacle or f"{name} is {tensor.dtype}, not torch.float32"
+        if not tensor.is_contiguous():
+            obstacle = obstacle or f"{name} has gaps"
     if not _takes_triton(implementation, x.device, obstacle):
-        return reference.batch_norm(
-            x, weight, bias, running_mean, running_var, num_batches, momentum, eps, residual, relu, groups
+        return reference.batch_norm_relu(
+            x, weight, bias, running_mean, running_var, num_batches, momentum, eps, residual, groups
         )
-    moments = triton_batch_norm.batch_moments(x.detach(), running_mean, running_var, num_batches, momentum, eps, groups)
-    return triton_batch_norm.batch_norm_apply(x, *moments, weight, bias, residual, relu)
+    moments = triton_batch_norm_relu.batch_moments(
+        x.detach(), running_mean, running_var, num_batches, momentum, eps, groups
+    )
+    return triton_batch_norm_relu.batch_norm_relu(x, *moments, weight, bias, residual)
 
 
 def _update_obstacle(targets: list[Tensor], sources: list[Tensor]) -> str | None:

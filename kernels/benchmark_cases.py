@@ -516,10 +516,11 @@ def norm_case(shape: Shape, device: str, dtype: torch.dtype, shortcut: bool) -> 
 
     def draw(seed: int) -> Inputs:
         """What enters the ReLU is clear of zero where it is the sum of two: its sign must not hang on a rounding."""
-        g, size = torch.Generator(device).manual_seed(seed), (shape.batch, shape.channels, shape.cells, shape.cells)
+        g = torch.Generator(device).manual_seed(seed)
+        size = (shape.batch, shape.channels, shape.cells, shape.cells)
 
-        def uniform(*size: int) -> Tensor:
-            return torch.rand(size, device=device, generator=g)
+        def uniform(*sizes: int) -> Tensor:
+            return torch.rand(sizes, device=device, generator=g)
 
         def a_map(values: Tensor) -> Tensor:
             return values.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -540,19 +541,19 @@ def norm_case(shape: Shape, device: str, dtype: torch.dtype, shortcut: bool) -> 
 
     def bound(function: Callable) -> Candidate:
         names = NORM + leaves[3:]
-        return takes(lambda *tensors: function(*tensors[:6], 0.1, 1e-5, *(tensors[6:] or (None,)), True), names)
+        return takes(lambda *tensors: function(*tensors[:6], 0.1, 1e-5, *tensors[6:]), names)
 
     def without_cudnn(*arguments: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(enabled=False):
-            return reference.batch_norm(*arguments)
+            return reference.batch_norm_relu(*arguments)
 
-    candidates = {"ours": bound(api.batch_norm)}
+    candidates = {"ours": bound(api.batch_norm_relu)}
     if device == "cuda":
         candidates |= {
-            "definition": bound(reference.batch_norm),
+            "definition": bound(reference.batch_norm_relu),
             "definition-without-cudnn": bound(without_cudnn),
-            "definition-compiled": compiled(bound(reference.batch_norm)),
-            "definition-max-autotune": max_autotuned(bound(reference.batch_norm)),
+            "definition-compiled": compiled(bound(reference.batch_norm_relu)),
+            "definition-max-autotune": max_autotuned(bound(reference.batch_norm_relu)),
         }
     elements = shape.batch * shape.positions * shape.channels
     # Maps read and written: x for its moments and again; the gradient and x for their sums and again, or, with a
@@ -560,7 +561,7 @@ def norm_case(shape: Shape, device: str, dtype: torch.dtype, shortcut: bool) -> 
     maps, maps_back = (4, 7) if shortcut else (3, 5)
     return Case(
         "batch norm and shortcut" if shortcut else "batch norm", shape, dtype, draw, leaves,
-        bound(reference.batch_norm), candidates,
+        bound(reference.batch_norm_relu), candidates,
         forward=[Work("batch norm", 8 * elements, maps * dtype.itemsize * elements)],
         backward=[Work("batch norm backward", 12 * elements, maps_back * dtype.itemsize * elements)],
     )  # fmt: skip

@@ -369,7 +369,7 @@ def momentum_update(
     torch._foreach_add_(targets, steps)
 
 
-def batch_norm(
+def batch_norm_relu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -379,7 +379,6 @@ def batch_norm(
     momentum: float,
     eps: float,
     residual: Tensor | None = None,
-    relu: bool = False,
     groups: int = 1,
 ) -> Tensor:
     """nn.BatchNorm2d in training, then the residual added, then ReLU; each in x's type, as those layers do it.
@@ -390,7 +389,6 @@ def batch_norm(
         running_mean, running_var: [C], moved by `momentum` towards this batch's mean and unbiased variance, in place.
         num_batches: scalar int64, how many batches have moved them.
         residual: of x's shape and type, or None.
-        relu: whether there is one.
         groups: as many batches, one after the other, are in x.
     """
     normalized = [
@@ -398,9 +396,7 @@ def batch_norm(
     ]
     num_batches += groups
     y = torch.cat(normalized) if groups > 1 else normalized[0]
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if relu else y
+    return F.relu(y if residual is None else y + residual)
 
 
 def batch_moments(
@@ -432,18 +428,16 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, values.shape[-1], 1, 1)
 
 
-def batch_norm_apply(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+def batch_norm_relu_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 ) -> Tensor:
     """relu((x - mean) * rstd * weight + bias + residual) in x's type, channels-last; the moments are [groups, C]."""
     y = (_grouped(x, len(mean)).to(mean.dtype) - _per_channel(mean)) * _per_channel(rstd * weight) + _per_channel(bias)
     y = y.flatten(0, 1)
-    if residual is not None:
-        y = y + residual
-    return (F.relu(y) if relu else y).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return F.relu(y if residual is None else y + residual).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def batch_norm_backward(
+def batch_norm_relu_backward(
     grad: Tensor,
     x: Tensor,
     mean: Tensor,
@@ -451,7 +445,6 @@ def batch_norm_backward(
     weight: Tensor,
     bias: Tensor,
     y: Tensor | None,
-    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the residual; the moments are x's own.
 
@@ -465,10 +458,8 @@ def batch_norm_backward(
     distance = _grouped(x, groups).to(mean.dtype) - _per_channel(mean)
     scale = _per_channel(rstd * weight)
     g = _grouped(grad, groups).to(mean.dtype)
-    if y is not None:
-        g = g.masked_fill(_grouped(y, groups) <= 0, 0)
-    elif relu:
-        g = g.masked_fill(distance * scale + _per_channel(bias) <= 0, 0)
+    stopped = distance * scale + _per_channel(bias) <= 0 if y is None else _grouped(y, groups) <= 0
+    g = g.masked_fill(stopped, 0)
     normalized = distance * _per_channel(rstd)
     first, second = (each.sum(dim=(1, 3, 4)) for each in (g, g * normalized))
     count = x.numel() // x.shape[1] // groups

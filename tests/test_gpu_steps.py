@@ -26,6 +26,9 @@ ENGINES = [
     pytest.param({"name": "ddp", "compile": True}, id="ddp, compiled"),
     pytest.param({"name": "ddp", "cuda_graph": True}, id="ddp, CUDA graph"),
     pytest.param({"name": "ddp", "cuda_graph": True, "compile": True}, id="ddp, compiled, CUDA graph"),
+    pytest.param({"name": "ddp", "fused_batchnorm": True}, id="ddp, fused BatchNorm"),
+    pytest.param({"name": "ddp", "fused_batchnorm": True, "compile": True}, id="ddp, fused BatchNorm, compiled"),
+    pytest.param({"name": "ddp", "fused_batchnorm": True, "cuda_graph": True}, id="ddp, fused BatchNorm, CUDA graph"),
     pytest.param(
         {"zero_stage": 0},
         id="zero0",

@@ -14,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from automix_kernels import batch_norm, mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
+from automix_kernels import batch_norm_relu, mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
 from automix_kernels.reference import joined_rows  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -234,26 +234,25 @@ def test_momentum_update(record, tmp_path, architecture, skip):
 
 
 NORM_CASES = [
-    # architecture, dtype, shape, relu, residual, groups
-    ("sm90", torch.bfloat16, (256, 64, 112, 112), True, False, 1),
-    ("sm90", torch.bfloat16, (256, 1024, 14, 14), True, True, 1),
-    ("sm90", torch.bfloat16, (64, 2048, 7, 7), False, False, 2),
-    ("sm90", torch.bfloat16, (100, 80, 8, 8), True, True, 1),
-    ("sm90", torch.float32, (256, 1024, 14, 14), True, True, 1),
-    *((each, torch.bfloat16, (256, 1024, 14, 14), True, True, 1) for each in ("sm80", "sm100", "hip")),
-    *((each, torch.float32, (64, 2048, 7, 7), True, False, 2) for each in ("sm80", "sm100", "hip")),
+    # architecture, dtype, shape, residual, groups
+    ("sm90", torch.bfloat16, (256, 64, 112, 112), False, 1),
+    ("sm90", torch.bfloat16, (256, 1024, 14, 14), True, 1),
+    ("sm90", torch.bfloat16, (64, 2048, 7, 7), False, 2),
+    ("sm90", torch.bfloat16, (100, 80, 8, 8), True, 1),
+    ("sm90", torch.float32, (256, 1024, 14, 14), True, 1),
+    *((each, torch.bfloat16, (256, 1024, 14, 14), True, 1) for each in ("sm80", "sm100", "hip")),
+    *((each, torch.float32, (64, 2048, 7, 7), False, 2) for each in ("sm80", "sm100", "hip")),
 ]
 
 
-@pytest.mark.parametrize(("architecture", "dtype", "shape", "relu", "with_residual", "groups"), NORM_CASES)
-def test_batch_norm(record, tmp_path, architecture, dtype, shape, relu, with_residual, groups):
-    launches = record(batch_norm, architecture)
+@pytest.mark.parametrize(("architecture", "dtype", "shape", "with_residual", "groups"), NORM_CASES)
+def test_batch_norm_relu(record, tmp_path, architecture, dtype, shape, with_residual, groups):
+    launches = record(batch_norm_relu, architecture)
     x = meta(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     of_channels = [meta(shape[1]) for _ in range(4)]
-    moments = batch_norm.launch_moments(x, *of_channels[:2], meta((), dtype=torch.int64), 0.1, 1e-5, groups)
-    residual = x if with_residual else None
-    y = batch_norm.launch_apply(x, *moments, *of_channels[2:], residual, relu)
-    batch_norm.launch_backward(y, x, *moments, *of_channels[2:], y if with_residual else None, relu)
+    moments = batch_norm_relu.launch_moments(x, *of_channels[:2], meta((), dtype=torch.int64), 0.1, 1e-5, groups)
+    y = batch_norm_relu.launch_apply(x, *moments, *of_channels[2:], x if with_residual else None)
+    batch_norm_relu.launch_backward(y, x, *moments, *of_channels[2:], y if with_residual else None)
     assert [kernel.__name__ for kernel, _ in launches] == [
         "_moments_kernel", "_finish_moments_kernel", "_apply_kernel",
         "_backward_sums_kernel", "_finish_backward_kernel", "_input_grad_kernel",

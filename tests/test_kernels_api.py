@@ -65,7 +65,6 @@ def norm_arguments(shape=(4, 3, 2, 5)):
         ({"running_var": torch.zeros(3, device="meta")}, ValueError, "running_var must be on cpu"),
         ({"num_batches": torch.tensor(3.0)}, TypeError, "num_batches must be torch.int64, got torch.float32"),
         ({"residual": torch.zeros(4, 3, 2, 5).half()}, TypeError, "residual must be torch.float32, got torch.float16"),
-        ({"relu": False}, ValueError, "a residual is added in front of a ReLU"),
         ({"groups": 3}, ValueError, "groups must divide the batch of 4, got 3"),
         (
             {"x": torch.zeros(4, 3, 1, 1), "residual": None, "groups": 4}, ValueError,
@@ -74,9 +73,18 @@ def norm_arguments(shape=(4, 3, 2, 5)):
         ({"implementation": "triton"}, RuntimeError, "tensors are on cpu.*engine.kernels=reference"),
     ],
 )  # fmt: skip
-def test_batch_norm_refuses(change, error, message):
+def test_batch_norm_relu_refuses(change, error, message):
     with pytest.raises(error, match=message):
-        api.batch_norm(**{**norm_arguments(), "relu": True, **change})
+        api.batch_norm_relu(**{**norm_arguments(), **change})
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean", "running_var"])
+def test_vectors_with_gaps_or_of_other_types_are_not_for_the_kernel(name):
+    """Which would read beside them, and write."""
+    for vector, message in ((torch.rand(6)[::2], "has gaps"), (torch.rand(3).half(), "is torch.float16")):
+        arguments = {**norm_arguments(), name: vector, "implementation": "triton"}
+        with mock.patch.object(api, "device_obstacle", lambda _: None), pytest.raises(RuntimeError, match=message):
+            api.batch_norm_relu(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from test_kernels_api import attention_arguments, blend_arguments, norm_arguments
 
 pytest.importorskip("triton")
-from automix_kernels import batch_norm, mask_blend, mix_attention, momentum, normalize, reference, split_weights
+from automix_kernels import batch_norm_relu, mask_blend, mix_attention, momentum, normalize, reference, split_weights
 from torch.library import opcheck
 
 pytestmark = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -74,13 +74,13 @@ def test_momentum(device):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_batch_norm(groups, with_residual, device):
+def test_batch_norm_relu(groups, with_residual, device):
     x, weight, bias, *running, residual = on(device, norm_arguments().values())
-    opcheck(batch_norm.batch_moments, (x, *running, 0.1, 1e-5, groups))
-    moments = batch_norm.batch_moments(x, *running, 0.1, 1e-5, groups)
+    opcheck(batch_norm_relu.batch_moments, (x, *running, 0.1, 1e-5, groups))
+    moments = batch_norm_relu.batch_moments(x, *running, 0.1, 1e-5, groups)
     residual = residual.requires_grad_() if with_residual else None
     leaves = (x.requires_grad_(), *moments, weight.requires_grad_(), bias.requires_grad_(), residual)
-    opcheck(batch_norm.batch_norm_apply, (*leaves, True))
+    opcheck(batch_norm_relu.batch_norm_relu, leaves)
     inputs = [each.detach() for each in leaves[:5]]
-    y = batch_norm.batch_norm_apply(*inputs, residual, True).detach() if with_residual else None
-    opcheck(batch_norm.batch_norm_backward, (torch.randn_like(inputs[0]), *inputs, y, True))
+    y = batch_norm_relu.batch_norm_relu(*inputs, residual).detach() if with_residual else None
+    opcheck(batch_norm_relu.batch_norm_relu_backward, (torch.randn_like(inputs[0]), *inputs, y))

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from automix_kernels import api, batch_norm, mask_blend, mix_attention, momentum, normalize, split_weights
+from automix_kernels import api, batch_norm_relu, mask_blend, mix_attention, momentum, normalize, split_weights
 
-MODULES = (batch_norm, mask_blend, mix_attention, momentum, normalize, split_weights)
+MODULES = (batch_norm_relu, mask_blend, mix_attention, momentum, normalize, split_weights)
 KERNELS = sorted({name for module in MODULES for name in vars(module) if name.endswith("_kernel")})
 FAILED = 77
 # One that need not be installed: importing automix_dist makes automix_kernels known.
@@ -82,7 +82,7 @@ def run_every_kernel(device: str) -> None:
     for dtype, residual in ((torch.bfloat16, None), (torch.float32, draw(4, 130, 5, 9))):
         leaves = draw(4, 130, 5, 9, dtype=dtype), draw(130), draw(130)
         running = draw(130).detach(), draw(130).detach(), torch.tensor(0, device=device)
-        y = api.batch_norm(*leaves, *running, 0.1, 1e-5, residual, True, 2, implementation="triton")
+        y = api.batch_norm_relu(*leaves, *running, 0.1, 1e-5, residual, 2, implementation="triton")
         torch.autograd.grad(y.float().sum(), [*leaves, *(() if residual is None else (residual,))])
     targets = [draw(size).detach() for size in (9, 8195)]
     sources = [draw(9).detach(), draw(8195, dtype=torch.bfloat16).detach()]

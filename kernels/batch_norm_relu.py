@@ -1,6 +1,6 @@
-"""BatchNorm in training, with the addition of a shortcut and the ReLU behind it: Triton kernels and the torch ops.
+"""BatchNorm in training, with the ReLU behind it and what is added in between: Triton kernels and the torch ops.
 
-    y = relu((x - mean) * rstd * weight + bias + residual)        residual and relu if wanted
+    y = relu((x - mean) * rstd * weight + bias + residual)        with or without a residual
 
 As operations of their own these read and write the map three times over; here the forward pass reads it for the
 statistics and once more for the result, and the backward pass likewise. Without a residual the ReLU's sign is computed
@@ -8,9 +8,9 @@ again from x, so that the result needs not be read; with one, the pass that adds
 gradient, which is what the second pass reads.
 
 A map is a matrix in memory: channels-last, `rows` of all images' pixels by C channels. Its tiles of rows are dealt out
-to at most PROGRAMS parts in turn, and every sum over rows is the sum of its parts' in their order: no atomics, and
-the same bits on every GPU. Passes over the map run from the back and from the front in turn, so that each begins with
-what the one before left in the cache. With several groups of images, each has statistics of its own.
+to at most PROGRAMS parts in turn, and the parts' sums are put together in an order that is fixed: no atomics, and the
+same bits on every NVIDIA GPU. Passes over the map run from the back and from the front in turn, so that each begins
+with what the one before left in the cache. With several groups of images, each has statistics of its own.
 """
 
 import torch
@@ -48,10 +48,10 @@ def _rows_of_part(part, PARTS, rows, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _moments_kernel(x_ptr, parts_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Mean and sum of squared distances from it, of each part. Grid: (blocks of channels, parts, groups).
+    """Moments of each part. Grid: (blocks of channels, parts, groups).
 
-    parts is [2, groups, parts, C]. Sums are of distances from the mean of the part's first tile, so that a mean far
-    from zero costs no digits.
+    parts is [3, groups, parts, C]: the mean of the part's first tile, the part's mean as a distance from that one, and
+    the sum of squared distances from the part's mean. A mean far from zero costs no digits, as it stands alone.
     """
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part, PARTS = tl.program_id(1), tl.num_programs(1)
@@ -76,8 +76,9 @@ def _moments_kernel(x_ptr, parts_ptr, rows, C, BLOCK_R: tl.constexpr, BLOCK_C: t
     squares = tl.sum(second, axis=0)[None, :] - total * mean
     squares = tl.where(squares < 0, 0.0, squares)  # NaN stays
     pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
-    tl.store(pointers, shift + mean, mask=(channels < C)[None, :])
-    tl.store(pointers + groups * PARTS * C, squares, mask=(channels < C)[None, :])
+    tl.store(pointers, shift, mask=(channels < C)[None, :])
+    tl.store(pointers + groups * PARTS * C, mean, mask=(channels < C)[None, :])
+    tl.store(pointers + 2 * groups * PARTS * C, squares, mask=(channels < C)[None, :])
 
 
 @triton.jit
@@ -108,11 +109,13 @@ def _finish_moments_kernel(
     running_var = tl.load(running_var_ptr + channels, mask=inside)
     for group in range(GROUPS):
         pointers = parts_ptr + (group * PARTS + part) * C + channels[None, :]
-        means = tl.load(pointers, mask=mask, other=0.0)
         shift = tl.load(parts_ptr + group * PARTS * C + channels, mask=inside, other=0.0)
-        mean = shift + tl.sum(tl.where(mask, count * (means - shift[None, :]), 0.0), axis=0) / rows
-        away = means - mean[None, :]
-        squares = tl.load(pointers + GROUPS * PARTS * C, mask=mask, other=0.0)
+        away = tl.load(pointers, mask=mask, other=0.0) - shift[None, :]
+        away += tl.load(pointers + GROUPS * PARTS * C, mask=mask, other=0.0)
+        distance = tl.sum(tl.where(mask, count * away, 0.0), axis=0) / rows
+        mean = shift + distance
+        away -= distance[None, :]
+        squares = tl.load(pointers + 2 * GROUPS * PARTS * C, mask=mask, other=0.0)
         squares = tl.sum(tl.where(mask, squares + count * away * away, 0.0), axis=0)
         tl.store(mean_ptr + group * C + channels, mean, mask=inside)
         tl.store(rstd_ptr + group * C + channels, 1 / tl.sqrt_rn(squares / rows + eps), mask=inside)
@@ -135,7 +138,6 @@ def _apply_kernel(
     y_ptr,
     rows,
     C,
-    RELU: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -154,8 +156,7 @@ def _apply_kernel(
         if residual_ptr is not None:
             pointers, _ = _tile(residual_ptr + offset, row, rows, channels, C, BLOCK_R)
             y += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            y = tl.where(y < 0, 0.0, y)  # NaN stays
+        y = tl.where(y < 0, 0.0, y)  # NaN stays
         pointers, _ = _tile(y_ptr + offset, row, rows, channels, C, BLOCK_R)
         tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -173,7 +174,6 @@ def _backward_sums_kernel(
     parts_ptr,
     rows,
     C,
-    RELU: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -204,7 +204,7 @@ def _backward_sums_kernel(
             grad = tl.where(tl.load(pointers, mask=mask, other=0.0) <= 0, 0.0, grad)
             pointers, _ = _tile(grad_residual_ptr + offset, row, rows, channels, C, BLOCK_R)
             tl.store(pointers, grad.to(grad_residual_ptr.dtype.element_ty), mask=mask)
-        elif RELU:
+        else:
             grad = tl.where(distance * scale + bias <= 0, 0.0, grad)
         first += grad
         second += tl.where(mask, grad * (distance * rstd), 0.0)
@@ -257,14 +257,14 @@ def _input_grad_kernel(
     grad_x_ptr,
     rows,
     C,
-    RELU: tl.constexpr,
+    MASKED: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """weight * rstd * (g - sum g / rows - x^ * sum (g * x^) / rows), x^ = (x - mean) * rstd. Grid: as `_apply_kernel`.
 
-    RELU: the sign of the ReLU's input is to be computed from x; else `grad` is g.
+    MASKED: `grad` is g; else the sign of the ReLU's input is computed from x.
     """
     group, groups = tl.program_id(2), tl.num_programs(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -280,7 +280,7 @@ def _input_grad_kernel(
         grad = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         pointers, _ = _tile(x_ptr + offset, row, rows, channels, C, BLOCK_R)
         distance = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) - mean
-        if RELU:
+        if not MASKED:
             grad = tl.where(distance * scale + bias <= 0, 0.0, grad)
         pointers, _ = _tile(grad_x_ptr + offset, row, rows, channels, C, BLOCK_R)
         grad = scale * (grad - constant - distance * slope)
@@ -311,8 +311,8 @@ class _Plan:
         sizes = {"C": self.channels, "PARTS": self.parts, "GROUPS": self.groups, "BLOCK_P": block_p, "BLOCK_C": block_c}
         return (triton.cdiv(self.channels, block_c),), sizes
 
-    def empty_parts(self, x: Tensor) -> Tensor:
-        return x.new_empty(2, self.groups, self.parts, self.channels, dtype=torch.float32)
+    def empty_parts(self, x: Tensor, sums: int) -> Tensor:
+        return x.new_empty(sums, self.groups, self.parts, self.channels, dtype=torch.float32)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -330,7 +330,7 @@ def launch_moments(
 ) -> tuple[Tensor, Tensor]:
     """[B, C, H, W] -> mean and 1 / sqrt(variance + eps) of each group, [groups, C] float32; running statistics move."""
     plan, x = _Plan(x, groups, FORWARD_TILE), _channels_last(x)
-    parts, (mean, rstd) = plan.empty_parts(x), _empty_moments(x, groups)
+    parts, (mean, rstd) = plan.empty_parts(x, 3), _empty_moments(x, groups)
     with torch.cuda.device_of(x):
         _moments_kernel[plan.sum_grid](
             x_ptr=x,
@@ -376,9 +376,12 @@ def _(x, running_mean, running_var, num_batches, momentum, eps, groups):
 
 
 def launch_apply(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """y in x's type, channels-last; the moments are x's own, [groups, C]."""
+    """[B, C, H, W] and a residual of the same shape -> y in x's type, channels-last.
+
+    The moments are x's own, [groups, C]; they and weight and bias, [C], are float32.
+    """
     plan, x = _Plan(x, len(mean), FORWARD_TILE), _channels_last(x)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
@@ -391,7 +394,6 @@ def launch_apply(
             residual_ptr=None if residual is None else _channels_last(residual),
             y_ptr=y,
             **plan.tiles(),
-            RELU=relu,
             ROUNDS=ROUNDS,
             num_warps=4,
             enable_fp_fusion=True,
@@ -399,13 +401,13 @@ def launch_apply(
     return y
 
 
-batch_norm_apply = torch.library.custom_op(
-    "automix::batch_norm_apply", launch_apply, mutates_args=(), device_types="cuda"
+batch_norm_relu = torch.library.custom_op(
+    "automix::batch_norm_relu", launch_apply, mutates_args=(), device_types="cuda"
 )
 
 
-@batch_norm_apply.register_fake
-def _(x, mean, rstd, weight, bias, residual, relu):
+@batch_norm_relu.register_fake
+def _(x, mean, rstd, weight, bias, residual):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
@@ -417,13 +419,12 @@ def launch_backward(
     weight: Tensor,
     bias: Tensor,
     y: Tensor | None,
-    relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and the residual; `y` is the result where there was a residual, else None, and the
-    residual's gradient is empty."""
+    """Gradients of x, weight, bias and the residual, of their shapes and types; `grad` is y's. `y` is the result where
+    there was a residual, else None, and the residual's gradient is empty."""
     plan, grad, x = _Plan(x, len(mean), BACKWARD_TILE), _channels_last(grad), _channels_last(x)
     grad_x, grad_weight, grad_bias, grad_residual = outputs = _empty_gradients(x, weight, bias, y)
-    parts = plan.empty_parts(x)
+    parts = plan.empty_parts(x, 2)
     sums = x.new_empty(2, plan.groups, plan.channels, dtype=torch.float32)
     of_norm = {"x_ptr": x, "mean_ptr": mean, "rstd_ptr": rstd, "weight_ptr": weight, "bias_ptr": bias}
     with torch.cuda.device_of(x):
@@ -434,7 +435,6 @@ def launch_backward(
             grad_residual_ptr=None if y is None else grad_residual,
             parts_ptr=parts,
             **plan.tiles(),
-            RELU=relu,
             num_warps=4,
             enable_fp_fusion=True,
         )
@@ -454,7 +454,7 @@ def launch_backward(
             sums_ptr=sums,
             grad_x_ptr=grad_x,
             **plan.tiles(),
-            RELU=relu and y is None,
+            MASKED=y is not None,
             ROUNDS=ROUNDS,
             num_warps=4,
             enable_fp_fusion=True,
@@ -470,26 +470,26 @@ def _empty_gradients(
     return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_residual
 
 
-batch_norm_backward = torch.library.custom_op(
-    "automix::batch_norm_backward", launch_backward, mutates_args=(), device_types="cuda"
+batch_norm_relu_backward = torch.library.custom_op(
+    "automix::batch_norm_relu_backward", launch_backward, mutates_args=(), device_types="cuda"
 )
 
 
-@batch_norm_backward.register_fake
-def _(grad, x, mean, rstd, weight, bias, y, relu):
+@batch_norm_relu_backward.register_fake
+def _(grad, x, mean, rstd, weight, bias, y):
     return _empty_gradients(x, weight, bias, y)
 
 
 def _setup_context(ctx, inputs, output):
-    x, mean, rstd, weight, bias, residual, ctx.relu = inputs
-    ctx.save_for_backward(x, mean, rstd, weight, bias, None if residual is None else output)
+    *inputs, residual = inputs
+    ctx.save_for_backward(*inputs, None if residual is None else output)
 
 
 def _backward(ctx, grad):
     """By way of the moments, which have no gradient of their own, too."""
     *inputs, y = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_residual = batch_norm_backward(grad, *inputs, y, ctx.relu)
-    return grad_x, None, None, grad_weight, grad_bias, None if y is None else grad_residual, None
+    grad_x, grad_weight, grad_bias, grad_residual = batch_norm_relu_backward(grad, *inputs, y)
+    return grad_x, None, None, grad_weight, grad_bias, None if y is None else grad_residual
 
 
-batch_norm_apply.register_autograd(_backward, setup_context=_setup_context)
+batch_norm_relu.register_autograd(_backward, setup_context=_setup_context)
