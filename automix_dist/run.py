@@ -360,10 +360,12 @@ _LOCKS: list = []  # open for as long as this process lives
 def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> None:
     """Tell which settings were changed since the checkpoint; refuse what a run cannot survive."""
     old, new = flatten(saved.manifest["config"]), flatten(about["config"])
+    defaults = flatten(to_dict(Config()))
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
+        was = old.get(key, defaults.get(key))  # a setting may be younger than the run
+        if was == new.get(key):
             continue
-        change = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        change = f"{key}: {was!r} -> {new.get(key)!r}"
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
             raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
         say(f"resuming with another setting: {change}")

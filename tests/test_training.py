@@ -22,6 +22,7 @@ from automix_dist import cli
 from automix_dist import run as runs
 from automix_dist.checkpoint import find_checkpoint, newest
 from automix_dist.cli import main
+from automix_dist.config import ConfigError, to_dict
 from automix_dist.errors import EXIT_STOPPED
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
@@ -309,6 +310,7 @@ def version(name):
 metadata.version = version
 sys.modules["ffcv"] = sys.modules["deepspeed"] = None  # importing them says that they are not there
 from automix_dist.cli import main
+from automix_dist.config import ConfigError, to_dict
 for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments)
@@ -442,3 +444,20 @@ def test_full_disk_while_training(settings, tmp_path):
         subprocess.run(["umount", disk], check=True)
     assert "NOT written" in result.stderr and "the last checkpoint, of step 30, could not be written" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_goes_on_under_a_version_with_more_settings():
+    """What its checkpoint does not say was what is the default now."""
+    config = tiny_config()
+    about = {"config": to_dict(config), "index_checksums": {"train": "the same"}}
+    saved = SimpleNamespace(manifest={"config": to_dict(config)}, folder="step_00000010", step=10)
+    del saved.manifest["config"]["data"]["repeats"], saved.manifest["config"]["engine"]["fused_batchnorm"]
+    said = []
+    runs._check_continuation(saved, config, about, 20, said.append)
+    assert not said
+    about["config"]["engine"]["fused_batchnorm"] = True
+    runs._check_continuation(saved, config, about, 20, said.append)
+    assert said == ["resuming with another setting: engine.fused_batchnorm: False -> True"]
+    about["config"]["data"]["repeats"] = 2
+    with pytest.raises(ConfigError, match=r"data\.repeats: 1 -> 2: cannot change when resuming"):
+        runs._check_continuation(saved, config, about, 20, said.append)
