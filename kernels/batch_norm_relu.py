@@ -2,8 +2,8 @@
 
     y = relu((x - mean) * rstd * weight + bias + residual)        with or without a residual
 
-As operations of their own these read and write the map three times over; here the forward pass reads it for the
-statistics and once more for the result, and the backward pass likewise. Without a residual the ReLU's sign is computed
+Layers of their own pass over the map 13 times, forward and backward, or 16 with a residual; here it is 8 and 11 times.
+The forward pass reads it for the statistics and once more for the result, and the backward pass likewise. Without a residual the ReLU's sign is computed
 again from x, so that the result needs not be read; with one, the pass that adds up the sums also writes the residual's
 gradient, which is what the second pass reads.
 
@@ -36,6 +36,14 @@ def _tile(ptr, row, rows, channels, C, BLOCK_R: tl.constexpr):
 def _of_channels(ptr, group, channels, C):
     """[1, channels] float32 of one group."""
     return tl.load(ptr + group * C + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _norm_of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, C):
+    """mean, rstd, scale = rstd * weight, bias: without a residual (x - mean) * scale + bias enters the ReLU."""
+    mean, rstd = _of_channels(mean_ptr, group, channels, C), _of_channels(rstd_ptr, group, channels, C)
+    scale = rstd * _of_channels(weight_ptr, 0, channels, C)
+    return mean, rstd, scale, _of_channels(bias_ptr, 0, channels, C)
 
 
 @triton.jit
@@ -145,9 +153,7 @@ def _apply_kernel(
     """Grid: (ROUNDS tiles of rows, blocks of channels, groups)."""
     group = tl.program_id(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean = _of_channels(mean_ptr, group, channels, C)
-    scale = _of_channels(rstd_ptr, group, channels, C) * _of_channels(weight_ptr, 0, channels, C)
-    bias = _of_channels(bias_ptr, 0, channels, C)
+    mean, _, scale, bias = _norm_of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, C)
     offset = group.to(tl.int64) * rows * C
     for i in tl.static_range(ROUNDS):
         row = (tl.program_id(0) * ROUNDS + i) * BLOCK_R
@@ -185,9 +191,7 @@ def _backward_sums_kernel(
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part, PARTS = tl.program_id(1), tl.num_programs(1)
     group, groups = tl.program_id(2), tl.num_programs(2)
-    mean, rstd = _of_channels(mean_ptr, group, channels, C), _of_channels(rstd_ptr, group, channels, C)
-    scale = rstd * _of_channels(weight_ptr, 0, channels, C)
-    bias = _of_channels(bias_ptr, 0, channels, C)
+    mean, rstd, scale, bias = _norm_of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, C)
     offset = group.to(tl.int64) * rows * C
     first = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -268,9 +272,7 @@ def _input_grad_kernel(
     """
     group, groups = tl.program_id(2), tl.num_programs(2)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, rstd = _of_channels(mean_ptr, group, channels, C), _of_channels(rstd_ptr, group, channels, C)
-    scale = rstd * _of_channels(weight_ptr, 0, channels, C)
-    bias = _of_channels(bias_ptr, 0, channels, C)
+    mean, rstd, scale, bias = _norm_of_channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, group, channels, C)
     constant = _of_channels(sums_ptr, group, channels, C) / rows
     slope = _of_channels(sums_ptr, groups + group, channels, C) * rstd / rows
     offset = group.to(tl.int64) * rows * C

@@ -428,13 +428,16 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, values.shape[-1], 1, 1)
 
 
+def _as_map(grouped: Tensor, dtype: torch.dtype) -> Tensor:
+    return grouped.flatten(0, 1).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
 def batch_norm_relu_apply(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
 ) -> Tensor:
     """relu((x - mean) * rstd * weight + bias + residual) in x's type, channels-last; the moments are [groups, C]."""
     y = (_grouped(x, len(mean)).to(mean.dtype) - _per_channel(mean)) * _per_channel(rstd * weight) + _per_channel(bias)
-    y = y.flatten(0, 1)
-    return F.relu(y if residual is None else y + residual).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return _as_map(F.relu(y if residual is None else y + _grouped(residual, len(mean))), x.dtype)
 
 
 def batch_norm_relu_backward(
@@ -466,7 +469,3 @@ def batch_norm_relu_backward(
     grad_x = scale * (g - _per_channel(first / count) - normalized * _per_channel(second / count))
     grad_residual = x.new_empty(0) if y is None else _as_map(g, x.dtype)
     return _as_map(grad_x, x.dtype), second.sum(dim=0).to(weight.dtype), first.sum(dim=0).to(bias.dtype), grad_residual
-
-
-def _as_map(grouped: Tensor, dtype: torch.dtype) -> Tensor:
-    return grouped.flatten(0, 1).to(dtype).contiguous(memory_format=torch.channels_last)

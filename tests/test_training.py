@@ -310,7 +310,6 @@ def version(name):
 metadata.version = version
 sys.modules["ffcv"] = sys.modules["deepspeed"] = None  # importing them says that they are not there
 from automix_dist.cli import main
-from automix_dist.config import ConfigError, to_dict
 for arguments in json.loads(sys.argv[1]):
     try:
         main(arguments)
