@@ -3,9 +3,9 @@
     y = relu((x - mean) * rstd * weight + bias + residual)        with or without a residual
 
 Layers of their own pass over the map 13 times, forward and backward, or 16 with a residual; here it is 8 and 11 times.
-The forward pass reads it for the statistics and once more for the result, and the backward pass likewise. Without a residual the ReLU's sign is computed
-again from x, so that the result needs not be read; with one, the pass that adds up the sums also writes the residual's
-gradient, which is what the second pass reads.
+The forward pass reads it for the statistics and once more for the result, and the backward pass likewise. Without a
+residual the ReLU's sign is computed again from x, so that the result needs not be read; with one, the pass that adds up
+the sums also writes the residual's gradient, which is what the second pass reads.
 
 A map is a matrix in memory: channels-last, `rows` of all images' pixels by C channels. Its tiles of rows are dealt out
 to at most PROGRAMS parts in turn, and the parts' sums are put together in an order that is fixed: no atomics, and the
