@@ -17,9 +17,10 @@ the pixels of the others are not touched.
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.normalize import of_channel, scales_and_shifts
 from torch import Tensor
 
-TILE_ELEMENTS = 2048  # with more, the bilinear backward runs out of registers
+FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements; twice as many in the backward take twice the registers
 
 
 @triton.jit
@@ -51,36 +52,20 @@ def _column(logits_ptr, image, row, cells, y, H_CELLS: tl.constexpr, W_CELLS: tl
 
 
 @triton.jit
-def _mask(
-    logits_ptr,
-    image,
-    row,
-    cells,
-    y,
-    x,
-    H_CELLS: tl.constexpr,
-    W_CELLS: tl.constexpr,
-    FACTOR_Y: tl.constexpr,
-    FACTOR_X: tl.constexpr,
-    BILINEAR: tl.constexpr,
-):
-    """The mask of one row of cells: [BLOCK_Y, BLOCK_W, BLOCK_S] if bilinear, else [1, BLOCK_W, 1]."""
-    if BILINEAR:
-        left, same, right = _taps(x, FACTOR_X)
-        logits = _column(logits_ptr, image, row, cells - 1, y, H_CELLS, W_CELLS, FACTOR_Y) * left[None, None, :]
-        logits += _column(logits_ptr, image, row, cells, y, H_CELLS, W_CELLS, FACTOR_Y) * same[None, None, :]
-        logits += _column(logits_ptr, image, row, cells + 1, y, H_CELLS, W_CELLS, FACTOR_Y) * right[None, None, :]
-        return tl.sigmoid(logits)
-    else:
-        return tl.sigmoid(_cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS))[None, :, None]
+def _columns(logits_ptr, image, row, cells, y, H_CELLS: tl.constexpr, W_CELLS: tl.constexpr, FACTOR_Y: tl.constexpr):
+    """`_column` of the cells before, of the cells themselves and of those after."""
+    previous = _column(logits_ptr, image, row, cells - 1, y, H_CELLS, W_CELLS, FACTOR_Y)
+    same = _column(logits_ptr, image, row, cells, y, H_CELLS, W_CELLS, FACTOR_Y)
+    following = _column(logits_ptr, image, row, cells + 1, y, H_CELLS, W_CELLS, FACTOR_Y)
+    return previous, same, following
 
 
 @triton.jit
-def _per_channel(three_ptr, elements):
-    """One of three numbers for each element's channel, [1, 1, BLOCK_S]: selected, as a load each would cost more."""
-    channel = elements % 3
-    later = tl.where(channel == 1, tl.load(three_ptr + 1), tl.load(three_ptr + 2))
-    return tl.where(channel == 0, tl.load(three_ptr), later)[None, None, :]
+def _bilinear_mask(before, column, after, x, FACTOR_X: tl.constexpr):
+    """The mask [BLOCK_Y, BLOCK_W, BLOCK_S] of pixels x of each cell, between three columns."""
+    previous, same, following = _taps(x, FACTOR_X)
+    logits = before * previous[None, None, :] + column * same[None, None, :] + after * following[None, None, :]
+    return tl.sigmoid(logits)
 
 
 @triton.jit
@@ -124,8 +109,10 @@ def _forward_kernel(
     NORMALIZE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_CELLS: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Grid: (rows of cells, images). Where lam <= low or lam >= high, the mask is 1 - lam. Images from `num_mixed` on
@@ -142,40 +129,46 @@ def _forward_kernel(
     plain = (lam <= low) | (lam >= high)
     mixed_rows = tl.where(image < num_mixed, FACTOR_Y, 0)
     cells = tl.arange(0, BLOCK_W)
-    elements = tl.arange(0, BLOCK_S)
+    in_piece = tl.arange(0, BLOCK_S)
+    pixels = tl.arange(0, BLOCK_X)
     if NORMALIZE:
-        std = _per_channel(std_ptr, elements)
-        scale = 1 / (255 * std)
-        shift = _per_channel(mean_ptr, elements) / std
+        red, green, blue, red_shift, green_shift, blue_shift = scales_and_shifts(mean_ptr, std_ptr)
+    if not BILINEAR:
+        mask = tl.sigmoid(_cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS))[None, :, None]
+        mask = tl.where(plain, 1 - lam, mask)
     mask_sum = 0.0
     square_sum = 0.0
     for start_y in range(0, FACTOR_Y, BLOCK_Y):
         y = start_y + tl.arange(0, BLOCK_Y)
-        inside = (y < FACTOR_Y)[:, None, None] & (cells < W_CELLS)[None, :, None]
-        inside = inside & (elements < 3 * FACTOR_X)[None, None, :]
-        mask = _mask(
-            logits_ptr, image, row, cells, y, elements // 3, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, BILINEAR
-        )  # fmt: skip
-        mask = tl.where(plain, 1 - lam, mask)
+        image_y = row * FACTOR_Y + y
+        rows_inside = (y < FACTOR_Y)[:, None, None] & (cells < W_CELLS)[None, :, None]
+        to_mix = rows_inside & (in_piece < PIECE)[None, None, :] & (y < mixed_rows)[:, None, None]
         if BILINEAR:
-            counted = tl.where(inside, mask, 0.0)
+            before, column, after = _columns(logits_ptr, image, row, cells, y, H_CELLS, W_CELLS, FACTOR_Y)
+            counted = tl.where(plain, 1 - lam, _bilinear_mask(before, column, after, pixels, FACTOR_X))
+            counted = tl.where(rows_inside & (pixels < FACTOR_X)[None, None, :], counted, 0.0)
             mask_sum += tl.sum(counted)
             square_sum += tl.sum(counted * counted)
-        inside = inside & (y < mixed_rows)[:, None, None]
-        y += row * FACTOR_Y
-        offsets = _offsets(y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
-        own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
-        other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=inside, other=0).to(tl.float32)
-        mixed = own + (other - own) * mask
-        if NORMALIZE:
-            mixed = mixed * scale - shift
-        outputs = _offsets(y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
-        tl.store(mixed_ptr + image * (3 * PIXELS) + outputs, mixed.to(mixed_ptr.dtype.element_ty), mask=inside)
+        for piece in tl.static_range(3 * FACTOR_X // PIECE):
+            elements = piece * PIECE + in_piece
+            if BILINEAR:
+                mask = _bilinear_mask(before, column, after, elements // 3, FACTOR_X)
+                mask = tl.where(plain, 1 - lam, mask)
+            offsets = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
+            own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=to_mix, other=0).to(tl.float32)
+            other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=to_mix, other=0).to(tl.float32)
+            mixed = own + (other - own) * mask
+            if NORMALIZE:
+                scale = of_channel(elements % 3, red, green, blue)
+                shift = of_channel(elements % 3, red_shift, green_shift, blue_shift)
+                mixed = mixed * scale[None, None, :] - shift[None, None, :]
+            outputs = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
+            tl.store(mixed_ptr + image * (3 * PIXELS) + outputs, mixed.to(mixed_ptr.dtype.element_ty), mask=to_mix)
 
     if BILINEAR:
         part = image * H_CELLS + row
-        tl.store(mask_mean_ptr + part, mask_sum / (3 * PIXELS))
-        tl.store(mask_square_mean_ptr + part, square_sum / (3 * PIXELS))
+        tl.store(mask_mean_ptr + part, mask_sum / PIXELS)
+        tl.store(mask_square_mean_ptr + part, square_sum / PIXELS)
     elif row == 0:
         indices = tl.arange(0, BLOCK_CELLS)
         inside_map = indices < H_CELLS * W_CELLS
@@ -186,14 +179,11 @@ def _forward_kernel(
 
 
 @triton.jit
-def _store_taps(taps_ptr, accumulator, cells, x, W_CELLS: tl.constexpr, FACTOR_X: tl.constexpr):
-    """Sums [BLOCK_Y, BLOCK_W, BLOCK_S] to one number a cell for each of: the cell on its left, itself, on its right."""
-    by_element = tl.sum(accumulator, axis=0)  # [BLOCK_W, BLOCK_S]
-    left, same, right = _taps(x, FACTOR_X)
+def _store_taps(taps_ptr, left, same, right, live, cells, W_CELLS: tl.constexpr):
     inside = cells < W_CELLS
-    tl.store(taps_ptr + cells, tl.sum(by_element * left[None, :], axis=1), mask=inside)
-    tl.store(taps_ptr + W_CELLS + cells, tl.sum(by_element * same[None, :], axis=1), mask=inside)
-    tl.store(taps_ptr + 2 * W_CELLS + cells, tl.sum(by_element * right[None, :], axis=1), mask=inside)
+    tl.store(taps_ptr + cells, tl.sum(left, axis=0) * live, mask=inside)
+    tl.store(taps_ptr + W_CELLS + cells, tl.sum(same, axis=0) * live, mask=inside)
+    tl.store(taps_ptr + 2 * W_CELLS + cells, tl.sum(right, axis=0) * live, mask=inside)
 
 
 @triton.jit
@@ -224,6 +214,7 @@ def _backward_kernel(
     HAS_SQUARE_MEAN: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Grid: (rows of cells, images). Output: the logits' gradient, or if bilinear its shares [B, h, 9, w] by tap."""
@@ -241,52 +232,64 @@ def _backward_kernel(
     if HAS_SQUARE_MEAN:
         grad_square_mean = tl.load(grad_square_mean_ptr + image * stride_square_mean)
     cells = tl.arange(0, BLOCK_W)
-    elements = tl.arange(0, BLOCK_S)
-    x = elements // 3
+    in_piece = tl.arange(0, BLOCK_S)
     if NORMALIZE:
-        scale = 1 / (255 * _per_channel(std_ptr, elements))
-    accumulator = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
-    if BILINEAR:
-        accumulator_above = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
-        accumulator_below = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
+        red, green, blue, _, _, _ = scales_and_shifts(std_ptr, std_ptr)
+    total = tl.zeros([BLOCK_Y, BLOCK_W], tl.float32)
+    above_left, above, above_right = total, total, total
+    left, same, right = total, total, total
+    below_left, below, below_right = total, total, total
     for start_y in range(0, FACTOR_Y, BLOCK_Y):
         y = start_y + tl.arange(0, BLOCK_Y)
+        image_y = row * FACTOR_Y + y
         inside = (y < FACTOR_Y)[:, None, None] & (cells < W_CELLS)[None, :, None]
-        inside = inside & (elements < 3 * FACTOR_X)[None, None, :]
-        grad = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
-        if HAS_MIXED:
-            image_y = row * FACTOR_Y + y
-            offsets = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
-            mixed = inside & (y < mixed_rows)[:, None, None]
-            own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=mixed, other=0).to(tl.float32)
-            other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=mixed, other=0).to(tl.float32)
-            outputs = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
-            grad_mixed = tl.load(grad_mixed_ptr + image * (3 * PIXELS) + outputs, mask=mixed, other=0.0)
-            grad = grad_mixed.to(tl.float32) * (other - own)
-            if NORMALIZE:
-                grad *= scale
+        inside = inside & (in_piece < PIECE)[None, None, :]
+        is_mixed = inside & (y < mixed_rows)[:, None, None]
         if BILINEAR:
-            mask = _mask(logits_ptr, image, row, cells, y, x, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, BILINEAR)
-            # A pixel's share of the means' gradient is spread over its three elements.
-            grad += (grad_mean + 2 * mask * grad_square_mean) / (3 * PIXELS)
-            grad = tl.where(inside, grad * mask * (1 - mask), 0.0)
-            above, same, below = _taps(y, FACTOR_Y)
-            accumulator_above += grad * above[:, None, None]
-            accumulator += grad * same[:, None, None]
-            accumulator_below += grad * below[:, None, None]
-        else:
-            accumulator += grad
+            before, column, after = _columns(logits_ptr, image, row, cells, y, H_CELLS, W_CELLS, FACTOR_Y)
+        for piece in tl.static_range(3 * FACTOR_X // PIECE):
+            elements = piece * PIECE + in_piece
+            grad = tl.zeros([BLOCK_Y, BLOCK_W, BLOCK_S], tl.float32)
+            if HAS_MIXED:
+                offsets = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, CHANNELS_LAST)
+                own = tl.load(images_ptr + image * (3 * PIXELS) + offsets, mask=is_mixed, other=0).to(tl.float32)
+                other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=is_mixed, other=0).to(tl.float32)
+                outputs = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
+                grad_mixed = tl.load(grad_mixed_ptr + image * (3 * PIXELS) + outputs, mask=is_mixed, other=0.0)
+                grad = grad_mixed.to(tl.float32) * (other - own)
+                if NORMALIZE:
+                    grad *= of_channel(elements % 3, red, green, blue)[None, None, :]
+            if BILINEAR:
+                mask = _bilinear_mask(before, column, after, elements // 3, FACTOR_X)
+                # A pixel's share of the means' gradient is spread over its three elements.
+                grad += (grad_mean + 2 * mask * grad_square_mean) / (3 * PIXELS)
+                grad = tl.where(inside, grad * (mask * (1 - mask)), 0.0)
+                to_left, to_same, to_right = _taps(elements // 3, FACTOR_X)
+                grad_left = tl.sum(grad * to_left[None, None, :], axis=2)  # [BLOCK_Y, BLOCK_W]
+                grad_same = tl.sum(grad * to_same[None, None, :], axis=2)
+                grad_right = tl.sum(grad * to_right[None, None, :], axis=2)
+                to_above, to_same, to_below = _taps(y, FACTOR_Y)
+                above_left += grad_left * to_above[:, None]
+                above += grad_same * to_above[:, None]
+                above_right += grad_right * to_above[:, None]
+                left += grad_left * to_same[:, None]
+                same += grad_same * to_same[:, None]
+                right += grad_right * to_same[:, None]
+                below_left += grad_left * to_below[:, None]
+                below += grad_same * to_below[:, None]
+                below_right += grad_right * to_below[:, None]
+            else:
+                total += tl.sum(grad, axis=2)
 
     if BILINEAR:
         taps_ptr = output_ptr + (image * H_CELLS + row) * (9 * W_CELLS)
-        _store_taps(taps_ptr, accumulator_above * live, cells, x, W_CELLS, FACTOR_X)
-        _store_taps(taps_ptr + 3 * W_CELLS, accumulator * live, cells, x, W_CELLS, FACTOR_X)
-        _store_taps(taps_ptr + 6 * W_CELLS, accumulator_below * live, cells, x, W_CELLS, FACTOR_X)
+        _store_taps(taps_ptr, above_left, above, above_right, live, cells, W_CELLS)
+        _store_taps(taps_ptr + 3 * W_CELLS, left, same, right, live, cells, W_CELLS)
+        _store_taps(taps_ptr + 6 * W_CELLS, below_left, below, below_right, live, cells, W_CELLS)
     else:
         mask = tl.sigmoid(_cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS))
-        total = tl.sum(tl.sum(accumulator, axis=0), axis=1)  # [BLOCK_W]
-        total += (grad_mean + 2 * mask * grad_square_mean) / (H_CELLS * W_CELLS)
-        grad_logits = total * mask * (1 - mask) * live
+        grad = tl.sum(total, axis=0) + (grad_mean + 2 * mask * grad_square_mean) / (H_CELLS * W_CELLS)
+        grad_logits = grad * mask * (1 - mask) * live
         output_pointers = output_ptr + (image * H_CELLS + row) * W_CELLS + cells
         tl.store(output_pointers, grad_logits.to(output_ptr.dtype.element_ty), mask=cells < W_CELLS)
 
@@ -324,14 +327,16 @@ def _sum_taps_kernel(
     tl.store(pointers, total.to(grad_logits_ptr.dtype.element_ty), mask=inside)
 
 
-def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: float | None) -> dict:
+def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: float | None, tile: int) -> dict:
     """What forward and backward kernel are told alike."""
     _, h, w = logits.shape
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
     planar = images.is_floating_point() and not images.is_contiguous(memory_format=torch.channels_last)
-    block_s = triton.next_power_of_2(3 * (width // w))
+    factor_x = width // w
+    piece = 16 if factor_x % 16 == 0 else 8 if factor_x % 8 == 0 else factor_x
+    block_s = triton.next_power_of_2(piece)
     block_w = triton.next_power_of_2(w)
-    block_y = max(1, min(triton.next_power_of_2(height // h), TILE_ELEMENTS // (block_s * block_w)))
+    block_y = max(1, min(triton.next_power_of_2(height // h), tile // (block_s * block_w)))
     return {
         # Without a margin no lambda reaches these.
         "low": -1.0 if lam_margin is None else lam_margin,
@@ -339,12 +344,13 @@ def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: floa
         "H_CELLS": h,
         "W_CELLS": w,
         "FACTOR_Y": height // h,
-        "FACTOR_X": width // w,
+        "FACTOR_X": factor_x,
         "BILINEAR": mode == "bilinear",
         "NORMALIZE": images.dtype == torch.uint8,
         "CHANNELS_LAST": not planar,
         "BLOCK_Y": block_y,
         "BLOCK_W": block_w,
+        "PIECE": piece,
         "BLOCK_S": block_s,
         "num_warps": 4,
         "enable_fp_fusion": True,
@@ -374,7 +380,7 @@ def launch_forward(
     its square."""
     logits, images = logits.contiguous(), _dense(images)
     batch, h, w = logits.shape
-    arguments = _shape_arguments(logits, images, mode, lam_margin)
+    arguments = _shape_arguments(logits, images, mode, lam_margin, FORWARD_TILE)
     mixed = _empty_mixed(logits, images, dtype, num_mixed)
     parts = h if mode == "bilinear" else 1
     mask_mean = logits.new_empty(batch, parts, dtype=torch.float32)
@@ -392,6 +398,7 @@ def launch_forward(
             mask_square_mean_ptr=mask_square_mean,
             num_mixed=len(mixed),
             BLOCK_CELLS=triton.next_power_of_2(h * w),
+            BLOCK_X=triton.next_power_of_2(arguments["FACTOR_X"]),
             **arguments,
         )
     if parts == 1:
@@ -429,7 +436,7 @@ def launch_backward(
     """The logits' gradient; an output that nothing depends on brings None, grad_mixed may be of the first images."""
     logits, images = logits.contiguous(), _dense(images)
     batch, h, w = logits.shape
-    arguments = _shape_arguments(logits, images, mode, lam_margin)
+    arguments = _shape_arguments(logits, images, mode, lam_margin, BACKWARD_TILE)
     grad_logits = torch.empty_like(logits)
     bilinear = mode == "bilinear"
     output = logits.new_empty(batch, h, 9, w, dtype=torch.float32) if bilinear else grad_logits

@@ -11,29 +11,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, ROUNDS = 2048, 2  # 16 bytes of pixels a thread
+LINES, WIDTH, ROUNDS = 128, 16, 2
 
 
 @triton.jit
-def _of_channel(three_ptr, channel):
-    """One of three numbers for each element: selected, as a load each would cost more."""
-    later = tl.where(channel == 1, tl.load(three_ptr + 1), tl.load(three_ptr + 2))
-    return tl.where(channel == 0, tl.load(three_ptr), later)
+def scales_and_shifts(mean_ptr, std_ptr):
+    """1 / (255 std) and mean / std of the three channels: six numbers, so that nothing is divided for each element."""
+    red, green, blue = tl.load(std_ptr), tl.load(std_ptr + 1), tl.load(std_ptr + 2)
+    red_shift, green_shift = tl.load(mean_ptr) / red, tl.load(mean_ptr + 1) / green
+    blue_shift = tl.load(mean_ptr + 2) / blue
+    return 1 / (255 * red), 1 / (255 * green), 1 / (255 * blue), red_shift, green_shift, blue_shift
+
+
+@triton.jit
+def of_channel(channel, red, green, blue):
+    """One of three numbers for each element: selected, as a load each would cost more. Where a thread's elements have
+    fixed channels, the compiler leaves nothing of it."""
+    return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
 
 
 @triton.jit
 def _normalize_kernel(
-    images_ptr, mean_ptr, std_ptr, output_ptr, elements, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+    images_ptr, mean_ptr, std_ptr, output_ptr, elements, ROUNDS: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Grid: (chunks of 3 * ROUNDS blocks,). Every third block begins with the same channel and shares its constants."""
-    start = tl.program_id(0).to(tl.int64) * (3 * ROUNDS * BLOCK)
+    """Grid: (chunks of 3 * ROUNDS tiles,). A tile has LINES of WIDTH consecutive elements, a line a thread.
+
+    A line begins with one of three channels; three constants, chosen by it, are those of all its elements. Every third
+    tile begins with the same channel, and shares the constants.
+    """
+    TILE: tl.constexpr = LINES * WIDTH
+    start = tl.program_id(0).to(tl.int64) * (3 * ROUNDS * TILE)
+    line = tl.arange(0, LINES)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    red, green, blue, red_shift, green_shift, blue_shift = scales_and_shifts(mean_ptr, std_ptr)
     for turn in tl.static_range(3):
-        first = turn * BLOCK + tl.arange(0, BLOCK)
-        std = _of_channel(std_ptr, first % 3)
-        scale = 1 / (255 * std)
-        shift = _of_channel(mean_ptr, first % 3) / std
+        channel = (turn * TILE + line * WIDTH) % 3
+        second, third = (channel + 1) % 3, (channel + 2) % 3
+        scale = of_channel(
+            column % 3,
+            of_channel(channel, red, green, blue),
+            of_channel(second, red, green, blue),
+            of_channel(third, red, green, blue),
+        )
+        shift = of_channel(
+            column % 3,
+            of_channel(channel, red_shift, green_shift, blue_shift),
+            of_channel(second, red_shift, green_shift, blue_shift),
+            of_channel(third, red_shift, green_shift, blue_shift),
+        )
         for i in tl.static_range(ROUNDS):
-            indices = start + (3 * i * BLOCK) + first
+            indices = start + ((3 * i + turn) * TILE + line * WIDTH + column)
             mask = indices < elements
             pixels = tl.load(images_ptr + indices, mask=mask, other=0).to(tl.float32)
             tl.store(output_ptr + indices, (pixels * scale - shift).to(output_ptr.dtype.element_ty), mask=mask)
@@ -44,14 +71,15 @@ def launch(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Ten
     images = images.contiguous()
     output = _empty_output(images, dtype)
     with torch.cuda.device_of(images):
-        _normalize_kernel[(triton.cdiv(images.numel(), 3 * ROUNDS * BLOCK),)](
+        _normalize_kernel[(triton.cdiv(images.numel(), 3 * ROUNDS * LINES * WIDTH),)](
             images_ptr=images,
             mean_ptr=mean,
             std_ptr=std,
             output_ptr=output,
             elements=images.numel(),
             ROUNDS=ROUNDS,
-            BLOCK=BLOCK,
+            LINES=LINES,
+            WIDTH=WIDTH,
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -77,11 +77,19 @@ def generator(seed=0):
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
-def assert_within_budget(actual, eager, exact, name, summands=0.0, by_chance=False):
+def assert_same_sums(ours, theirs, dtype=torch.float32):
+    """Equal but for a few roundings: for other strides or another number of draws a kernel is compiled anew, and then the
+    compiler lays out its sums and fuses multiplications with additions as it likes. `dtype`: what goes into the sums."""
+    rounding = max(torch.finfo(each).eps for each in (ours.dtype, dtype)) + 16 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * theirs.abs().max().item())
+
+
+def assert_within_budget(actual, eager, exact, name, summands=0.0, by_chance=False, product=False):
     """actual may err as much as eager does, plus one rounding at the size of the largest exact value.
 
     In float32 both are the same sums in another order, and which of them comes nearer is chance: there it is twice as
-    much, plus four roundings. `by_chance`: so too where another type's errors are those of float32 sums.
+    much, plus four roundings. `by_chance`: so too where another type's errors are those of float32 sums. `product`: eight
+    times all that in float32, of which a matrix unit's three tf32 products leave out the last three bits.
     `summands`: the norm of what one number is the sum of, where its parts cancel.
     """
     assert actual.isfinite().all(), name
@@ -89,6 +97,8 @@ def assert_within_budget(actual, eager, exact, name, summands=0.0, by_chance=Fal
     eager_error = (eager.double() - exact).abs().max()
     rounding = torch.finfo(actual.dtype).eps / 2 * max(exact.abs().max(), summands)
     share, roundings = (2, 4) if by_chance or eager.dtype == torch.float32 else (1, 1)
+    if product and eager.dtype == torch.float32:
+        share, roundings = 8 * share, 8 * roundings
     budget = share * eager_error + roundings * rounding
     assert error <= budget, f"{name}: {error:.3g} > {share} * {eager_error:.3g} + {roundings} * {rounding:.3g}"
 
@@ -143,7 +153,7 @@ def check_attention(tensors, seed=1, by_chance=False):
     ]  # fmt: skip
     for name, ours, theirs, truth in zip(names, actual, eager, exact, strict=True):
         summands = grad.norm() if name in ("value_lambda", "value_bias") else 0.0
-        assert_within_budget(ours, theirs, truth, name, summands, by_chance)
+        assert_within_budget(ours, theirs, truth, name, summands, by_chance, product=True)
     return actual
 
 
@@ -240,16 +250,16 @@ def test_attention_reads_slices_in_place():
     sliced[4] = weight[:, -1].requires_grad_()
     assert not any(sliced[i].is_contiguous() for i in (0, 1, 4))
     for ours, expected in zip(check_attention(sliced), dense, strict=True):
-        assert torch.equal(ours, expected)
+        assert_same_sums(ours, expected)
     transposed = [tensors[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), *tensors[1:]]
     for ours, expected in zip(check_attention(transposed), dense, strict=True):
-        assert torch.equal(ours, expected)
+        assert_same_sums(ours, expected)
 
 
 @pytest.mark.parametrize("columns", [25, 32])
 @pytest.mark.parametrize(("positions", "dtype"), [(20, torch.float32), (40, torch.bfloat16), (289, torch.float16)])
 def test_attention_with_the_value_inside_the_projection(positions, dtype, columns):
-    """The bits of a value apart; columns beyond it are read by nobody, and their gradient is zero."""
+    """The numbers of a value apart; columns beyond it are read by nobody, and their gradient is zero."""
     projection, value, *rest = attention_tensors(2, positions, 24, dtype, [1, 1])
     wide = torch.full((2, positions, columns), torch.nan, dtype=dtype, device=DEVICE)
     wide[:, :, :24], wide[:, :, 24] = projection.detach(), value.detach()
@@ -259,17 +269,17 @@ def test_attention_with_the_value_inside_the_projection(positions, dtype, column
         leaves[name] = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
         logits[name] = api.mix_attention(*tensors, implementation="triton")
         grads[name] = torch.autograd.grad(logits[name], leaves[name], grad)
-    assert torch.equal(logits["inside"], logits["apart"])
+    assert_same_sums(logits["inside"], logits["apart"])
     grad_wide, *parameters = grads["inside"]
     assert not grad_wide[:, :, 25:].any()
     for ours, expected in zip((grad_wide[:, :, :24], grad_wide[:, :, 24], *parameters), grads["apart"], strict=True):
-        assert torch.equal(ours, expected)
+        assert_same_sums(ours, expected, dtype)
 
 
 @pytest.mark.parametrize("parameters", [(1, 1, 1, 1), (0, 0, 0, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_draws_side_by_side_have_the_bits_of_draws_apart(dtype, parameters):
-    """And only the first one has a gradient."""
+def test_attention_draws_side_by_side_are_draws_apart(dtype, parameters):
+    """But for rounding; only the first one has a gradient."""
     tensors = attention_tensors(4, 70, 24, dtype, parameters=parameters)
     partner = torch.tensor([[1, 0, 3, 2], [1, 1, 0, 2], [0, 1, 2, 3]], device=DEVICE)
     lam = torch.rand(3, 4, device=DEVICE, generator=generator(4))
@@ -280,10 +290,10 @@ def test_attention_draws_side_by_side_have_the_bits_of_draws_apart(dtype, parame
     assert [each.requires_grad for each in together] == [True, False, False]
     for i, (each, *draw) in enumerate(zip(together, partner, lam, strict=True)):
         apart = api.mix_attention(*tensors[:2], *draw, *tensors[4:], implementation="triton")
-        assert torch.equal(each, apart)
+        assert_same_sums(each, apart)
         if i == 0:
             for ours, expected in zip(gradients, torch.autograd.grad(apart, leaves, grad), strict=True):
-                assert torch.equal(ours, expected)
+                assert_same_sums(ours, expected, dtype)
 
 
 @pytest.mark.skipif(api.INTERPRETED, reason="the interpreter has one order of doing things")
@@ -426,7 +436,7 @@ def test_blend_margin(mode):
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("num_mixed", [0, 2])
-def test_blend_of_the_first_images_has_the_bits_of_all(mode, num_mixed):
+def test_blend_of_the_first_images_is_that_of_all(mode, num_mixed):
     """And the gradient of a mean over the batch, which is one number for all images, is read in place."""
     logits, images, partner, lam = blend_inputs(4, (3, 2), (4, 5), "uint8")
     arguments = (logits, images, partner, lam, MEAN, STD, mode, None, torch.float32)
@@ -439,7 +449,7 @@ def test_blend_of_the_first_images_has_the_bits_of_all(mode, num_mixed):
     padded = torch.cat([grad, torch.zeros_like(whole[num_mixed:])])
     quarter = torch.full((4,), 0.25, device=DEVICE)
     (expected,) = torch.autograd.grad([whole, *expected_means], logits, [padded, quarter, quarter])
-    assert torch.equal(ours, expected)
+    assert_same_sums(ours, expected)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
