@@ -340,8 +340,8 @@ def tune(shape: Shape, dtype: torch.dtype, machine: Machine, budget_s: float, de
 
     def backward(tile: kernels.Tile) -> list[Callable[[], object]]:
         return [
-            partial(kernels.launch_backward, logits, *each[:6], attended, lse, key_offset, tile=tile)
-            for each, (logits, *_, attended, lse, key_offset) in zip(arguments, saved, strict=True)
+            partial(kernels.launch_backward, logits, *each[:6], attended, lse, products, tile=tile)
+            for each, (logits, *_, attended, lse, products) in zip(arguments, saved, strict=True)
         ]
 
     trials = []

@@ -2,12 +2,13 @@
 
 With y = projection, v = value, p = partner[b], a = lam[b] * query_lambda + query_bias:
 
-    S[b, i, j]   = (y[b, i] . y[p, j] + u[b, j]) / sqrt(D)                 u[b, j] = a[b] . y[p, j]
+    S[b, i, j]   = (y[b, i] . y[p, j] + u[b, j]) / sqrt(D)       u[b, j] = a[b] . y[p, j] = lam[b] * k0[p, j] + k1[p, j]
     o[b, i]      = sum_j softmax_j(S[b, i, j]) * v[p, j]
     logits[b, i] = o[b, i] + (1 - lam[b]) * value_lambda + value_bias
 
-u comes from a small kernel of its own, so that every operand of a matrix product goes from memory to the matrix units
-untouched, and the backward's transposed product sees the very same scores. Saved for the backward: the inputs, u, o and
+k0 = y . query_lambda and k1 = y . query_bias come from a small kernel, once for an image whatever the draws, so that every
+operand of a matrix product goes from memory to the matrix units untouched. u is one fused multiply-add wherever it is
+needed: the backward's transposed product sees the very same scores. Saved for the backward: the inputs, k0, k1, o and
 lse = log(sum_j exp(S[b, i, j])) * sqrt(D), [B, N] each. The backward recomputes the probabilities P, and subtracts lse
 before it divides by sqrt(D): the other way round, a fused multiply-add would leave out one of two roundings, and
 a lone score of 1e4 would not get the probability 1. As the value has one channel, the gradient of the scores needs
@@ -62,34 +63,20 @@ def _load_rows(base_ptr, rows, columns, N: tl.constexpr, D: tl.constexpr, STRIDE
 
 
 @triton.jit
-def _query_offset(
-    query_lambda_ptr,
-    query_bias_ptr,
-    lam,
-    columns,
-    D: tl.constexpr,
-    STRIDE_LAMBDA: tl.constexpr,
-    HAS_LAMBDA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """a[b] at these columns, float32; query_lambda may be a column of a matrix."""
-    offset = tl.zeros(columns.shape, tl.float32)
-    if HAS_LAMBDA:
-        pointers = query_lambda_ptr + columns * STRIDE_LAMBDA
-        offset += lam * tl.load(pointers, mask=columns < D, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        offset += tl.load(query_bias_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    return offset
+def _vector(ptr, columns, D: tl.constexpr, STRIDE: tl.constexpr, PRESENT: tl.constexpr):
+    """A parameter at these columns, float32; zeros if there is none. It may be a column of a matrix."""
+    if PRESENT:
+        return tl.load(ptr + columns * STRIDE, mask=columns < D, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(columns.shape, tl.float32)
 
 
 @triton.jit
-def _key_offset_kernel(
+def _key_products_kernel(
     projection_ptr,
-    partner_ptr,
-    lam_ptr,
     query_lambda_ptr,
     query_bias_ptr,
-    key_offset_ptr,
+    products_ptr,
     stride_b,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -100,18 +87,16 @@ def _key_offset_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """u[b, j]. Grid: (tiles of rows, pairs); a pair is an image of one draw."""
-    pair = tl.program_id(1).to(tl.int64)
+    """k0 and k1 [2, B, N]; zeros for what there is not. Grid: (tiles of rows, images)."""
+    image = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
-    partner = tl.load(partner_ptr + pair).to(tl.int64)
-    lam = tl.load(lam_ptr + pair)
-    offset = _query_offset(
-        query_lambda_ptr, query_bias_ptr, lam, columns, D, STRIDE_LAMBDA, HAS_LAMBDA, HAS_BIAS
-    )  # fmt: skip
-    keys = _load_rows(projection_ptr + partner * stride_b, rows, columns, N, D, STRIDE_N, D == BLOCK_D)
-    key_offset = tl.sum(keys.to(tl.float32) * offset[None, :], axis=1)
-    tl.store(key_offset_ptr + pair * N + rows, key_offset, mask=rows < N)
+    keys = _load_rows(projection_ptr + image * stride_b, rows, columns, N, D, STRIDE_N, D == BLOCK_D).to(tl.float32)
+    query_lambda = _vector(query_lambda_ptr, columns, D, STRIDE_LAMBDA, HAS_LAMBDA)
+    query_bias = _vector(query_bias_ptr, columns, D, 1, HAS_BIAS)
+    pointers = products_ptr + image * N + rows
+    tl.store(pointers, tl.sum(keys * query_lambda[None, :], axis=1), mask=rows < N)
+    tl.store(pointers + tl.num_programs(1) * N, tl.sum(keys * query_bias[None, :], axis=1), mask=rows < N)
 
 
 @triton.jit
@@ -139,10 +124,13 @@ def _scores(
 
 
 @triton.jit
-def _mask_keys(scores, key_offset_ptr, keys, N: tl.constexpr, HAS_OFFSET: tl.constexpr):
+def _add_key_offset(scores, products_ptr, batch, partner, lam, keys, N: tl.constexpr, HAS_OFFSET: tl.constexpr):
     """Adds u to the scores, and -inf where a key lies outside the image."""
     if HAS_OFFSET:
-        scores += tl.load(key_offset_ptr + keys, mask=keys < N, other=float("-inf"))[None, :]
+        pointers = products_ptr + partner * N + keys
+        by_lambda = tl.load(pointers, mask=keys < N, other=0.0)
+        plain = tl.load(pointers + batch * N, mask=keys < N, other=float("-inf"))
+        scores += tl.fma(lam, by_lambda, plain)[None, :]
     else:
         scores = tl.where((keys < N)[None, :], scores, float("-inf"))
     return scores
@@ -154,7 +142,7 @@ def _forward_kernel(
     value_ptr,
     partner_ptr,
     lam_ptr,
-    key_offset_ptr,
+    products_ptr,
     value_lambda_ptr,
     value_bias_ptr,
     logits_ptr,
@@ -187,6 +175,7 @@ def _forward_kernel(
     pair = draw * batch + image
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     partner = tl.load(partner_ptr + pair).to(tl.int64)
+    lam = tl.load(lam_ptr + pair)
     own_base = projection_ptr + image * stride_b
     key_base = projection_ptr + partner * stride_b
 
@@ -197,7 +186,7 @@ def _forward_kernel(
         keys = start_n + tl.arange(0, BLOCK_N)
         key_mask = keys < N
         scores = _scores(own_base, rows, key_base, keys, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        scores = _mask_keys(scores, key_offset_ptr + pair * N, keys, N, HAS_OFFSET)
+        scores = _add_key_offset(scores, products_ptr, batch, partner, lam, keys, N, HAS_OFFSET)
         value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
         value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)  # [BLOCK_N]
 
@@ -211,7 +200,7 @@ def _forward_kernel(
     attended = numerator / denominator
     constant = 0.0
     if HAS_VALUE_LAMBDA:
-        constant += (1 - tl.load(lam_ptr + pair)) * tl.load(value_lambda_ptr).to(tl.float32)
+        constant += (1 - lam) * tl.load(value_lambda_ptr).to(tl.float32)
     if HAS_VALUE_BIAS:
         constant += tl.load(value_bias_ptr).to(tl.float32)
     outputs = image * N + rows
@@ -239,7 +228,7 @@ def _backward_kernel(
     lam_ptr,
     query_lambda_ptr,
     query_bias_ptr,
-    key_offset_ptr,
+    products_ptr,
     attended_ptr,
     lse_ptr,
     grad_ptr,
@@ -287,6 +276,7 @@ def _backward_kernel(
     output_base = grad_projection_ptr + image * (N * STRIDE_GRAD_N)
 
     partner = tl.load(partner_ptr + image).to(tl.int64)
+    lam = tl.load(lam_ptr + image)
     # An infinite denominator: rows outside the image have probability zero, and add nothing to the sums over rows.
     lse = tl.load(lse_ptr + image * N + rows, mask=row_mask, other=float("inf"))
     attended = tl.load(attended_ptr + image * N + rows, mask=row_mask, other=0.0)
@@ -300,7 +290,7 @@ def _backward_kernel(
         key_mask = keys < N
         key_base = projection_ptr + partner * stride_b
         scores = _scores(own_base, rows, key_base, keys, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
-        scores = _mask_keys(scores, key_offset_ptr + image * N, keys, N, HAS_OFFSET)
+        scores = _add_key_offset(scores, products_ptr, batch, partner, lam, keys, N, HAS_OFFSET)
         value_pointers = value_ptr + partner * stride_value_b + keys * STRIDE_VALUE_N
         value = tl.load(value_pointers, mask=key_mask, other=0.0).to(tl.float32)
         probability = tl.exp2((scores - lse[:, None]) * (scale * LOG2_E))
@@ -327,6 +317,9 @@ def _backward_kernel(
     value_pointers = value_ptr + image * stride_value_b + rows * STRIDE_VALUE_N
     own_value = tl.load(value_pointers, mask=row_mask, other=0.0).to(tl.float32)
     grad_value = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_OFFSET:
+        by_lambda = tl.load(products_ptr + image * N + rows, mask=row_mask, other=0.0)
+        plain = tl.load(products_ptr + (batch + image) * N + rows, mask=row_mask, other=0.0)
     pair = _next_pair(partner_ptr, image, -1, batch, BLOCK_B)
     while pair < batch:
         lam = tl.load(lam_ptr + pair)
@@ -338,7 +331,7 @@ def _backward_kernel(
             query_base = projection_ptr + pair * stride_b
             scores = _scores(own_base, rows, query_base, queries, N, D, STRIDE_N, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D)
             if HAS_OFFSET:
-                scores += tl.load(key_offset_ptr + pair * N + rows, mask=row_mask, other=0.0)[:, None]
+                scores += tl.fma(lam, by_lambda, plain)[:, None]
             query_lse = tl.load(lse_ptr + pair * N + queries, mask=query_mask, other=float("inf"))
             query_attended = tl.load(attended_ptr + pair * N + queries, mask=query_mask, other=0.0)
             query_grad = tl.load(grad_ptr + pair * N + queries, mask=query_mask, other=0.0)
@@ -353,9 +346,8 @@ def _backward_kernel(
                 query = _load_rows(query_base, queries, columns, N, D, STRIDE_N, EVEN)  # [BLOCK_N, BLOCK_D]
                 product = tl.dot(grad_scores, query, input_precision=PRECISION) * unit
                 if HAS_OFFSET:
-                    offset = _query_offset(
-                        query_lambda_ptr, query_bias_ptr, lam, columns, D, STRIDE_LAMBDA, HAS_LAMBDA, HAS_BIAS
-                    )  # fmt: skip
+                    offset = lam * _vector(query_lambda_ptr, columns, D, STRIDE_LAMBDA, HAS_LAMBDA)
+                    offset += _vector(query_bias_ptr, columns, D, 1, HAS_BIAS)
                     product += offset_weight[:, None] * offset[None, :]
                 pointers = output_base + rows[:, None] * STRIDE_GRAD_N + columns[None, :]
                 mask = row_mask[:, None] & (columns < D)[None, :]
@@ -424,8 +416,10 @@ def forward_tile(architecture: str, itemsize: int, positions: int, channels: int
         tile = Tile(rows=128, columns=256, width=64, warps=8, stages=3)
     elif architecture == "hip":
         tile = Tile(rows=64, columns=128, width=64, warps=4, stages=2)
+    elif architecture == "sm80":
+        tile = Tile(rows=128, columns=128, width=64, warps=8, stages=3)
     else:
-        tile = Tile(rows=128, columns=128, width=64, warps=8, stages=3 if architecture == "sm80" else 2)
+        tile = Tile(rows=128, columns=128, width=32, warps=8, stages=3)
     return _fit(tile, positions, channels)
 
 
@@ -441,7 +435,7 @@ def backward_tile(architecture: str, itemsize: int, positions: int, channels: in
     elif architecture == "sm80":
         tile = Tile(rows=64, columns=128, width=64, warps=8, stages=2)
     else:
-        tile = Tile(rows=64, columns=128, width=32, warps=8, stages=3)
+        tile = Tile(rows=64, columns=128, width=16, warps=8, stages=3)
     return _fit(tile, positions, channels)
 
 
@@ -484,9 +478,9 @@ def mix_attention(
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For partners and lambdas [B] or [R, B]: logits [B, N] of the first draw and [R - 1, B, N] of the others, and for
-    the first one's backward o and lse [B, N] (see the module's docstring) and u [R * B, N]; float32.
+    the first one's backward o and lse [B, N] and k0 and k1 [2, B, N] (see the module's docstring); float32.
 
-    u is empty where neither lambda nor a bias enters the query. Without `value` it is column D = `width` of a wider
+    The last is empty where neither lambda nor a bias enters the query. Without `value` it is column D = `width` of a wider
     projection.
     """
     with torch.cuda.device_of(projection):
@@ -512,19 +506,17 @@ def launch_forward(
     batch, positions, channels = projection.shape
     architecture = _architecture(projection.device)
     tile = tile or forward_tile(architecture, projection.element_size(), positions, channels)
-    logits, others, attended, lse, key_offset = _empty_outputs(projection, partner, query_lambda, query_bias)
+    logits, others, attended, lse, products = _empty_outputs(projection, partner, query_lambda, query_bias)
     pairs = partner.numel()
-    has_offset = len(key_offset) > 0
+    has_offset = len(products) > 0
     if has_offset:
         block_d = max(16, triton.next_power_of_2(channels))
-        block_m = max(1, 4096 // block_d)
-        _key_offset_kernel[(triton.cdiv(positions, block_m), pairs)](
+        block_m = max(1, 8192 // block_d)
+        _key_products_kernel[(triton.cdiv(positions, block_m), batch)](
             projection_ptr=projection,
-            partner_ptr=partner,
-            lam_ptr=lam,
             query_lambda_ptr=query_lambda,
             query_bias_ptr=query_bias,
-            key_offset_ptr=key_offset,
+            products_ptr=products,
             stride_b=projection.stride(0),
             N=positions,
             D=channels,
@@ -542,7 +534,7 @@ def launch_forward(
         value_ptr=value,
         partner_ptr=partner,
         lam_ptr=lam,
-        key_offset_ptr=key_offset,
+        products_ptr=products,
         value_lambda_ptr=value_lambda,
         value_bias_ptr=value_bias,
         logits_ptr=logits,
@@ -569,7 +561,7 @@ def launch_forward(
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
-    return logits, others, attended, lse, key_offset
+    return logits, others, attended, lse, products
 
 
 def _empty_outputs(
@@ -583,7 +575,7 @@ def _empty_outputs(
         (pairs // batch - 1, batch, positions),
         (batch, positions),
         (batch, positions),
-        (pairs if has_offset else 0, positions),
+        (2 if has_offset else 0, batch, positions),
     )
     return tuple(projection.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
@@ -608,17 +600,17 @@ def mix_attention_backward(
     query_bias: Tensor | None,
     attended: Tensor,
     lse: Tensor,
-    key_offset: Tensor,
+    products: Tensor,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
 
-    Of one draw, with its partner, lam, attended, lse and key_offset alone. The second is empty where the value is a
+    Of one draw, with its partner, lam, attended and lse alone. The second is empty where the value is a
     column of the projection, the third where neither lambda nor a bias enters the query.
     """
     with torch.cuda.device_of(projection):
         return launch_backward(
-            grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset, width
+            grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, products, width
         )
 
 
@@ -632,7 +624,7 @@ def launch_backward(
     query_bias: Tensor | None,
     attended: Tensor,
     lse: Tensor,
-    key_offset: Tensor,
+    products: Tensor,
     width: int | None = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -667,7 +659,7 @@ def launch_backward(
         lam_ptr=lam,
         query_lambda_ptr=query_lambda,
         query_bias_ptr=query_bias,
-        key_offset_ptr=key_offset,
+        products_ptr=products,
         attended_ptr=attended,
         lse_ptr=lse,
         grad_ptr=grad_logits,
@@ -718,7 +710,7 @@ def launch_backward(
 
 
 @mix_attention_backward.register_fake
-def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset, width=None):
+def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, attended, lse, products, width=None):
     has_offset = query_lambda is not None or query_bias is not None
     return (
         projection.new_empty(projection.shape),
@@ -730,12 +722,12 @@ def _(grad_logits, projection, value, partner, lam, query_lambda, query_bias, at
 
 def _save_for_backward(ctx, inputs, output):
     projection, value, partner, lam, query_lambda, query_bias, value_lambda, value_bias, width = inputs
-    _, others, attended, lse, key_offset = output
-    ctx.mark_non_differentiable(others, attended, lse, key_offset)
+    _, others, attended, lse, products = output
+    ctx.mark_non_differentiable(others, attended, lse, products)
     ctx.set_materialize_grads(False)
     if partner.dim() == 2:
-        partner, lam, key_offset = partner[0], lam[0], key_offset[: len(attended)]
-    ctx.save_for_backward(projection, value, partner, lam, query_lambda, query_bias, attended, lse, key_offset)
+        partner, lam = partner[0], lam[0]
+    ctx.save_for_backward(projection, value, partner, lam, query_lambda, query_bias, attended, lse, products)
     ctx.value_dtypes = [None if p is None else p.dtype for p in (value_lambda, value_bias)]
     ctx.width = width
 

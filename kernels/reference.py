@@ -153,8 +153,8 @@ def mix_attention_forward(
 
     Returns:
         logits [B, N] of the first draw and [R - 1, B, N] of the others; o [B, N], the softmax-weighted value before the
-        constants; lse [B, N], sqrt(D) times the logarithm of the softmax's denominator; u [R * B, N], empty without
-        lambda and bias: u[b, j] = (lam[b] * query_lambda + query_bias) . y[p, j].
+        constants; lse [B, N], sqrt(D) times the logarithm of the softmax's denominator; the products of the projection
+        with query_lambda and with query_bias [2, B, N], zeros for one that there is not, empty without both.
     """
     projection, value = split_projection(projection, value, width)
     if partner.dim() == 2:
@@ -162,27 +162,31 @@ def mix_attention_forward(
         draws = [
             mix_attention_forward(projection, value, *draw, *parameters) for draw in zip(partner, lam, strict=True)
         ]
-        logits, others, attended, lse, _ = draws[0]
-        others = torch.stack([draw[0] for draw in draws[1:]]) if len(draws) > 1 else others
-        return logits, others, attended, lse, torch.cat([draw[4] for draw in draws])
+        logits, others, *saved = draws[0]
+        return logits, torch.stack([draw[0] for draw in draws[1:]]) if len(draws) > 1 else others, *saved
     accumulate = _accumulate_dtype(projection)
     lam = lam.to(accumulate)
     own = projection.to(accumulate)
     keys = own[partner]
-    offset = _query_offset(lam, query_lambda, query_bias)
-    key_offset = own.new_empty(0, own.shape[1]) if offset is None else torch.einsum("bd,bjd->bj", offset, keys)
-    scores = _unscaled_scores(own, keys, key_offset)
+    products = own.new_zeros(0 if query_lambda is None and query_bias is None else 2, *own.shape[:2])
+    for i, parameter in enumerate((query_lambda, query_bias)):
+        if parameter is not None:
+            products[i] = own @ parameter.to(accumulate)
+    scores = _unscaled_scores(own, keys, partner, lam, products)
     scale = 1 / math.sqrt(own.shape[2])
     lse = torch.logsumexp(scores * scale, dim=2) / scale
     probability = torch.exp((scores - lse.unsqueeze(2)) * scale)
     attended = torch.einsum("bij,bj->bi", probability, value.to(accumulate)[partner])
     logits = _add_constants(attended.clone(), lam, value_lambda, value_bias)
-    return logits, logits.new_empty(0, *logits.shape), attended, lse, key_offset
+    return logits, logits.new_empty(0, *logits.shape), attended, lse, products
 
 
-def _unscaled_scores(own: Tensor, keys: Tensor, key_offset: Tensor) -> Tensor:
+def _unscaled_scores(own: Tensor, keys: Tensor, partner: Tensor, lam: Tensor, products: Tensor) -> Tensor:
     scores = torch.bmm(own, keys.transpose(1, 2))
-    return scores + key_offset.unsqueeze(1) if key_offset.shape[0] > 0 else scores
+    if len(products) == 0:
+        return scores
+    by_lambda, plain = products[:, partner]
+    return scores + (lam[:, None] * by_lambda + plain).unsqueeze(1)
 
 
 def mix_attention_backward(
@@ -195,7 +199,7 @@ def mix_attention_backward(
     query_bias: Tensor | None,
     attended: Tensor,
     lse: Tensor,
-    key_offset: Tensor,
+    products: Tensor,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of projection, of value, of [query_lambda, query_bias] [2, D] and of [value_lambda, value_bias] [2].
@@ -214,7 +218,7 @@ def mix_attention_backward(
     own = projection.to(accumulate)
     keys = own[partner]
     values = value.to(accumulate)
-    scores = _unscaled_scores(own, keys, key_offset)
+    scores = _unscaled_scores(own, keys, partner, lam, products)
     probability = torch.exp((scores - lse.unsqueeze(2)) / math.sqrt(own.shape[2]))
     weighted = probability * grad_logits.unsqueeze(2)
     grad_scores = weighted * (values[partner].unsqueeze(1) - attended.unsqueeze(2)) / math.sqrt(own.shape[2])

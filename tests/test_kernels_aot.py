@@ -164,7 +164,7 @@ def check_attention(record, tmp_path, architecture, projection, query, constant,
     logits, _, *saved = mix_attention.launch_forward(*projection, partner, lam, *query, *constant, width)
     mix_attention.launch_backward(logits, *projection, partner[0], lam[0], *query, *saved, width)
     assert [kernel.__name__ for kernel, _ in launches] == [
-        "_key_offset_kernel", "_forward_kernel", "_backward_kernel", "_parameter_grad_kernel"
+        "_key_products_kernel", "_forward_kernel", "_backward_kernel", "_parameter_grad_kernel"
     ]  # fmt: skip
     assert_fits(launches, architecture, tmp_path, products=("_forward_kernel", "_backward_kernel"))
 
