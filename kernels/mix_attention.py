@@ -2,16 +2,17 @@
 
 With y = projection, v = value, p = partner[b], a = lam[b] * query_lambda + query_bias:
 
-    S[b, i, j]   = (y[b, i] . y[p, j] + u[b, j]) / sqrt(D)       u[b, j] = a[b] . y[p, j] = lam[b] * k0[p, j] + k1[p, j]
+    u[b, j]      = a[b] . y[p, j] = lam[b] * k0[p, j] + k1[p, j]
+    S[b, i, j]   = (y[b, i] . y[p, j] + u[b, j]) / sqrt(D)
     o[b, i]      = sum_j softmax_j(S[b, i, j]) * v[p, j]
     logits[b, i] = o[b, i] + (1 - lam[b]) * value_lambda + value_bias
 
-k0 = y . query_lambda and k1 = y . query_bias come from a small kernel, once for an image whatever the draws, so that every
-operand of a matrix product goes from memory to the matrix units untouched. u is one fused multiply-add wherever it is
-needed: the backward's transposed product sees the very same scores. Saved for the backward: the inputs, k0, k1, o and
-lse = log(sum_j exp(S[b, i, j])) * sqrt(D), [B, N] each. The backward recomputes the probabilities P, and subtracts lse
-before it divides by sqrt(D): the other way round, a fused multiply-add would leave out one of two roundings, and
-a lone score of 1e4 would not get the probability 1. As the value has one channel, the gradient of the scores needs
+k0 = y . query_lambda and k1 = y . query_bias come from a small kernel, once for an image whatever the draws, so that
+every operand of a matrix product goes from memory to the matrix units untouched. u is one fused multiply-add wherever
+it is needed: the backward's transposed product sees the very same scores. Saved for the backward: the inputs, k0, k1, o
+and lse = log(sum_j exp(S[b, i, j])) * sqrt(D), [B, N] each. The backward recomputes the probabilities P, and subtracts
+lse before it divides by sqrt(D): the other way round, a fused multiply-add would leave out one of two roundings, and a
+lone score of 1e4 would not get the probability 1. As the value has one channel, the gradient of the scores needs
 neither a product nor a pass of its own (g = grad_logits):
 
     dS[b, i, j] = P[b, i, j] * g[b, i] * (v[p, j] - o[b, i]) / sqrt(D)
@@ -480,8 +481,8 @@ def mix_attention(
     """For partners and lambdas [B] or [R, B]: logits [B, N] of the first draw and [R - 1, B, N] of the others, and for
     the first one's backward o and lse [B, N] and k0 and k1 [2, B, N] (see the module's docstring); float32.
 
-    The last is empty where neither lambda nor a bias enters the query. Without `value` it is column D = `width` of a wider
-    projection.
+    The last is empty where neither lambda nor a bias enters the query. Without `value` it is column D = `width` of a
+    wider projection.
     """
     with torch.cuda.device_of(projection):
         return launch_forward(

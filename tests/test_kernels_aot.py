@@ -88,6 +88,12 @@ def compile_launch(kernel, arguments, architecture):
     return triton.compile(source, target=TARGETS[architecture], options=options)
 
 
+def launched_with(kernel, arguments) -> list:
+    """What Triton's launcher would hand to that code: all but what it was compiled for."""
+    values = [arguments[each.name] for each in kernel.params if not each.is_constexpr]
+    return [each for each in values if each is not None and not (type(each) is int and each == 1)]
+
+
 def spilled_bytes(compiled, architecture, tmp_path) -> int:
     """What one thread keeps in memory for want of registers, of the very binary that would be launched."""
     if architecture == "hip":

@@ -78,8 +78,9 @@ def generator(seed=0):
 
 
 def assert_same_sums(ours, theirs, dtype=torch.float32):
-    """Equal but for a few roundings: for other strides or another number of draws a kernel is compiled anew, and then the
-    compiler lays out its sums and fuses multiplications with additions as it likes. `dtype`: what goes into the sums."""
+    """Equal but for a few roundings: for other strides or another number of draws a kernel is compiled anew, and then
+    the compiler lays out sums and fuses multiplications with additions as it likes. `dtype`: what goes into the sums.
+    """
     rounding = max(torch.finfo(each).eps for each in (ours.dtype, dtype)) + 16 * torch.finfo(torch.float32).eps
     torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * theirs.abs().max().item())
 
@@ -88,8 +89,8 @@ def assert_within_budget(actual, eager, exact, name, summands=0.0, by_chance=Fal
     """actual may err as much as eager does, plus one rounding at the size of the largest exact value.
 
     In float32 both are the same sums in another order, and which of them comes nearer is chance: there it is twice as
-    much, plus four roundings. `by_chance`: so too where another type's errors are those of float32 sums. `product`: eight
-    times all that in float32, of which a matrix unit's three tf32 products leave out the last three bits.
+    much, plus four roundings. `by_chance`: so too where another type's errors are those of float32 sums. `product`:
+    eight times all that in float32, of which a matrix unit's three tf32 products leave out the last three bits.
     `summands`: the norm of what one number is the sum of, where its parts cancel.
     """
     assert actual.isfinite().all(), name
