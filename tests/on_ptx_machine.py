@@ -18,24 +18,15 @@ from automix_kernels import api  # noqa: E402
 
 triton.knobs.runtime.interpret = False
 
-from ptx_machine import Program  # noqa: E402
-from test_kernels_aot import compile_launch, launched_with  # noqa: E402
+from launches import machine_run  # noqa: E402
 
 assert api.INTERPRETED
 
 
 @pytest.fixture(autouse=True)
 def launches_on_the_machine(monkeypatch):
-    target, programs = os.environ["PTX_TARGET"], {}
-
-    def run(kernel, *, grid, warmup, **arguments):
-        compiled = compile_launch(kernel, dict(arguments), target)
-        code = compiled.asm["ptx"]
-        if code not in programs:
-            programs[code] = Program(code)
-        programs[code].run(grid, launched_with(kernel, arguments), compiled.metadata.shared)
-
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", run)
+    target = os.environ["PTX_TARGET"]
+    monkeypatch.setattr(triton.runtime.JITFunction, "run", machine_run(target))
     monkeypatch.setattr(mix_attention, "_architecture", lambda device: target)
     # The assembler takes most of the time, and its code is not run.
     monkeypatch.setattr(triton.backends.nvidia.compiler.CUDABackend, "make_cubin", lambda *_: b"")

@@ -15,7 +15,7 @@ and the last bits of approximate instructions (ex2, lg2, rcp and divisions are e
 
 import gc
 import re
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 import torch
@@ -225,9 +225,9 @@ class Block:
             numbers = np.where(mask, numbers, self.registers[register].view(numbers.dtype))
         self.registers[register] = numbers
 
-    def run(self, code):
+    def run(self, code, executed):
         """From the first instruction to the last; `position` is that of each thread where they differ."""
-        position, end = 0, len(code)
+        position, end, warps = 0, len(code), self.threads // WARP
         while not isinstance(position, int) or position < end:
             if isinstance(position, int):
                 here, mask = position, None
@@ -238,6 +238,9 @@ class Block:
                     position, mask = here, None
                     continue
             instruction = code[here]
+            if instruction.name[:4] != "mov.":
+                active = warps if mask is None else int(mask.reshape(-1, WARP).any(axis=1).sum())
+                executed[instruction.source] += active
             try:
                 target = instruction(self, mask)
             except MachineError as error:
@@ -259,8 +262,8 @@ class Block:
 class Instruction:
     """One line of PTX: `@predicate operation operands`."""
 
-    def __init__(self, text, labels):
-        self.text = text
+    def __init__(self, text, labels, source):
+        self.text, self.source = text, source
         guard, body = re.fullmatch(r"(?:@(!?%\w+)\s+)?(.*);", text).groups()
         self.guard = guard and guard.lstrip("!")
         self.negated = bool(guard) and guard[0] == "!"
@@ -500,8 +503,20 @@ class Instruction:
         self.result(block, mask, result.view(np.uint32)[:, 0])
 
     def do_setp(self, block, mask):
-        comparison = self.modifiers[0]
+        if self.modifiers[-1] == "bf16x2":
+            a, b = (self.read(block, each, np.uint32) for each in self.operands[1:3])
+            for shift, target in zip((0, 16), self.operands[0].split("|"), strict=True):
+                halves = (bfloat16_to_float32((each >> shift).astype(np.uint16)) for each in (a, b))
+                block.write(target, self.compared(*halves), mask)
+            return
         a, b = (self.read(block, each, self.typed()) for each in self.operands[1:3])
+        numbers = self.compared(a, b)
+        if "and" in self.modifiers:
+            numbers &= self.read(block, self.operands[3], np.bool_)
+        block.write(self.operands[0], numbers, mask)
+
+    def compared(self, a, b):
+        comparison = self.modifiers[0]
         compare = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
                    "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
                    "hs": np.greater_equal, "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
@@ -512,9 +527,7 @@ class Instruction:
             numbers = compare[comparison[:-1]](a, b) | np.isnan(a) | np.isnan(b)
         if comparison == "ne" and np.issubdtype(a.dtype, np.floating):
             numbers &= ~(np.isnan(a) | np.isnan(b))
-        if "and" in self.modifiers:
-            numbers &= self.read(block, self.operands[3], np.bool_)
-        block.write(self.operands[0], numbers, mask)
+        return numbers
 
     def do_selp(self, block, mask):
         a, b = (self.read(block, each, self.typed()) for each in self.operands[1:3])
@@ -847,26 +860,32 @@ class Program:
         head, _, body = ptx.partition("\n{\n")
         self.threads = int(re.search(r"\.reqntid (\d+)", head).group(1))
         self.parameters = re.findall(r"\.param [^,\n]*?(\w+_param_\d+)", head)
-        self.labels, lines = {}, []
+        self.labels, self.code, source = {}, [], ""
         for line in body.partition("\n}\n")[0].splitlines():
-            line = line.partition("//")[0].strip()
+            line, _, comment = map(str.strip, line.partition("//"))
+            if line.startswith(".loc"):
+                source = comment.rpartition(":")[0]  # file:line
             if re.fullmatch(r"[$\w]+:", line):
-                self.labels[line[:-1]] = len(lines)
+                self.labels[line[:-1]] = len(self.code)
             elif line and line[0] not in ".{}":
-                lines.append(line)
-        self.labels["end"] = len(lines)
-        self.code = [Instruction(line, self.labels) for line in lines]
+                self.code.append(Instruction(line, self.labels, source))
+        self.labels["end"] = len(self.code)
 
     def run(self, grid, arguments, shared_size):
-        """All blocks one after the other; tensors are written in place."""
+        """All blocks one after the other; tensors are written in place.
+
+        Returns how many instructions the warps have executed, by line of the source ("file:line"); without `mov`, of
+        which the assembler leaves nothing.
+        """
         tensors = [each for each in arguments if isinstance(each, torch.Tensor)]
         memory = Memory(tensors)
         values = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
         values += [0] * (len(self.parameters) - len(values))  # scratch memory, which these kernels do not use
         values = dict(zip(self.parameters, values, strict=True))
-        grid = (*grid, 1, 1)[:3]
+        grid, executed = (*grid, 1, 1)[:3], Counter()
         with np.errstate(all="ignore"):
             for z in range(grid[2]):
                 for y in range(grid[1]):
                     for x in range(grid[0]):
-                        Block(self, (x, y, z), grid, memory, values, shared_size).run(self.code)
+                        Block(self, (x, y, z), grid, memory, values, shared_size).run(self.code, executed)
+        return executed

@@ -7,7 +7,6 @@ chip's limit, and matrix instructions in the attention's products.
 
 import re
 import subprocess
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,38 +15,16 @@ triton = pytest.importorskip("triton")
 
 from automix_kernels import batch_norm_relu, mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
 from automix_kernels.reference import joined_rows  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from launches import TARGETS, Recorder, compile_launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 
-TARGETS = {
-    "sm80": GPUTarget("cuda", 80, 32),
-    "sm90": GPUTarget("cuda", 90, 32),
-    "sm100": GPUTarget("cuda", 100, 32),
-    "hip": GPUTarget("hip", "gfx942", 64),
-}
 SPILLED = {  # bytes a thread
     ("sm90", "_backward_kernel"): 32,  # float32, and float16 beyond 256 positions, by Triton 3.9
     ("sm100", "_moments_kernel"): 16,  # by Triton 3.6
 }
 SHARED_MEMORY = {"sm80": 166_912, "sm90": 232_448, "sm100": 232_448, "hip": 65_536}  # bytes a block can have
 MATRIX_INSTRUCTION = {"sm80": "mma.sync", "sm90": "wgmma.mma_async", "sm100": "tcgen05.mma", "hip": "v_mfma"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"
-}  # fmt: skip
-
-
-@dataclass
-class Recorder:
-    """Stands in for a kernel: `kernel[grid](**arguments)` appends the launch to a list."""
-
-    kernel: triton.runtime.JITFunction
-    launches: list
-
-    def __getitem__(self, grid):
-        return lambda **arguments: self.launches.append((self.kernel, arguments))
 
 
 @pytest.fixture
@@ -63,35 +40,6 @@ def record(monkeypatch):
         return launches
 
     return install
-
-
-def compile_launch(kernel, arguments, architecture):
-    """What Triton's launcher would compile for these arguments."""
-    options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[architecture], options=options)
-
-
-def launched_with(kernel, arguments) -> list:
-    """What Triton's launcher would hand to that code: all but what it was compiled for."""
-    values = [arguments[each.name] for each in kernel.params if not each.is_constexpr]
-    return [each for each in values if each is not None and not (type(each) is int and each == 1)]
 
 
 def spilled_bytes(compiled, architecture, tmp_path) -> int:

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 from automix_kernels import mix_attention, reference  # noqa: E402
-from test_kernels_aot import Recorder, compile_launch, launched_with  # noqa: E402
+from launches import Recorder, compile_launch, launched_with  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
 
