@@ -75,26 +75,42 @@ class Mixes(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """A backbone with linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1)."""
+    """A backbone with linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1).
 
-    def __init__(self, backbone: nn.Module, num_classes: int, heads: tuple[str, ...] = ("one", "mix")):
+    With `clean_head_only` the backbone does not learn from clean images in training.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        heads: tuple[str, ...] = ("one", "mix"),
+        clean_head_only: bool = False,
+    ):
         super().__init__()
         self.backbone = backbone
+        self.clean_head_only = clean_head_only
         for head in heads:
             setattr(self, f"head_{head}", _head(backbone.width, num_classes))
 
     def forward(self, images: Tensor, head: str) -> Tensor:
         """[B, 3, H, W] -> [B, classes] float32 logits of `head`: "one" or "mix"."""
-        return getattr(self, f"head_{head}")(self.backbone(images)).float()
+        head_alone = self.training and self.clean_head_only and head == "one"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not head_alone):
+            embedding = self.backbone(images)
+        return getattr(self, f"head_{head}")(embedding).float()
 
     def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's feature map for the Mix Block, without a graph, and the logits of the clean head."""
-        features, embedding = self.backbone.features_and_embedding(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.clean_head_only):
+            features, embedding = self.backbone.features_and_embedding(images)
         return features.detach(), self.head_one(embedding).float()
 
     def clean_and_mixed(self, clean: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of clean and of mixed images, each from its head, from one pass over both."""
         clean_embedding, mixed_embedding = self.backbone(torch.cat([clean, mixed])).chunk(2)
+        if self.clean_head_only:
+            clean_embedding = clean_embedding.detach()
         return self.head_one(clean_embedding).float(), self.head_mix(mixed_embedding).float()
 
     def both_heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +161,7 @@ class AutoMix(nn.Module):
         self.joint_query = joint_query
         self.autocast = autocast
         self.implementation = implementation
-        self.query = Encoder(backbone, num_classes)
+        self.query = Encoder(backbone, num_classes, clean_head_only=self.config.clean_images == "head")
         self.momentum = copy.deepcopy(self.query).requires_grad_(False)
         self.mix_block = self.make_mix_block(backbone.feature_channels)
         if joint_query:

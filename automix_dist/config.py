@@ -276,6 +276,10 @@ class AutoMixConfig:
     """Run the momentum encoder's pass over clean images to its end, as the published code does, or stop it at the
     Mix Block's feature. Training is the same; with "cut", the BatchNorm statistics of the momentum encoder's later
     layers see mixed images only, which its evaluation notices."""
+    clean_images: Literal["encoder", "head"] = "encoder"
+    """Who learns from the clean images: the whole query encoder, or its head for them alone, on features that the mixed
+    ones have formed. With "head" the encoder does not learn few images by heart, and a step costs 7 forward passes
+    instead of 9; not the published method (docs/throughput.md)."""
     feature_source: Literal["momentum", "query"] = "momentum"
     """Whose features the Mix Block reads. With "query" the feature pass falls away; trains something else than
     the published method (docs/throughput.md)."""

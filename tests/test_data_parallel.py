@@ -108,6 +108,14 @@ def test_layers_may_have_learning_rates_of_their_own(engine, tmp_path):
     assert_same(ranks[0], train_plain(config, ranks=2, steps=3))
 
 
+@pytest.mark.parametrize("engine", ["zero0", "zero2", "zero3", "ddp", "fsdp2"])
+def test_clean_images_for_the_head_alone(engine, tmp_path):
+    settings = {"automix": {"clean_images": "head"}}
+    config = tiny_config(engine={**ENGINES[engine], "immediate_backward": True}, **settings)
+    ranks = run_ranks(2, train_with_engine, config, tmp_path, 3)
+    assert_same(ranks[0], train_plain(tiny_config(engine=ENGINES[engine], **settings), ranks=2, steps=3))
+
+
 def test_two_ranks_equal_one_batch_of_both_without_batchnorm():
     """With GroupNorm and without the mask loss (a function of the batch mean) the loss is a mean over images: then two
     batches of B and one of 2B give the same gradients."""

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 from torch import nn
 
+from automix_dist import automix as automix_module
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
@@ -22,6 +23,7 @@ from automix_dist.config import ConfigError, from_dict
 from automix_dist.convolutions import PaddedConv2d, pad_stems
 from automix_dist.draws import draw_step
 from automix_dist.fused_batchnorm import FusedBatchNorm2d, describe_fused, fuse_batchnorms
+from automix_dist.loss import class_loss
 from automix_dist.schedules import Schedule
 
 
@@ -230,10 +232,10 @@ def test_a_step_with_fused_batchnorms_is_the_same_step(joint, checkpointing):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
-def small_resnet(**automix) -> tuple[AutoMix, dict]:
+def small_resnet(modes: dict | None = None, **automix) -> tuple[AutoMix, dict]:
     config = from_dict({"model": {"backbone": "resnet10t"}, "automix": automix})
     torch.manual_seed(0)
-    return AutoMix(create_backbone(config.model, -2, 64), 10, config.automix).train(), config
+    return AutoMix(create_backbone(config.model, -2, 64), 10, config.automix, **(modes or {})).train(), config
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
@@ -265,6 +267,7 @@ def test_what_the_inexact_options_save():
 
     assert saved(*small_resnet(feature_source="query")) == pytest.approx(1, abs=0.05)
     assert saved(*small_resnet(generator_share=0.5)) == pytest.approx(1, abs=0.05)
+    assert saved(*small_resnet(clean_images="head")) == pytest.approx(2, abs=0.05)
     assert saved(*small_resnet(), judged=False) == pytest.approx(2, abs=0.05)
 
 
@@ -278,6 +281,32 @@ def test_query_features_train_the_query_encoder_as_before():
     for (name, a), b in zip(ours.named_parameters(), other.parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("modes", "feature_source"),
+    [({}, "momentum"), ({"immediate_backward": True}, "momentum"), ({"joint_query": True}, "momentum"), ({}, "query")],
+)
+def test_clean_images_for_the_head_alone(modes, feature_source, monkeypatch):
+    """Its gradient is the usual one; all others are those without a loss on clean images; evaluation is as usual."""
+    images, labels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8), torch.randint(0, 10, (4,))
+
+    def trained(factor: float = 1.0, **automix) -> AutoMix:
+        model, config = small_resnet(modes, feature_source=feature_source, **automix)
+        monkeypatch.setattr(automix_module, "class_loss", lambda *arguments: factor * class_loss(*arguments))
+        model(images, labels, draw_step(config.automix, 4, seed=0, step=0), 0.1).total.backward()
+        return model
+
+    ours, usual, without = trained(clean_images="head"), trained(), trained(factor=0.0)
+    for (name, parameter), a, b in zip(ours.named_parameters(), usual.parameters(), without.parameters(), strict=True):
+        if parameter.requires_grad:
+            expected = a if "head_one" in name else b
+            torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
+    for name, buffer in ours.named_buffers():
+        assert torch.equal(buffer, usual.get_buffer(name)), name
+    leaf = torch.randn(2, 3, 64, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ours.eval().query(leaf, "one").sum(), leaf)
+    assert gradient.any()
 
 
 def test_the_judgement_of_a_part_is_the_mean_over_it():

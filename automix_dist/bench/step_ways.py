@@ -255,6 +255,7 @@ WAYS = (
     variant("AutoMix, cut", "one backward, compiled", 6, partial(cut, engine=COMPILED | TOGETHER)),
     # Not the published method (docs/throughput.md).
     Way("inexact: query's features", partial(policy, feature_source="query"), unasked="never", turn=5),
+    Way("inexact: clean images for the head", partial(cut, clean_images="head"), unasked="never", turn=5),
     Way("inexact: half judged", partial(cut, generator_share=0.5), unasked="never", turn=5),
     Way("inexact: every second step judged", partial(cut, generator_every=2), unasked="never", turn=5),
     Way("inexact: Mix Block at rest", partial(cut, mix_block_until=1e-9), unasked="never", turn=5),  # from step 1 on
