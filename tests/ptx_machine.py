@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 WARP = 32
+SEVERAL = -2  # blocks have read a byte
 NUMBERS = {
     "pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,
     "s16": np.int16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64,
@@ -88,7 +89,7 @@ class Memory:
         for each in gc.get_objects():
             if type(each) in (torch.Tensor, torch.nn.Parameter) and each.device.type == "cpu":
                 storage = each.untyped_storage()
-                if storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes():
+                if storage.data_ptr() <= address and address + size <= storage.data_ptr() + storage.nbytes():
                     self.add(each)
                     return self.holder(address, size)
         raise MachineError(f"address {address:#x}, {size} bytes, lies in no tensor")
@@ -109,7 +110,8 @@ class Memory:
         writer = self.writer[start][touched]
         if ((writer != -1) & (writer != block)).any():
             raise MachineError("a block reads what another one has written")
-        self.reader[start][touched] = block
+        reader = self.reader[start][touched]
+        self.reader[start][touched] = np.where((reader == -1) | (reader == block), block, SEVERAL)
         return self.views[start][touched].view(dtype)[:, 0]
 
     def store(self, addresses, numbers, block):
@@ -302,7 +304,12 @@ class Instruction:
 
     def typed(self):
         """The type that an operation works on is the last of its modifiers."""
-        return "bf16" if self.modifiers[-1] == "bf16" else NUMBERS[self.modifiers[-1]]
+        last = self.modifiers[-1]
+        if last == "bf16":
+            return last
+        if last not in NUMBERS:
+            raise MachineError(f"type {last} is not known here")
+        return NUMBERS[last]
 
     def sources(self, block, dtype=None):
         return [self.read(block, operand, dtype or self.typed()) for operand in self.operands[1:]]
@@ -753,15 +760,12 @@ class Instruction:
             transposed = flags[3:] == ["1"]
         descriptors = block.registers[self.operands[2]].view(np.uint64).reshape(-1, 128)
         b = self.tiles(block, descriptors, columns, depth, itemsize, transposed)
-        keep = self.operands[3]
-        keep = bool(int(keep)) if keep[0] != "%" else bool(block.registers[keep].all())
-        if keep != (
-            bool(int(self.operands[3])) if self.operands[3][0] != "%" else bool(block.registers[self.operands[3]].any())
-        ):
+        keep = np.unique(self.read(block, self.operands[3], np.bool_))
+        if len(keep) > 1:
             raise MachineError("threads disagree on whether to add to the accumulator")
         if flags[:2] != ["1", "1"]:
             raise MachineError("negated operands are not known")
-        return targets, a, b, kind, keep
+        return targets, a, b, kind, keep[0]
 
     def tiles(self, block, descriptors, rows, depth, itemsize, transposed):
         """Where each warp group's operand lies: byte addresses [groups, rows, depth], noted as read."""
