@@ -248,7 +248,9 @@ def test_data_reaches_the_disk_of_every_node(hosts, two, digits, tmp_path, on_n2
     assert launch(hosts, *stage).count("there already") == 4
     hosts.run("n2", "mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", "/mnt/fast disk")
     output = launch(hosts, *stage, code=2)
-    assert "n2: /mnt/fast disk/val.beton could not be written" in output and "1 of 4 copies failed" in output
+    assert "n2: /mnt/fast disk/val.beton could not be written" in output
+    # Both files are copied at once: the other one fits only where the first has not yet filled the disk.
+    assert "1 of 4 copies failed" in output or "2 of 4 copies failed" in output
     hosts.run("n2", "umount", "/mnt/fast disk")
 
 
