@@ -9,6 +9,8 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +56,14 @@ class Logits(NamedTuple):
 RECOMPILE_LIMIT = 64
 """How many versions torch.compile may make of a function, one for each image size of a schedule. Beyond the limit, 8 in
 PyTorch, it runs uncompiled."""
+
+
+def set_up_compiler() -> None:
+    """The limit above; and caches on disk that hold what was compiled for these very operators: their keys know an
+    operator's name, but not what it returns, and another version's code would be taken and fail."""
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
+    torch.compiler.config.cache_key_tag = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 class Mixes(NamedTuple):
@@ -194,7 +204,7 @@ class AutoMix(nn.Module):
 
         Evaluation stays as it is. Dropout and stochastic depth then draw other numbers from the same seed.
         """
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        set_up_compiler()
         for region in (self.query, self.momentum, self.mix_block):
             region.compile(backend=backend, dynamic=False)
         features = self.momentum.backbone.features

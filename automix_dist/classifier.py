@@ -8,7 +8,7 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.automix import RECOMPILE_LIMIT, Encoder, Mixes, lay_out
+from automix_dist.automix import Encoder, Mixes, lay_out, set_up_compiler
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.convolutions import lay_out_weights, pad_stems, surrounding_autocast
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
@@ -96,7 +96,7 @@ class Classifier(nn.Module):
 
     def compile_regions(self, backend: str = "inductor") -> None:
         """Have torch.compile replace the encoder, as a whole, at its next call; evaluation too."""
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        set_up_compiler()
         self.query.compile(backend=backend, dynamic=False)
 
     def forward(
