@@ -8,10 +8,11 @@ With m = sigmoid(upsample(logits)) at pixel resolution, p = partner[b] and n() t
 An image of H x W pixels in channels-last order, seen from a map of h x w cells, is a matrix with rows of 3 * W / w
 contiguous numbers, one pixel row inside one cell. A program takes one row of cells: the mask varies along such a
 matrix row only for bilinear upsampling, where it is a fixed combination of the cell and its two neighbours, so no index
-is computed per pixel. The backward walks the same tiles, and each program sums its own cells; for bilinear upsampling
-it keeps the shares of the nine cells around apart, and a second kernel adds them up. Nothing is summed by atomics.
-Saved for the backward: the inputs. There is no gradient for the images. Where only the first images are to be mixed,
-the pixels of the others are not touched.
+is computed per pixel. A matrix row is taken in pieces that fit a thread, one after the other in the code: channel and
+pixel of each number are then known to the compiler. The backward walks the same tiles, and each program sums its own
+cells; for bilinear upsampling it keeps the shares of the nine cells around apart, and a second kernel adds them up.
+Nothing is summed by atomics. Saved for the backward: the inputs. There is no gradient for the images. Where only the
+first images are to be mixed, the pixels of the others are not touched.
 """
 
 import torch
@@ -333,7 +334,7 @@ def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: floa
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
     planar = images.is_floating_point() and not images.is_contiguous(memory_format=torch.channels_last)
     factor_x = width // w
-    piece = 16 if factor_x % 16 == 0 else 8 if factor_x % 8 == 0 else factor_x
+    piece = next((each for each in (16, 8) if factor_x % each == 0 and factor_x <= 64), factor_x)
     block_s = triton.next_power_of_2(piece)
     block_w = triton.next_power_of_2(w)
     block_y = max(1, min(triton.next_power_of_2(height // h), tile // (block_s * block_w)))

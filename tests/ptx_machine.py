@@ -363,6 +363,7 @@ class Instruction:
         dtype = self.typed()
         if source[0] == "{":  # lower halves first
             parts = [block.registers[each] for each in split_operands(source[1:-1])]
+            parts = [each.view(f"u{each.dtype.itemsize}") for each in parts]  # of one type, or they would be widened
             return block.write(target, np.stack(parts, axis=1).view(dtype)[:, 0], mask)
         numbers = self.read(block, source, dtype)
         if target[0] == "{":
@@ -375,6 +376,9 @@ class Instruction:
             block.write(target, numbers, mask)
 
     def do_add(self, block, mask):
+        if self.modifiers[-1] in ("s16x2", "u16x2"):
+            halves = [each.copy()[:, None].view(np.uint16) for each in self.sources(block, np.uint32)]
+            return self.result(block, mask, (halves[0] + halves[1]).view(np.uint32)[:, 0], np.uint32)
         a, b = self.sources(block)
         self.result(block, mask, a + b)
 

@@ -45,6 +45,8 @@ def computed(lines: str, count: int = 1) -> list[int]:
         ("mov.b32 %r2, 0xFF;\nmov.b32 %r3, 0;\nbfi.b32 %r1, %r2, %r3, 8, 4;", 0xF00),
         ("mov.b32 %r2, 0x80000000;\nshr.s32 %r1, %r2, 40;", 0xFFFFFFFF),
         ("mov.b32 %r2, 0x80000000;\nshr.u32 %r1, %r2, 40;", 0),
+        ("mov.b32 %r2, 0x0001FFFF;\nmov.b32 %r3, 0x00010002;\nadd.s16x2 %r1, %r2, %r3;", 0x00020001),
+        ("mov.b16 %rs1, 1;\nadd.s16 %rs2, %rs1, 1;\nmov.b32 %r1, {%rs2, %rs1};", 0x00010002),
         ("mov.b32 %r2, -7;\nmul.hi.s32 %r1, %r2, 0x40000000;", 0xFFFFFFFE),
         ("mov.b32 %r2, 0f3F808000;\ncvt.rn.bf16x2.f32 %r1, %r2, %r2;", 0x3F803F80),  # a tie goes to the even one
         ("mov.b32 %r2, 0f3F818000;\ncvt.rn.bf16x2.f32 %r1, %r2, %r2;", 0x3F823F82),
