@@ -18,7 +18,7 @@ first images are to be mixed, the pixels of the others are not touched.
 import torch
 import triton
 import triton.language as tl
-from automix_kernels.normalize import of_channel, scales_and_shifts
+from automix_kernels.normalize import of_channel, scales, shifts
 from torch import Tensor
 
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements; twice as many in the backward take twice the registers
@@ -133,7 +133,8 @@ def _forward_kernel(
     in_piece = tl.arange(0, BLOCK_S)
     pixels = tl.arange(0, BLOCK_X)
     if NORMALIZE:
-        red, green, blue, red_shift, green_shift, blue_shift = scales_and_shifts(mean_ptr, std_ptr)
+        red, green, blue = scales(std_ptr)
+        red_shift, green_shift, blue_shift = shifts(mean_ptr, std_ptr)
     if not BILINEAR:
         mask = tl.sigmoid(_cell_logits(logits_ptr, image, row, cells, H_CELLS, W_CELLS))[None, :, None]
         mask = tl.where(plain, 1 - lam, mask)
@@ -235,7 +236,7 @@ def _backward_kernel(
     cells = tl.arange(0, BLOCK_W)
     in_piece = tl.arange(0, BLOCK_S)
     if NORMALIZE:
-        red, green, blue, _, _, _ = scales_and_shifts(std_ptr, std_ptr)
+        red, green, blue = scales(std_ptr)
     total = tl.zeros([BLOCK_Y, BLOCK_W], tl.float32)
     above_left, above, above_right = total, total, total
     left, same, right = total, total, total

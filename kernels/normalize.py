@@ -15,12 +15,16 @@ LINES, WIDTH, ROUNDS = 128, 16, 2
 
 
 @triton.jit
-def scales_and_shifts(mean_ptr, std_ptr):
-    """1 / (255 std) and mean / std of the three channels: six numbers, so that nothing is divided for each element."""
-    red, green, blue = tl.load(std_ptr), tl.load(std_ptr + 1), tl.load(std_ptr + 2)
-    red_shift, green_shift = tl.load(mean_ptr) / red, tl.load(mean_ptr + 1) / green
-    blue_shift = tl.load(mean_ptr + 2) / blue
-    return 1 / (255 * red), 1 / (255 * green), 1 / (255 * blue), red_shift, green_shift, blue_shift
+def scales(std_ptr):
+    """1 / (255 std) of the three channels: three numbers, so that nothing is divided for each element."""
+    return 1 / (255 * tl.load(std_ptr)), 1 / (255 * tl.load(std_ptr + 1)), 1 / (255 * tl.load(std_ptr + 2))
+
+
+@triton.jit
+def shifts(mean_ptr, std_ptr):
+    """mean / std of the three channels"""
+    red, green = tl.load(mean_ptr) / tl.load(std_ptr), tl.load(mean_ptr + 1) / tl.load(std_ptr + 1)
+    return red, green, tl.load(mean_ptr + 2) / tl.load(std_ptr + 2)
 
 
 @triton.jit
@@ -28,6 +32,17 @@ def of_channel(channel, red, green, blue):
     """One of three numbers for each element: selected, as a load each would cost more. Where a thread's elements have
     fixed channels, the compiler leaves nothing of it."""
     return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
+
+
+@triton.jit
+def _of_lines(first, column, red, green, blue):
+    """`of_channel` of the columns of lines that begin with channel `first`: each line chooses three numbers only."""
+    return of_channel(
+        column % 3,
+        of_channel(first, red, green, blue),
+        of_channel((first + 1) % 3, red, green, blue),
+        of_channel((first + 2) % 3, red, green, blue),
+    )
 
 
 @triton.jit
@@ -43,22 +58,12 @@ def _normalize_kernel(
     start = tl.program_id(0).to(tl.int64) * (3 * ROUNDS * TILE)
     line = tl.arange(0, LINES)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    red, green, blue, red_shift, green_shift, blue_shift = scales_and_shifts(mean_ptr, std_ptr)
+    red, green, blue = scales(std_ptr)
+    red_shift, green_shift, blue_shift = shifts(mean_ptr, std_ptr)
     for turn in tl.static_range(3):
-        channel = (turn * TILE + line * WIDTH) % 3
-        second, third = (channel + 1) % 3, (channel + 2) % 3
-        scale = of_channel(
-            column % 3,
-            of_channel(channel, red, green, blue),
-            of_channel(second, red, green, blue),
-            of_channel(third, red, green, blue),
-        )
-        shift = of_channel(
-            column % 3,
-            of_channel(channel, red_shift, green_shift, blue_shift),
-            of_channel(second, red_shift, green_shift, blue_shift),
-            of_channel(third, red_shift, green_shift, blue_shift),
-        )
+        first = (turn * TILE + line * WIDTH) % 3
+        scale = _of_lines(first, column, red, green, blue)
+        shift = _of_lines(first, column, red_shift, green_shift, blue_shift)
         for i in tl.static_range(ROUNDS):
             indices = start + ((3 * i + turn) * TILE + line * WIDTH + column)
             mask = indices < elements

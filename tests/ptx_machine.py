@@ -9,7 +9,7 @@ block writes and another reads or writes.
 
 It knows the instructions and forms that Triton makes of this project's kernels for sm_80 and sm_90, and names others.
 What it does not model: time, caches, what the assembler makes of PTX (it may fuse more multiplications with additions),
-and the last bits of approximate instructions (ex2, lg2, rcp and divisions are exact here). Source: PTX ISA 8.8, section
+and the last bits of approximate instructions (ex2 and divisions are exact here). Source: PTX ISA 8.8, section
 9.7.
 """
 
@@ -95,34 +95,31 @@ class Memory:
         raise MachineError(f"address {address:#x}, {size} bytes, lies in no tensor")
 
     def place(self, addresses, size):
-        """The tensor of all these accesses, and offsets in it."""
-        if (addresses % size).any():
-            raise MachineError(f"an address is no multiple of {size}")
+        """The tensor of all these accesses, and their bytes in it, [lanes, size]."""
+        if (addresses % np.uint64(size)).any():
+            raise MachineError(f"an access of {size} bytes at an address that is no multiple of them")
         start = self.holder(int(addresses.min()), size)
         if int(addresses.max()) + size > start + len(self.views[start]):
             raise MachineError(f"accesses of one instruction reach beyond a tensor of {len(self.views[start])} bytes")
-        return start, (addresses - np.uint64(start)).astype(np.int64)
+        return start, (addresses - np.uint64(start)).astype(np.int64)[:, None] + np.arange(size)
 
-    def load(self, addresses, dtype, block):
-        size = np.dtype(dtype).itemsize
-        start, offsets = self.place(addresses, size)
-        touched = offsets[:, None] + np.arange(size)
+    def load(self, addresses, size, block):
+        """[lanes, size] bytes"""
+        start, touched = self.place(addresses, size)
         writer = self.writer[start][touched]
         if ((writer != -1) & (writer != block)).any():
             raise MachineError("a block reads what another one has written")
         reader = self.reader[start][touched]
         self.reader[start][touched] = np.where((reader == -1) | (reader == block), block, SEVERAL)
-        return self.views[start][touched].view(dtype)[:, 0]
+        return self.views[start][touched]
 
-    def store(self, addresses, numbers, block):
-        size = numbers.dtype.itemsize
-        start, offsets = self.place(addresses, size)
-        touched = offsets[:, None] + np.arange(size)
+    def store(self, addresses, data, block):
+        start, touched = self.place(addresses, data.shape[1])
         for others in (self.writer[start][touched], self.reader[start][touched]):
             if ((others != -1) & (others != block)).any():
                 raise MachineError("a block writes what another one has read or written")
         self.writer[start][touched] = block
-        self.views[start][touched] = np.ascontiguousarray(numbers)[:, None].view(np.uint8)
+        self.views[start][touched] = data
 
 
 class Shared:
@@ -414,10 +411,6 @@ class Instruction:
         a, b = self.sources(block)
         self.result(block, mask, a // b if np.issubdtype(a.dtype, np.integer) else a / b)
 
-    def do_rem(self, block, mask):
-        a, b = self.sources(block)
-        self.result(block, mask, np.fmod(a, b))
-
     def do_neg(self, block, mask):
         (a,) = self.sources(block)
         self.result(block, mask, -a)
@@ -438,21 +431,9 @@ class Instruction:
         (a,) = self.sources(block)
         self.result(block, mask, np.exp2(a.astype(np.float64)))
 
-    def do_lg2(self, block, mask):
-        (a,) = self.sources(block)
-        self.result(block, mask, np.log2(a.astype(np.float64)))
-
-    def do_rcp(self, block, mask):
-        (a,) = self.sources(block)
-        self.result(block, mask, 1 / a.astype(np.float64))
-
     def do_sqrt(self, block, mask):
         (a,) = self.sources(block)
         self.result(block, mask, np.sqrt(a.astype(np.float64)))
-
-    def do_rsqrt(self, block, mask):
-        (a,) = self.sources(block)
-        self.result(block, mask, 1 / np.sqrt(a.astype(np.float64)))
 
     # Bits and choices
 
@@ -593,21 +574,15 @@ class Instruction:
         other, clamp = (self.read(block, each, np.uint32).astype(np.int64) for each in self.operands[2:4])
         lane = block.lanes % WARP
         segment = (clamp >> 8) & 31
-        lowest, highest = lane & segment, (lane & segment) | (clamp & 31 & ~segment)
-        mode = self.modifiers[1]
-        source = {"bfly": lane ^ other, "idx": lowest | (other & ~segment), "down": lane + other, "up": lane - other}[
-            mode
-        ]
-        inside = source >= highest if mode == "up" else source <= highest
-        source = np.where(inside, source, lane) + block.lanes - lane
+        highest = (lane & segment) | (clamp & 31 & ~segment)
+        source = {"bfly": lane ^ other, "idx": (lane & segment) | (other & ~segment)}[self.modifiers[1]]
+        source = np.where(source <= highest, source, lane) + block.lanes - lane
         self.result(block, mask, a[source], np.uint32)
 
     def do_redux(self, block, mask):
         self.whole_warps(block, mask)
         a = self.read(block, self.operands[1], self.typed()).reshape(-1, WARP)
-        reduced = {"min": a.min, "max": a.max, "add": lambda axis: a.sum(axis=axis, dtype=a.dtype)}[self.modifiers[1]](
-            axis=1
-        )
+        reduced = {"min": a.min}[self.modifiers[1]](axis=1)
         self.result(block, mask, np.repeat(reduced, WARP))
 
     # Memory
@@ -629,12 +604,7 @@ class Instruction:
         if space == "shared":
             data = block.shared.load(addresses, size, block.warps[active])
         else:
-            self.aligned(addresses, size)
-            parts = [
-                block.memory.load(addresses + np.uint64(i), dtype, block.number)
-                for i in range(0, size, size // len(targets))
-            ]
-            data = np.stack(parts, axis=1).view(np.uint8)
+            data = block.memory.load(addresses, size, block.number)
         numbers = np.ascontiguousarray(data).view(dtype)
         for i, target in enumerate(targets):
             whole = np.zeros(block.threads, dtype)
@@ -655,15 +625,11 @@ class Instruction:
         for each in sources:
             number = block.registers[each] if each[0] == "%" else np.full(block.threads, immediate(each, dtype))
             numbers.append((number.astype(dtype) if number.dtype.itemsize != size else number.view(dtype))[active])
+        data = np.stack(numbers, axis=1).view(np.uint8)
         if space == "shared":
-            return block.shared.store(addresses, np.stack(numbers, axis=1).view(np.uint8), block.warps[active])
-        self.aligned(addresses, size * len(sources))
-        for i, each in enumerate(numbers):
-            block.memory.store(addresses + np.uint64(i * size), each, block.number)
-
-    def aligned(self, addresses, size):
-        if (addresses % np.uint64(size)).any():
-            raise MachineError(f"an access of {size} bytes at an address that is no multiple of them")
+            block.shared.store(addresses, data, block.warps[active])
+        else:
+            block.memory.store(addresses, data, block.number)
 
     def do_cp(self, block, mask):
         if self.modifiers[1] == "commit_group":
@@ -682,10 +648,7 @@ class Instruction:
             source = self.address(block, self.operands[1])[active]
             for length in np.unique(read[read > 0]):
                 some = read == length
-                self.aligned(source[some], size)
-                for i in range(0, int(length), 4):
-                    words = block.memory.load(source[some] + np.uint64(i), np.uint32, block.number)
-                    data[some, i : i + 4] = words[:, None].view(np.uint8)
+                data[some, :length] = block.memory.load(source[some], int(length), block.number)
             target = self.address(block, self.operands[0])[active]
             block.copies.append(block.shared.begin_copy(target, data, block.warps[active]))
 
