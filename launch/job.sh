@@ -144,6 +144,7 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
         say "stopped before training has begun"
         code=$STOPPED
     fi
+    trap - TERM INT
     return "$code"
 }
 

@@ -33,7 +33,9 @@ unpack() { # TEXT: enters the folder, sets the variables; the rest is the comman
 }
 
 report() { # CODE: the line that job.sh looks for, since launchers on the way lose exit codes
-    printf '\nautomix: rank %s on %s ended with exit code %s\n' "$RANK" "$(hostname)" "$1" >&2
+    local host
+    read -r host </proc/sys/kernel/hostname # no process, which the signal that ends the rank could end too
+    printf '\nautomix: rank %s on %s ended with exit code %s\n' "$RANK" "$host" "$1" >&2
 }
 
 fail() { # MESSAGE CODE
