@@ -14,6 +14,7 @@ import importlib.util
 
 import torch
 from automix_kernels import reference
+from automix_kernels.operators import Operator
 from automix_kernels.reference import upsample_mask
 from torch import Tensor
 
@@ -55,6 +56,8 @@ if HAS_TRITON:
         ),
     ):
         operator.register_kernel("cpu")(launch if INTERPRETED else definition)
+        if INTERPRETED and isinstance(operator, Operator):
+            operator.direct_devices.add("cpu")
 
 __all__ = [
     "batch_norm_relu",

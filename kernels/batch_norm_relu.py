@@ -16,6 +16,7 @@ with what the one before left in the cache. With several groups of images, each 
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.operators import Operator, cdiv, next_power_of_2
 from torch import Tensor
 
 PROGRAMS = 512  # of the passes that sum: all of them fit an A100 or an H200 at once, and none is left over for the end
@@ -295,23 +296,23 @@ class _Plan:
     def __init__(self, x: Tensor, groups: int, tile: int):
         images, self.channels, height, width = x.shape
         self.groups, self.rows = groups, images // groups * height * width
-        self.block_c = min(128, triton.next_power_of_2(self.channels))
+        self.block_c = min(128, next_power_of_2(self.channels))
         self.block_r = tile // self.block_c
-        self.blocks = triton.cdiv(self.channels, self.block_c)
-        tiles = triton.cdiv(self.rows, self.block_r)
-        self.parts = min(triton.cdiv(PROGRAMS, self.blocks * groups), tiles)
+        self.blocks = cdiv(self.channels, self.block_c)
+        tiles = cdiv(self.rows, self.block_r)
+        self.parts = min(cdiv(PROGRAMS, self.blocks * groups), tiles)
         self.sum_grid = self.blocks, self.parts, groups
-        self.map_grid = triton.cdiv(tiles, ROUNDS), self.blocks, groups
+        self.map_grid = cdiv(tiles, ROUNDS), self.blocks, groups
 
     def tiles(self) -> dict[str, int]:
         return {"rows": self.rows, "C": self.channels, "BLOCK_R": self.block_r, "BLOCK_C": self.block_c}
 
     def finish(self) -> tuple[tuple[int], dict[str, int]]:
         """Grid and sizes of a finishing kernel."""
-        block_p = triton.next_power_of_2(self.parts)
-        block_c = min(FINISHED // block_p, triton.next_power_of_2(self.channels), 64)
+        block_p = next_power_of_2(self.parts)
+        block_c = min(FINISHED // block_p, next_power_of_2(self.channels), 64)
         sizes = {"C": self.channels, "PARTS": self.parts, "GROUPS": self.groups, "BLOCK_P": block_p, "BLOCK_C": block_c}
-        return (triton.cdiv(self.channels, block_c),), sizes
+        return (cdiv(self.channels, block_c),), sizes
 
     def empty_parts(self, x: Tensor, sums: int) -> Tensor:
         return x.new_empty(sums, self.groups, self.parts, self.channels, dtype=torch.float32)
@@ -364,12 +365,7 @@ def _empty_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return tuple(x.new_empty(groups, x.shape[1], dtype=torch.float32) for _ in range(2))
 
 
-batch_moments = torch.library.custom_op(
-    "automix::batch_moments",
-    launch_moments,
-    mutates_args=("running_mean", "running_var", "num_batches"),
-    device_types="cuda",
-)
+batch_moments = Operator("batch_moments", launch_moments, ("running_mean", "running_var", "num_batches"))
 
 
 @batch_moments.register_fake
@@ -403,9 +399,7 @@ def launch_apply(
     return y
 
 
-batch_norm_relu = torch.library.custom_op(
-    "automix::batch_norm_relu", launch_apply, mutates_args=(), device_types="cuda"
-)
+batch_norm_relu = Operator("batch_norm_relu", launch_apply)
 
 
 @batch_norm_relu.register_fake
@@ -472,9 +466,7 @@ def _empty_gradients(
     return grad_x, torch.empty_like(weight), torch.empty_like(bias), grad_residual
 
 
-batch_norm_relu_backward = torch.library.custom_op(
-    "automix::batch_norm_relu_backward", launch_backward, mutates_args=(), device_types="cuda"
-)
+batch_norm_relu_backward = Operator("batch_norm_relu_backward", launch_backward)
 
 
 @batch_norm_relu_backward.register_fake

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from automix_kernels.normalize import of_channel, scales, shifts
+from automix_kernels.operators import Operator, cdiv, next_power_of_2
 from torch import Tensor
 
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements; twice as many in the backward take twice the registers
@@ -336,9 +337,9 @@ def _shape_arguments(logits: Tensor, images: Tensor, mode: str, lam_margin: floa
     planar = images.is_floating_point() and not images.is_contiguous(memory_format=torch.channels_last)
     factor_x = width // w
     piece = next((each for each in (16, 8) if factor_x % each == 0 and factor_x <= 64), factor_x)
-    block_s = triton.next_power_of_2(piece)
-    block_w = triton.next_power_of_2(w)
-    block_y = max(1, min(triton.next_power_of_2(height // h), tile // (block_s * block_w)))
+    block_s = next_power_of_2(piece)
+    block_w = next_power_of_2(w)
+    block_y = max(1, min(next_power_of_2(height // h), tile // (block_s * block_w)))
     return {
         # Without a margin no lambda reaches these.
         "low": -1.0 if lam_margin is None else lam_margin,
@@ -399,8 +400,8 @@ def launch_forward(
             mask_mean_ptr=mask_mean,
             mask_square_mean_ptr=mask_square_mean,
             num_mixed=len(mixed),
-            BLOCK_CELLS=triton.next_power_of_2(h * w),
-            BLOCK_X=triton.next_power_of_2(arguments["FACTOR_X"]),
+            BLOCK_CELLS=next_power_of_2(h * w),
+            BLOCK_X=next_power_of_2(arguments["FACTOR_X"]),
             **arguments,
         )
     if parts == 1:
@@ -414,7 +415,7 @@ def _empty_mixed(logits: Tensor, images: Tensor, dtype: torch.dtype, num_mixed: 
     return torch.empty(batch, 3, height, width, dtype=dtype, device=logits.device, memory_format=torch.channels_last)
 
 
-mask_blend = torch.library.custom_op("automix::mask_blend", launch_forward, mutates_args=(), device_types="cuda")
+mask_blend = Operator("mask_blend", launch_forward)
 
 
 @mask_blend.register_fake
@@ -465,8 +466,8 @@ def launch_backward(
             **arguments,
         )
         if bilinear:
-            block = min(256, triton.next_power_of_2(h * w))
-            _sum_taps_kernel[(triton.cdiv(h * w, block), batch)](
+            block = min(256, next_power_of_2(h * w))
+            _sum_taps_kernel[(cdiv(h * w, block), batch)](
                 taps_ptr=output,
                 grad_logits_ptr=grad_logits,
                 H_CELLS=h,
@@ -478,9 +479,7 @@ def launch_backward(
     return grad_logits
 
 
-mask_blend_backward = torch.library.custom_op(
-    "automix::mask_blend_backward", launch_backward, mutates_args=(), device_types="cuda"
-)
+mask_blend_backward = Operator("mask_blend_backward", launch_backward)
 
 
 @mask_blend_backward.register_fake

@@ -32,11 +32,13 @@ same column of the projection's, and one product gives the gradients of both wei
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.operators import Operator, cdiv, next_power_of_2
 from automix_kernels.reference import split_projection
 from torch import Tensor
 
@@ -442,9 +444,9 @@ def backward_tile(architecture: str, itemsize: int, positions: int, channels: in
 
 def _fit(tile: Tile, positions: int, channels: int) -> Tile:
     """Shrinks a tile to small maps; 64 rows are the least that four warps share without repeating each other."""
-    rows = min(tile.rows, max(64, triton.next_power_of_2(positions)))
-    columns = min(tile.columns, max(16, triton.next_power_of_2(positions)))
-    width = min(tile.width, max(16, triton.next_power_of_2(channels)))
+    rows = min(tile.rows, max(64, next_power_of_2(positions)))
+    columns = min(tile.columns, max(16, next_power_of_2(positions)))
+    width = min(tile.width, max(16, next_power_of_2(channels)))
     return Tile(rows, columns, width, max(4, tile.warps * rows // tile.rows), tile.stages)
 
 
@@ -466,7 +468,7 @@ def _rows_are_contiguous(projection: Tensor) -> Tensor:
     return projection if projection.stride(2) == 1 else projection.contiguous()
 
 
-@torch.library.custom_op("automix::mix_attention", mutates_args=(), device_types="cuda")
+@partial(Operator, "mix_attention")
 def mix_attention(
     projection: Tensor,
     value: Tensor | None,
@@ -511,9 +513,9 @@ def launch_forward(
     pairs = partner.numel()
     has_offset = len(products) > 0
     if has_offset:
-        block_d = max(16, triton.next_power_of_2(channels))
+        block_d = max(16, next_power_of_2(channels))
         block_m = max(1, 8192 // block_d)
-        _key_products_kernel[(triton.cdiv(positions, block_m), batch)](
+        _key_products_kernel[(cdiv(positions, block_m), batch)](
             projection_ptr=projection,
             query_lambda_ptr=query_lambda,
             query_bias_ptr=query_bias,
@@ -530,7 +532,7 @@ def launch_forward(
             num_warps=4,
             enable_fp_fusion=True,
         )
-    _forward_kernel[(triton.cdiv(positions, tile.rows), pairs)](
+    _forward_kernel[(cdiv(positions, tile.rows), pairs)](
         projection_ptr=projection,
         value_ptr=value,
         partner_ptr=partner,
@@ -590,7 +592,7 @@ def _(projection, value, partner, lam, query_lambda, query_bias, value_lambda, v
     return _empty_outputs(projection, partner, query_lambda, query_bias)
 
 
-@torch.library.custom_op("automix::mix_attention_backward", mutates_args=(), device_types="cuda")
+@partial(Operator, "mix_attention_backward")
 def mix_attention_backward(
     grad_logits: Tensor,
     projection: Tensor,
@@ -636,7 +638,7 @@ def launch_backward(
     batch, positions, channels = projection.shape
     architecture = _architecture(projection.device)
     tile = tile or backward_tile(architecture, projection.element_size(), positions, channels)
-    row_tiles = triton.cdiv(positions, tile.rows)
+    row_tiles = cdiv(positions, tile.rows)
     has_offset = query_lambda is not None or query_bias is not None
     # More than one block of columns is added up in memory, which is done in float32.
     one_block = positions <= tile.columns
@@ -683,16 +685,16 @@ def launch_backward(
         HAS_BIAS=query_bias is not None,
         HAS_UNIT=unit is not None,
         PRECISION=_precision(architecture),
-        BLOCK_B=triton.next_power_of_2(batch),
+        BLOCK_B=next_power_of_2(batch),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_D=tile.width,
-        BLOCK_REST=triton.next_power_of_2(max(columns - channels, 1)),
+        BLOCK_REST=next_power_of_2(max(columns - channels, 1)),
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
-    _parameter_grad_kernel[(triton.cdiv(channels, 32) if has_offset else 1,)](
+    _parameter_grad_kernel[(cdiv(channels, 32) if has_offset else 1,)](
         grad_offset_ptr=grad_offset,
         grad_sum_ptr=grad_sum,
         lam_ptr=lam,

@@ -9,6 +9,7 @@ There is no gradient.
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.operators import Operator, cdiv
 from torch import Tensor
 
 LINES, WIDTH, ROUNDS = 128, 16, 2
@@ -76,7 +77,7 @@ def launch(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Ten
     images = images.contiguous()
     output = _empty_output(images, dtype)
     with torch.cuda.device_of(images):
-        _normalize_kernel[(triton.cdiv(images.numel(), 3 * ROUNDS * LINES * WIDTH),)](
+        _normalize_kernel[(cdiv(images.numel(), 3 * ROUNDS * LINES * WIDTH),)](
             images_ptr=images,
             mean_ptr=mean,
             std_ptr=std,
@@ -96,7 +97,7 @@ def _empty_output(images: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(batch, 3, height, width, dtype=dtype, device=images.device, memory_format=torch.channels_last)
 
 
-normalize = torch.library.custom_op("automix::normalize", launch, mutates_args=(), device_types="cuda")
+normalize = Operator("normalize", launch)
 
 
 @normalize.register_fake

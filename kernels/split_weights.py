@@ -9,6 +9,7 @@ put together again; here it is one each.
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.operators import Operator, cdiv
 from automix_kernels.reference import joined_rows
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def launch_split(
     width, columns = query_weight.shape
     joined, query_lambda, value_lambda = outputs = _empty_parts(query_weight, channels, dtype)
     with torch.cuda.device_of(query_weight):
-        _split_kernel[(triton.cdiv(columns, BLOCK), len(joined))](
+        _split_kernel[(cdiv(columns, BLOCK), len(joined))](
             query_weight_ptr=query_weight.contiguous(),
             value_weight_ptr=value_weight.contiguous(),
             joined_ptr=joined,
@@ -114,7 +115,7 @@ def _empty_parts(query_weight: Tensor, channels: int, dtype: torch.dtype) -> tup
     )
 
 
-split_weights = torch.library.custom_op("automix::split_weights", launch_split, mutates_args=(), device_types="cuda")
+split_weights = Operator("split_weights", launch_split)
 
 
 @split_weights.register_fake
@@ -129,7 +130,7 @@ def launch_join(
     outputs = _empty_weights(grad_joined, grad_value_lambda, width)
     columns = outputs[0].shape[1]
     with torch.cuda.device_of(grad_joined):
-        _join_kernel[(triton.cdiv(columns, BLOCK), width + 1)](
+        _join_kernel[(cdiv(columns, BLOCK), width + 1)](
             grad_joined_ptr=grad_joined.contiguous(),
             grad_query_lambda_ptr=grad_query_lambda.contiguous(),
             grad_value_lambda_ptr=grad_value_lambda,
@@ -150,9 +151,7 @@ def _empty_weights(grad_joined: Tensor, grad_value_lambda: Tensor, width: int) -
     return tuple(grad_joined.new_empty(rows, columns, dtype=torch.float32) for rows in (width, 1))
 
 
-split_weights_backward = torch.library.custom_op(
-    "automix::split_weights_backward", launch_join, mutates_args=(), device_types="cuda"
-)
+split_weights_backward = Operator("split_weights_backward", launch_join)
 
 
 @split_weights_backward.register_fake
