@@ -10,7 +10,7 @@ from automix_dist.distributed import Process
 
 
 class RunningStatistics:
-    """The running means and variances of a model, laid out as views of one tensor: a copy is one launch."""
+    """The running means and variances of a model, laid out in the memory of one tensor: a copy is one launch."""
 
     def __init__(self, model: nn.Module):
         owners = [(m, name) for m in model.modules() for name in ("running_mean", "running_var")]
@@ -20,7 +20,9 @@ class RunningStatistics:
             self._all = torch.cat([getattr(m, name).flatten() for m, name in owners])
             parts = self._all.split([getattr(m, name).numel() for m, name in owners])
             for (module, name), part in zip(owners, parts, strict=True):
-                setattr(module, name, part)
+                # Not as a view, which shares its version: a layer that writes to its own would spoil the backward pass
+                # of all others.
+                setattr(module, name, part.data)
             self._kept = self._all.clone()
 
     def keep(self) -> None:

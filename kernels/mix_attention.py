@@ -738,12 +738,11 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_logits, *_):
     if grad_logits is None:
         return (None,) * 9
-    grad_projection, grad_value, grad_query, grad_constant = mix_attention_backward(
-        grad_logits, *ctx.saved_tensors, ctx.width
-    )
-    if ctx.saved_tensors[1] is None:
+    saved = ctx.saved_tensors  # once: under activation checkpointing they are there for one reading
+    grad_projection, grad_value, grad_query, grad_constant = mix_attention_backward(grad_logits, *saved, ctx.width)
+    if saved[1] is None:
         grad_value = None
-    query_parameters = ctx.saved_tensors[4:6]
+    query_parameters = saved[4:6]
     grad_query = [None if p is None else grad_query[i].to(p.dtype) for i, p in enumerate(query_parameters)]
     grad_constant = [None if d is None else grad_constant[i : i + 1].to(d) for i, d in enumerate(ctx.value_dtypes)]
     return grad_projection, grad_value, None, None, *grad_query, *grad_constant, None
