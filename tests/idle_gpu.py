@@ -1,9 +1,14 @@
-"""Builds idle_gpu.cpp, a GPU that computes nothing, and says what a process needs in its environment to have it."""
+"""Builds idle_gpu.cpp, a GPU that computes nothing, and says what a process needs in its environment to have it.
+
+python tests/idle_gpu.py COMMAND [ARGUMENT ...] runs a command with it.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("idle_gpu.cpp")
@@ -40,3 +45,10 @@ def build(folder: Path, caches: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
     }
+
+
+if __name__ == "__main__":
+    if reason := missing():
+        sys.exit(reason)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(subprocess.run(sys.argv[1:], env={**os.environ, **build(Path(folder), Path(folder))}).returncode)
