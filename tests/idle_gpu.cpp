@@ -748,8 +748,8 @@ static size_t room, filled;
 static size_t size_of(int kind) {
     size_t size = kind == CUPTI_ACTIVITY_KIND_MEMCPY   ? sizeof(CUpti_ActivityMemcpy6)
                   : kind == CUPTI_ACTIVITY_KIND_MEMSET ? sizeof(CUpti_ActivityMemset4)
-                                                       : sizeof(CUpti_ActivityKernel11);
-    return (size + 7) / 8 * 8;
+                                                       : sizeof(CUpti_ActivityKernel9);
+    return (size + 7) / 8 * 8 + 128;  // newer versions of a record have more at its end
 }
 template <typename Record>
 static Record *new_record(CUpti_ActivityKind kind) {
@@ -787,7 +787,7 @@ static void show_to_profiler(const std::string &kind, const std::string &name) {
     } else if (kind == "fill") {
         new_record<CUpti_ActivityMemset4>(number);
     } else {
-        auto *record = new_record<CUpti_ActivityKernel11>(number);
+        auto *record = new_record<CUpti_ActivityKernel9>(number);
         record->name = strdup(name.c_str());
         record->gridX = record->gridY = record->gridZ = record->blockX = record->blockY = record->blockZ = 1;
     }
