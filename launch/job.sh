@@ -79,7 +79,8 @@ new_job() { # a name for this job, a folder for its scratch files
     export AUTOMIX_JOB
     job_settings=()
     scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
+    # bash 5.2 runs this also in a fork that a signal meets before it has become its command, where `[` fails whatever it compares.
+    trap 'case $BASHPID in $$) rm -rf "$scratch" ;; esac' EXIT
     export AUTOMIX_STOP=$scratch/stop # once it is there, no rank of this node begins
 }
 

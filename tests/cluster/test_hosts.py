@@ -34,6 +34,14 @@ def no_rank_is_left(hosts) -> None:
         until(lambda name=name: not hosts.processes(name, "automix"), 15, f"the ranks on {name} have ended")
 
 
+@pytest.fixture(autouse=True)
+def a_job_ends_with_its_test(hosts):
+    """Also where the test has failed: the next ones count the processes of a host."""
+    yield
+    for name in hosts.names:
+        hosts.run(name, "pkill", "-KILL", "-f", r"launch/[a-z]+\.sh|\.venv/bin/")
+
+
 def launch(hosts, *arguments, code: int = 0, cwd: Path = ROOT, **options) -> str:
     done = hosts.run("n1", *arguments, timeout=240, cwd=cwd, **options)  # what hangs fails by this
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}"

@@ -1,5 +1,6 @@
 """What the launching scripts do without any host: plans, refusals, quoting, and the files other systems read."""
 
+import contextlib
 import json
 import os
 import re
@@ -275,6 +276,27 @@ def test_the_ranks_save_though_the_reader_of_the_output_is_gone(tmp_path):
     job.terminate()
     assert job.wait(timeout=30) == EXIT_STOPPED
     assert (tmp_path / "saved").exists()
+
+
+def test_a_signal_to_a_fork_of_the_script_takes_nothing_from_the_job(tmp_path):
+    """Ctrl-C and `pkill -f` reach all processes, also those that bash has only just forked."""
+    script = f'. {LAUNCH}/job.sh; new_job; echo "$scratch"; trap : TERM; while [ -e {tmp_path}/go ]; do '
+    script += "sleep 0.001 & wait $! || true; done"  # as `supervise` waits
+    (tmp_path / "go").touch()
+    job = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    scratch = Path(job.stdout.readline().strip())
+    children, hit = os.open(f"/proc/{job.pid}/task/{job.pid}/children", os.O_RDONLY), set()
+    deadline = time.monotonic() + 30
+    while len(hit) < 500 and time.monotonic() < deadline:
+        for child in map(int, os.pread(children, 4096, 0).split()):
+            if child not in hit:
+                hit.add(child)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGTERM)
+    os.close(children)
+    assert scratch.is_dir() and len(hit) == 500
+    (tmp_path / "go").unlink()
+    assert job.wait(timeout=30) == 0 and not scratch.exists()
 
 
 def own_address() -> str:
