@@ -379,50 +379,51 @@ class PaddedCropDecoder(_Decoder):
         return decode
 
 
-class RandomFlip(Operation):
-    """Mirror each image with probability 1/2, in place."""
+class InPlace(Operation):
+    """An operation that changes a batch of images [B, H, W, 3] uint8 where it is."""
+
+    def loop(self) -> tuple[Callable, tuple]:
+        """A compiled function of the images, their indices [B] and settings; and the settings."""
+        raise NotImplementedError
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
+        return replace(previous_state, jit_mode=True), None
+
+    def generate_code(self) -> Callable:
+        loop, settings = self.loop()
+
+        def change(images, memory, indices):
+            loop(images, indices, *settings)
+            return images
+
+        change.with_indices = True
+        return change
+
+
+class RandomFlip(InPlace):
+    """Mirror each image with probability 1/2."""
 
     def __init__(self, key: AugmentKey):
         super().__init__()
         self.key = key
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=True), None
-
-    def generate_code(self) -> Callable:
-        key = self.key.address
-
-        def flip(images, memory, indices):
-            _flip(images, indices, key)
-            return images
-
-        flip.with_indices = True
-        return flip
+    def loop(self) -> tuple[Callable, tuple]:
+        return _flip, (self.key.address,)
 
 
-class ColorJitter(Operation):
-    """Change brightness, contrast and saturation by random factors in 1 -+ strength, in random order, in place."""
+class ColorJitter(InPlace):
+    """Change brightness, contrast and saturation by random factors in 1 -+ strength, in random order."""
 
     def __init__(self, key: AugmentKey, strength: float):
         super().__init__()
         self.key, self.strength = key, float(strength)
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=True), None
-
-    def generate_code(self) -> Callable:
-        key, strength = self.key.address, self.strength
-
-        def jitter(images, memory, indices):
-            _jitter(images, indices, key, strength)
-            return images
-
-        jitter.with_indices = True
-        return jitter
+    def loop(self) -> tuple[Callable, tuple]:
+        return _jitter, (self.key.address, self.strength)
 
 
-class RandomErasing(Operation):
-    """Fill a random box of an image, with some probability, in place; boxes as timm's RandomErasing draws them.
+class RandomErasing(InPlace):
+    """Fill a random box of an image, with some probability; boxes as timm's RandomErasing draws them.
 
     pixel: with normal noise of the data set's mean and std (both on the [0, 1] scale), cut off where bytes end;
     otherwise with the mean. After normalisation that is timm's `pixel` noise, or its constant 0.
@@ -438,15 +439,5 @@ class RandomErasing(Operation):
         values = np.outer(std, noise) + np.array(mean)[:, None]
         self.quantiles = np.clip(np.rint(255 * values), 0, 255).astype(np.uint8)
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=True), None
-
-    def generate_code(self) -> Callable:
-        key, probability, quantiles = self.key.address, self.probability, self.quantiles
-
-        def erase(images, memory, indices):
-            _erase(images, indices, key, probability, quantiles)
-            return images
-
-        erase.with_indices = True
-        return erase
+    def loop(self) -> tuple[Callable, tuple]:
+        return _erase, (self.key.address, self.probability, self.quantiles)

@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -36,6 +35,7 @@ from automix_dist.distributed import Process
 from automix_dist.engine_state import Piece, after_loading, optimizer_scalars, pieces
 from automix_dist.engines import Engine
 from automix_dist.errors import AutomixError
+from automix_dist.whole_file import sync
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -561,7 +561,7 @@ def _renew(folder: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> 
             newer.replace(folder / "manifest.json")
         finally:
             newer.unlink(missing_ok=True)
-        _fsync(folder)
+        sync(folder)
     return True
 
 
@@ -579,22 +579,22 @@ def _fresh_folder(folder: Path) -> None:
 def _write_shard(path: Path, tensors: dict[str, Tensor], slices: dict[str, list]) -> dict[str, Any]:
     """One file of tensors, on disk when this returns; its entry in the manifest."""
     write_tensors(tensors, path, {"slices": json.dumps(slices)})
-    _fsync(path)
+    sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
     _write_manifest(staging / "manifest.json", manifest)
-    _fsync(staging)
+    sync(staging)
     if final.exists():  # a broken one that a resume passed over
         _remove(final)
     staging.rename(final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     path.write_text(json.dumps(manifest | {"sha256": _manifest_checksum(manifest)}, indent=1))
-    _fsync(path)
+    sync(path)
 
 
 def _remove(folder: Path) -> None:
@@ -603,14 +603,6 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _manifest_checksum(manifest: dict[str, Any]) -> str:

@@ -332,7 +332,7 @@ class OptimizerConfig:
     """Factor by which the learning rate falls from each layer of the backbone to the one below it, in timm's order of
     layers, for fine-tuning (ViTs: about 0.65 to 0.85); 1 = one rate for all. Heads and Mix Block keep theirs."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up; the Mix Block has none (section 2.9)."""
+    """Epochs of linear warm-up; a Mix Block with a rate of its own (mix_lr, mix_min_lr) has none (section 2.9)."""
     warmup_start: float = 1e-5
     """Share of the learning rate at which the warm-up starts."""
     update: Literal["epoch", "step"] = "epoch"

@@ -1,9 +1,9 @@
 """Loaders: which images each rank sees, in which order, and how they reach the device.
 
-FFCV's operations decode and crop (augment.py); what drives them is here. FFCV's own loader thread leaves the consumer
-waiting forever when an operation fails, writes the next batch over one that is still in use, and outlives an epoch that
-is left early. Here every batch owns its memory, one daemon thread per loader computes batches as futures, and a future
-delivers its exception.
+Operations with FFCV's interface decode and crop (augment.py); what drives them is here. FFCV's own loader thread leaves
+the consumer waiting forever when an operation fails, writes the next batch over one that is still in use, and outlives
+an epoch that is left early. Here every batch owns its memory, one daemon thread per loader computes batches as futures,
+and a future delivers its exception.
 """
 
 import contextlib

@@ -77,14 +77,18 @@ def _tensor_state(engine: Engine, master: Tensor) -> Iterator[tuple[str, Tensor]
             yield key, value
 
 
+def _with_state(
+    engine: Engine, name: str, held: Tensor, place: slice, start: int, shape: tuple[int, ...], save: bool
+) -> list[Piece]:
+    """Part of a tensor that the optimizer steps, or of a weight that it does not, and of its state."""
+    tensors = {f"param/{name}": held.data}
+    tensors |= {f"optimizer/{name}/{key}": value for key, value in _tensor_state(engine, held)}
+    return [Piece(each, tensor.view(-1)[place], start, shape, save) for each, tensor in tensors.items()]
+
+
 def _whole(engine: Engine, name: str, parameter: nn.Parameter, writes: bool) -> list[Piece]:
     """Nothing is sharded."""
-    shape = tuple(parameter.shape)
-    found = [Piece(f"param/{name}", parameter.data.view(-1), 0, shape, writes)]
-    if parameter.requires_grad:
-        for key, value in _tensor_state(engine, parameter):
-            found.append(Piece(f"optimizer/{name}/{key}", value.view(-1), 0, shape, writes))
-    return found
+    return _with_state(engine, name, parameter, slice(None), 0, tuple(parameter.shape), writes)
 
 
 def _stage_1_2(engine: Engine, name: str, parameter: nn.Parameter, writes: bool) -> list[Piece]:
@@ -96,10 +100,8 @@ def _stage_1_2(engine: Engine, name: str, parameter: nn.Parameter, writes: bool)
         return [whole]
     start, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
     master = engine.deepspeed.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    found = [whole, Piece(f"param/{name}", master.data.narrow(0, place.start, place.numel), start, shape, True)]
-    for key, value in _tensor_state(engine, master):
-        found.append(Piece(f"optimizer/{name}/{key}", value.narrow(0, place.start, place.numel), start, shape, True))
-    return found
+    part = slice(place.start, place.start + place.numel)
+    return [whole, *_with_state(engine, name, master, part, start, shape, True)]
 
 
 def _stage_3(engine: Engine, name: str, parameter: nn.Parameter, writes: bool) -> list[Piece]:
@@ -107,17 +109,12 @@ def _stage_3(engine: Engine, name: str, parameter: nn.Parameter, writes: bool) -
     del writes  # nothing is held twice
     shape = tuple(parameter.ds_shape)
     share = parameter.partition_numel()
-    start = torch.distributed.get_rank() * share
+    start = engine.process.rank * share
     length = max(0, min(share, math.prod(shape) - start))
     if length == 0:
         return []
-    if not parameter.requires_grad:
-        return [Piece(f"param/{name}", parameter.ds_tensor.data.narrow(0, 0, length), start, shape, True)]
-    master, offset = _stage_3_master(engine, parameter)
-    found = [Piece(f"param/{name}", master.data.narrow(0, offset, length), start, shape, True)]
-    for key, value in _tensor_state(engine, master):
-        found.append(Piece(f"optimizer/{name}/{key}", value.narrow(0, offset, length), start, shape, True))
-    return found
+    held, offset = _stage_3_master(engine, parameter) if parameter.requires_grad else (parameter.ds_tensor, 0)
+    return _with_state(engine, name, held, slice(offset, offset + length), start, shape, True)
 
 
 def _stage_3_master(engine: Engine, parameter: nn.Parameter) -> tuple[Tensor, int]:
@@ -132,14 +129,9 @@ def _fsdp2(engine: Engine, name: str, parameter: nn.Parameter, writes: bool) -> 
     del writes  # nothing is held twice
     shape = tuple(parameter.shape)
     local = parameter.to_local().detach()
-    rows = -(-shape[0] // parameter.device_mesh.size())  # as torch.chunk divides
-    start = parameter.device_mesh.get_local_rank() * rows * math.prod(shape[1:])
     if local.numel() == 0:
         return []
-    if not parameter.requires_grad:
-        return [Piece(f"param/{name}", local.view(-1), start, shape, True)]
-    master = engine.local(name)
-    found = [Piece(f"param/{name}", master.view(-1), start, shape, True)]
-    for key, value in _tensor_state(engine, master):
-        found.append(Piece(f"optimizer/{name}/{key}", value.view(-1), start, shape, True))
-    return found
+    rows = -(-shape[0] // parameter.device_mesh.size())  # as torch.chunk divides
+    start = parameter.device_mesh.get_local_rank() * rows * math.prod(shape[1:])
+    held = engine.local(name) if parameter.requires_grad else local
+    return _with_state(engine, name, held, slice(None), start, shape, True)

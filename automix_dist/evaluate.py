@@ -1,4 +1,5 @@
-"""What a trained model gets right, how sure it is, and how much of that is left when images become harder."""
+"""Beyond the accuracies of validate.py: how sure a trained model is, what it confuses, and how much is left when images
+become harder."""
 
 import json
 import math
@@ -21,6 +22,7 @@ from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
 from automix_dist.page import figures, mask_uri, percent_or_nothing, picture_uri, reliability, table, write_page
 from automix_dist.run_log import IMAGE_COLOR, PARTNER_COLOR
+from automix_dist.validate import top_hits
 from automix_dist.whole_file import write_whole
 
 BINS = 15
@@ -88,8 +90,7 @@ class Counts:
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """[B, classes] and [B]."""
         logits = logits.double()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        self.right += torch.stack([best[:, 0].sum(), best.sum()])
+        self.right += top_hits(logits, labels)
         self.loss += F.cross_entropy(logits, labels, reduction="sum")
         confidence, guess = logits.softmax(dim=1).max(dim=1)
         correct = (guess == labels).double()

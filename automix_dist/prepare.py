@@ -48,6 +48,7 @@ from automix_dist.cores import usable_cores
 from automix_dist.jpeg import decodes, library, restart_interval
 from automix_dist.ordered_threads import in_order
 from automix_dist.sources import Source, SourceError, Split, open_source, some
+from automix_dist.whole_file import sync
 
 SMART_RATIO = 4
 """Mode "smart" stores a JPEG where it is at least this many times smaller than the pixels."""
@@ -404,8 +405,4 @@ def _replace_both(unfinished: Path, place: Path, manifest_place: Path, manifest:
         unfinished_manifest.unlink(missing_ok=True)
         raise
     for parent in {place.parent, manifest_place.parent}:
-        folder = os.open(parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(parent)

@@ -7,17 +7,15 @@ the data set's mean.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from automix_dist.augment import BRIGHTNESS, CONTRAST, SATURATION, AugmentKey, adjust_colour, blend
+from automix_dist.augment import BRIGHTNESS, CONTRAST, SATURATION, AugmentKey, InPlace, adjust_colour, blend
 from automix_dist.compiled_loops import compiled
 from automix_dist.config import RandAugmentPolicy
-from automix_dist.ffcv_parts import Operation, State
 from automix_dist.random_streams import POLICY, stream_of, uniform
 from automix_dist.resize import SLACK
 
@@ -277,25 +275,14 @@ def _apply_policy(images, indices, key, steps, policy, fill):
             apply_operation(images[i], operation, argument, fill)
 
 
-class RandAugment(Operation):
-    """Random operations of a policy on each image, in place. mean: on the [0, 1] scale; fills what comes from outside
-    of an image."""
+class RandAugment(InPlace):
+    """Random operations of a policy on each image. mean: on the [0, 1] scale; fills what comes from outside of it."""
 
     def __init__(self, key: AugmentKey, policy: RandAugmentPolicy, mean: Sequence[float]):
         super().__init__()
         self.key, self.policy = key, policy
         self.fill = np.array([min(255, round(255 * value)) for value in mean], np.uint8)
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, None]:
-        return replace(previous_state, jit_mode=True), None
-
-    def generate_code(self) -> Callable:
-        key, fill, steps = self.key.address, self.fill, int(self.policy.count)
-        policy = tuple(map(float, (self.policy.magnitude, self.policy.std, self.policy.most, self.policy.probability)))
-
-        def augment(images, memory, indices):
-            _apply_policy(images, indices, key, steps, policy, fill)
-            return images
-
-        augment.with_indices = True
-        return augment
+    def loop(self) -> tuple[Callable, tuple]:
+        values = self.policy.magnitude, self.policy.std, self.policy.most, self.policy.probability
+        return _apply_policy, (self.key.address, int(self.policy.count), tuple(map(float, values)), self.fill)

@@ -51,7 +51,7 @@ def validate(
                     names = logits._fields
                     counts = counts.new_zeros(len(names), 2)
                 if batch is not None:
-                    counts += torch.stack([_correct(output, batch.labels) for output in logits])
+                    counts += torch.stack([top_hits(output, batch.labels) for output in logits])
                     loss += F.cross_entropy(logits.query, batch.labels, reduction="sum")
     finally:
         batches.close()
@@ -61,7 +61,7 @@ def validate(
     return dict(zip([*keys, "loss_query"], totals.tolist(), strict=True))
 
 
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many of [B, classes] logits have their label first, and among the first five: [2]."""
+def top_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of [B, classes] logits have their label [B] first, and among the first five: [2] int64."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return torch.stack([best[:, 0].sum(), best.sum()])

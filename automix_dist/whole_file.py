@@ -25,6 +25,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def sync(path: Path) -> None:
+    """Have a file, or a folder's names, on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text as such a file. Raises OSError."""
     with whole_file(path) as file:

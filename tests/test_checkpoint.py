@@ -129,7 +129,7 @@ def agreed_step(config, run: Path) -> int:
     return checkpoints.load(engine, checkpoints.agree_on_newest())["step"]
 
 
-KILL_POINTS = ["save_file", "_sha256", "_fsync", "_fsync#2", "_fsync#3", "_commit", "rename"]
+KILL_POINTS = ["save_file", "_sha256", "sync", "sync#2", "sync#3", "_commit", "rename"]
 
 
 def save_and_die(config, folder: Path, point: str) -> None:

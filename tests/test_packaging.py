@@ -1,6 +1,8 @@
 """What is installed, what is pinned, and that the two agree; and which file may import which."""
 
 import ast
+import contextlib
+import importlib.metadata
 import sys
 import tomllib
 import zipfile
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +50,7 @@ SAME_ROW = {
     ("classifier", "automix"), ("captured_step", "automix"),
     ("momentum", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "validate"), ("trainer", "replay"), ("engine_state", "engines"),
-    ("preflight", "doctor"), ("evaluate", "cam"), ("watch", "report"),
+    ("preflight", "doctor"), ("evaluate", "cam"), ("evaluate", "validate"), ("watch", "report"),
     ("checkpoint", "engines"), ("batchnorm", "distributed"), ("mix_block", "convolutions"), ("cli", "run"),
     ("__main__", "cli"), ("bench.throughput", "run"),
 }  # fmt: skip
@@ -131,6 +134,14 @@ def test_pins_lie_within_the_ranges():
     for requirement in requirements():
         assert requirement.name in pins, f"{requirement.name} is not pinned in constraints.txt"
         assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} excludes the pinned version"
+    needed, seen = [each.name for each in requirements()], set()
+    while needed:
+        name = canonicalize_name(needed.pop())
+        if name not in seen:
+            seen.add(name)
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of another platform
+                needed += [Requirement(each).name for each in importlib.metadata.requires(name) or []]
+    assert not pins.keys() - seen, "pinned, though nothing asks for them"
 
 
 def test_imports_are_declared():
