@@ -134,8 +134,7 @@ class Checkpoints:
                 seconds = time.perf_counter() - began
                 self._results.append(SaveResult(manifest["step"], stall, seconds, size, not error))
                 if error:
-                    step = manifest["step"]
-                    self.say(f"checkpoint of step {step} NOT written ({error}); earlier checkpoints are untouched")
+                    self.say(f"checkpoint of step {manifest['step']} NOT written ({error}); {self._what_is_left()}")
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -152,6 +151,12 @@ class Checkpoints:
                 self._channel = self.process.channel()
         return self._last_written
 
+    def _what_is_left(self) -> str:
+        try:
+            return "earlier checkpoints are untouched" if committed_steps(self.run) else "there is none before it"
+        except OSError:
+            return "earlier ones cannot be seen"
+
     def finished(self) -> list[SaveResult]:
         """What became of saves since the last call; never waits."""
         results, self._results = self._results, []
@@ -166,7 +171,7 @@ class Checkpoints:
 
         def begin() -> None:
             _clear_leftovers(self.run)  # they may be what fills the disk
-            renewed.append(_renew(final, manifest["state"], self._files))
+            renewed.append(_renew(final, manifest, self._files))
 
         error = self._on_main(begin)
         if self._channel.broadcast(renewed == [True]):
@@ -543,21 +548,22 @@ def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def _renew(folder: Path, state: dict[str, Any], files: list[dict[str, Any]]) -> bool:
-    """Give a step that is saved already, in these files, the newer state, and tell whether it is: a run stopped again
+def _renew(folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> bool:
+    """Give a step that is saved already, in these files, the newer manifest, and tell whether it is: a run stopped anew
     where it resumed, or saved before it was evaluated. Other files are another run's weights. Raises OSError."""
     if not folder.is_dir():
         return False
     try:
-        manifest = verify(folder).manifest
+        older = verify(folder).manifest
     except CheckpointError:
         return False
-    if manifest["files"] != files:
+    if older["files"] != files:
         return False
-    if manifest["state"] != state:
+    manifest = manifest | {key: older[key] for key in ("files", "world_size", "engine")}  # who wrote them
+    if older != manifest:
         newer = folder / ".manifest.json"
         try:
-            _write_manifest(newer, manifest | {"state": state})
+            _write_manifest(newer, manifest)
             newer.replace(folder / "manifest.json")
         finally:
             newer.unlink(missing_ok=True)

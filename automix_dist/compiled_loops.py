@@ -16,15 +16,32 @@ from numba.extending import intrinsic
 
 
 class _Cache(FunctionCache):
-    """What numba compiled, kept on disk where that can be: a full or broken disk costs time, and no training."""
+    """What numba compiled, kept on disk where that can be: a full or broken disk costs time, and no training.
+
+    numba renames its files without waiting for the disk: a host that loses power may leave empty ones. As what is in
+    them is unpickled, any error may come of that; their index is then begun anew.
+    """
 
     def load_overload(self, sig, target_context):
-        with contextlib.suppress(OSError):
+        try:
             return super().load_overload(sig, target_context)
+        except OSError:
+            return None
+        except Exception:
+            self._begin_anew()
+            return None
 
     def save_overload(self, sig, data):
-        with contextlib.suppress(OSError):
+        try:
             super().save_overload(sig, data)
+        except OSError:
+            pass
+        except Exception:
+            self._begin_anew()
+
+    def _begin_anew(self):
+        with contextlib.suppress(OSError):
+            self.flush()
 
 
 def _cache_folder() -> str:

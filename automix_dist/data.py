@@ -12,6 +12,7 @@ import mmap
 import queue
 import sys
 import threading
+import time
 import traceback
 import weakref
 from collections import deque
@@ -30,6 +31,7 @@ from automix_dist.cores import cores_of_rank
 from automix_dist.errors import AutomixError
 
 STALL_SECONDS = 300.0
+LOOK_SECONDS = 2.0
 """A batch that takes longer than this (compilation included) is reported as a stall."""
 
 EXIT_SECONDS = 10.0
@@ -487,15 +489,21 @@ class _Worker:
 
     def result(self, future: Future, path: Path):
         """What the call returned or raised. Raises LoaderError, with the place where the thread stands, on a stall."""
-        try:
-            return future.result(timeout=STALL_SECONDS)
-        except TimeoutError:
-            if future.done():
-                raise
-            frame = sys._current_frames().get(self._thread.ident)
-            at = traceback.extract_stack(frame)[-1] if frame else None
-            place = f"its thread stands at {at.filename}:{at.lineno} in {at.name}" if at else "its thread has ended"
-            raise LoaderError(f"no batch from {path} for {STALL_SECONDS:g} s; {place}. Is its storage alive?") from None
+        look = min(LOOK_SECONDS, STALL_SECONDS)
+        silent = 0.0
+        while silent < STALL_SECONDS:
+            began = time.monotonic()
+            try:
+                return future.result(timeout=look)
+            except TimeoutError:
+                if future.done():  # just now; or it is the call's own error
+                    return future.result()
+            # Of a job that was suspended meanwhile, the sleep is not the storage's silence.
+            silent += min(time.monotonic() - began, 2 * look)
+        frame = sys._current_frames().get(self._thread.ident)
+        at = traceback.extract_stack(frame)[-1] if frame else None
+        place = f"its thread stands at {at.filename}:{at.lineno} in {at.name}" if at else "its thread has ended"
+        raise LoaderError(f"no batch from {path} for {STALL_SECONDS:g} s; {place}. Is its storage alive?")
 
     def close(self) -> None:
         self._end()

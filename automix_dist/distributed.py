@@ -138,12 +138,28 @@ def _threads() -> int:
     return cores_of_rank()
 
 
+def launched_ranks() -> int:
+    """How many ranks a launcher has started, by the environment; 1 without one. Raises ConfigError for half of one."""
+    numbers = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT") if name in os.environ}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise ConfigError(f"the environment has {name} = {value!r}: expected a whole number, as launchers set it")
+    world_size = int(numbers.get("WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and missing:
+        raise ConfigError(
+            f"the environment has WORLD_SIZE = {world_size}, but not {', '.join(missing)}: start with a launcher "
+            f"(launch/*.sh, torchrun), or unset WORLD_SIZE for a single process"
+        )
+    return world_size
+
+
 def start(engine: EngineConfig) -> Process:
     """Join the processes that a launcher started, or be the only one. Sets what users should not have to set:
     DeepSpeed's accelerator, gloo's interface, thread counts. Call once, before the first collective.
     """
     device = resolve_device(engine)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = launched_ranks()
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -222,12 +238,13 @@ SAME_STOP_SECONDS = 2.0
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM, SIGUSR1 or a time limit asks all ranks to stop after the same step.
+    """Ctrl-C, SIGTERM, SIGUSR1, a terminal that is closed (SIGHUP, unless ignored, as under nohup) or a time limit asks
+    all ranks to stop after the same step.
 
     A handler only notes the signal; `agreed` spreads it. A second signal ends the process at once.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, process: Process, say: Callable[[str], None], minutes: float = 0.0):
         """`minutes` is the time limit, counted from the start of the job; 0 = none. It is told as SIGALRM."""
@@ -240,7 +257,8 @@ class StopRequest:
         self._pending: tuple[Any, Tensor] | None = None
         self._interrupt = signal.getsignal(signal.SIGINT)
         for number in self.SIGNALS:
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         if self._signal:

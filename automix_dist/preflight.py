@@ -69,7 +69,10 @@ def run(config: Config | None, seconds: float) -> int:
 
     Raises PreflightError on a rank that does not reach the master within `seconds`.
     """
-    code = _look(config, seconds)
+    try:
+        code = _look(config, seconds)
+    except dist.DistError as error:
+        raise PreflightError(f"the store of rank 0 is gone: read what rank 0 printed ({_first_line(error)})") from error
     if dist.is_initialized():  # a collective has failed or hangs: to leave in good order would wait for it
         sys.stdout.flush()
         os._exit(code)
@@ -135,7 +138,7 @@ def _meet(seat: Seat, seconds: float) -> dist.Store:
         raise PreflightError(
             f"rank {seat.rank} on {seat.host} cannot {'open' if opens else 'reach'} the master's port within "
             f"{seconds:.0f} s: MASTER_ADDR = {seat.master} ({address}), MASTER_PORT = {seat.port}; is rank 0 there, "
-            f"the way to it free, and the port open in the firewall? ({str(error).splitlines()[0]})"
+            f"the way to it free, and the port open in the firewall? ({_first_line(error)})"
         ) from error
     return dist.PrefixStore("preflight", store)
 
@@ -173,9 +176,13 @@ def _report_network(store: dist.Store, seat: Seat, seconds: float) -> None:
         result = outcome.result(3 * seconds)
     except TimeoutError:
         result = {"error": f"hangs: not measured within {3 * seconds:.0f} s"}
-    except RuntimeError as error:
-        result = {"error": str(error).splitlines()[0]}
+    except Exception as error:
+        result = {"error": _first_line(error)}
     store.set(f"network/{seat.rank}", json.dumps(result))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _appears(store: dist.Store, key: str, seconds: float) -> bool:

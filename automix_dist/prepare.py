@@ -109,6 +109,11 @@ def prepare(
     image is left, and of images with more than 8 bits a pixel.
     """
     out = Path(out)
+    for path in (out, manifest_path(out)):
+        if path.is_dir():
+            raise BetonError(
+                f"{path} is a folder: expected the name of a file to write, such as {path / 'train.beton'}"
+            )
     _check_options(out, split, per_class, write_mode, max_resolution, quality, workers)
     if write_mode != "raw":
         library()  # if the decoder is missing, that is not to be said of each image

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import sys
@@ -22,7 +23,7 @@ from automix_dist import beton, cam, distributed, policy, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
-from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
+from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state, step_folder
 from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, from_dict, to_dict, to_yaml
 from automix_dist.data import EvalLoader, TrainLoader
@@ -98,10 +99,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     indices = {f"the index of data.{split}": checksum for split, checksum in about["index_checksums"].items()}
     agree(process, flatten(about["config"]) | indices)
     _on_rank_0(process, lambda: _open_folder(run, resume, overwrite))
+    _try_saving(process, run)
     log = RankLog(run, process.rank)
     try:
         with Heartbeat(process, config.engine, log):
-            code = _train(config, process, run, checked, about, resume)
+            code = _train(config, process, run, checked, about, resume, overwrite)
     except Exception:
         if not config.engine.stall_seconds:  # else the heartbeat tells of it
             log.speak_on_console()
@@ -116,8 +118,10 @@ def _on_rank_0(process: Process, write: Callable[[], str | None]) -> None:
         raise RunError(problem)
 
 
-def _train(config: Config, process: Process, run: Path, checked: _Checked, about: dict[str, Any], resume: bool) -> int:
-    """Build the parts of a run and train."""
+def _train(
+    config: Config, process: Process, run: Path, checked: _Checked, about: dict[str, Any], resume: bool, overwrite: bool
+) -> int:
+    """Build the parts of a run and train. Until they are built, the folder keeps what it holds."""
 
     def say(text: str) -> None:
         if process.is_main:
@@ -145,7 +149,6 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
         _check_continuation(saved, config, about, total_steps, say)
     elif checked.weights_error is not None:
         raise checked.weights_error
-    _on_rank_0(process, lambda: _store_settings(run, config, about))
 
     share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
     train_loader = TrainLoader(
@@ -171,6 +174,8 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
         CapturedStep(model)
 
     position = Position()
+    if overwrite:
+        _on_rank_0(process, lambda: _discard(run))
     if saved is not None:
         state = checkpoints.load(engine, saved)
         known = {field.name for field in dataclasses.fields(Position)}  # an older checkpoint may hold more
@@ -185,6 +190,7 @@ def _train(config: Config, process: Process, run: Path, checked: _Checked, about
             say(f"nothing to resume in {run}: starting from the beginning")
         if process.is_main and (committed_steps(run) or has_saved(run)):
             say(f"the checkpoints of an earlier training are lost; what it logged is kept as {set_aside(run)}_*")
+    _on_rank_0(process, lambda: _store_settings(run, config, about))
     log = RunLog(
         run,
         is_main=process.is_main,
@@ -228,7 +234,8 @@ def _check(config: Config, resumed: Path | None) -> _Checked:
                 f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
                 f"data.{key}), or set data.{key} to another file"
             )
-    config.micro_batch_size(int(os.environ.get("WORLD_SIZE", 1)))
+    world_size = distributed.launched_ranks()
+    config.micro_batch_size(world_size)
     train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
     if config.batch_size > train.count:
         raise ConfigError(
@@ -258,7 +265,7 @@ def _check(config: Config, resumed: Path | None) -> _Checked:
             "engine.name = 'deepspeed': the package deepspeed is not installed here; bash launch/install.sh installs "
             "it, or set engine.name to ddp or fsdp2"
         )
-    deepspeed_settings(config, int(os.environ.get("WORLD_SIZE", 1)), device)
+    deepspeed_settings(config, world_size, device)
 
     try:
         return _Checked(train, val, new_model(config, len(train.classes), device), None)
@@ -306,15 +313,45 @@ def _open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
                 f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=...; if "
                 f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
             )
-        if overwrite and (steps or (run / METRICS).exists()):  # else it is the folder of something else
-            folders = ("checkpoints", "dumps", "gallery", "logs", "mlruns", "profile", "tensorboard", "wandb")
-            for name in (METRICS, *folders):
-                _clear(run / name)
-            if steps := committed_steps(run):
-                return f"{run}/checkpoints: steps {sorted(steps)} could not be deleted: delete them, or set output=..."
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None
+
+
+def _try_saving(process: Process, run: Path) -> None:
+    """Write as a checkpoint is written, a file for each rank in a folder that rank 0 makes: better than to find out
+    after hours that a run cannot save. Raises RunError on all ranks."""
+
+    def attempt(action: Callable[[], object]) -> str | None:
+        try:
+            action()
+        except OSError as error:
+            return f"{platform.node()}: {error.strerror}: {str(error.filename)!r}"
+        return None
+
+    place = process.broadcast(step_folder(run, 0).with_name(f".step_try-{secrets.token_hex(4)}"))
+    problem = process.broadcast(attempt(lambda: place.mkdir(parents=True)) if process.is_main else None)
+    problems = [problem] if problem else process.gather(attempt((place / f"rank_{process.rank:05d}").touch))
+    if process.is_main:
+        shutil.rmtree(place, ignore_errors=True)
+    if found := [each for each in problems if each]:
+        raise RunError(
+            f"checkpoints cannot be written ({found[0]}): every rank writes a part of them under output = "
+            f"{str(run)!r}, which has to be one folder for all hosts, and writable"
+        )
+
+
+def _discard(run: Path) -> str | None:
+    """Delete the run that a folder holds, but for the ranks' logs, which go on; a reason if that cannot be done."""
+    try:
+        if not committed_steps(run) and not (run / METRICS).exists():
+            return None  # the folder of something else
+        for name in (METRICS, "checkpoints", "dumps", "gallery", "mlruns", "profile", "tensorboard", "wandb"):
+            _clear(run / name)
+        steps = sorted(committed_steps(run))
+    except OSError as error:
+        return f"cannot write to output = {str(run)!r}: {error.strerror}"
+    return f"{run}/checkpoints: steps {steps} could not be deleted: delete them, or set output=..." if steps else None
 
 
 def _clear(folder: Path) -> None:
@@ -416,14 +453,20 @@ def evaluate(
     manifest, classes = beton.check(path), saved.manifest["classes"]
     if len(manifest.classes) != len(classes):
         raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
+    renamed = manifest.classes != classes
+    if renamed and sorted(manifest.classes) == sorted(classes):
+        raise beton.BetonError(
+            f"{path} has the model's classes in another order, so that its labels mean others: write it again with "
+            f"automix prepare --classes {config.data.train}"
+        )
     process = distributed.start(config.engine)
     saved = process.broadcast(saved)  # a training may have written another one meanwhile
     agree(process, {f"the index of {path}": manifest.index_checksum})
     if out is not None:
         _on_rank_0(process, lambda: _why_not_written(out))
     model = restored_model(saved, config, process.device)
-    if manifest.classes != classes and process.is_main:
-        print(f"warning: {path} names its classes otherwise; they are compared by number", file=sys.stderr)
+    if renamed and process.is_main:
+        print(f"warning: {path} has other class names than the run; classes are matched by number", file=sys.stderr)
     ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
     loader = EvalLoader(
         str(path),
@@ -439,6 +482,8 @@ def evaluate(
     values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
     loader.close()
     result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
+    if renamed:
+        result["classes_matched_by"] = "number"
     chosen = None if showcase is None else showcase.gather(process)
     if showcase is not None and chosen is None and process.is_main:
         print("no Grad-CAM: the classes that --cam chose have no images; a larger number chooses more", file=sys.stderr)

@@ -175,6 +175,14 @@ def test_same_file_for_any_number_of_workers(photos, tmp_path):
     assert write("digits", tmp_path / "a.beton", workers=1).checksum == write("digits", tmp_path / "b.beton").checksum
 
 
+@pytest.mark.parametrize("taken", ["o.beton", "o.beton.json"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_work(taken, tmp_path):
+    (tmp_path / taken).mkdir()
+    with pytest.raises(BetonError, match=rf"{tmp_path / taken} is a folder: expected the name of a file"):
+        write("synthetic:4x8@2", tmp_path / "o.beton")
+    assert os.listdir(tmp_path) == [taken]
+
+
 def test_image_folder_orders_as_torchvision(photos, tmp_path):
     from torchvision.datasets import ImageFolder
 

@@ -331,6 +331,7 @@ def test_a_full_disk_keeps_the_old_ones_and_training_goes_on(small_disk):
         assert outcomes == [True, False, True]
         assert visible == ["step_00000002"]
         assert "step 4 NOT written" in said[0] and "o space left" in said[0]
+        assert "earlier checkpoints are untouched" in said[0]
     assert newest(small_disk).step == 4
 
 
@@ -343,7 +344,24 @@ def save_where_it_cannot(config, run: Path) -> tuple[bool, list]:
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where a folder should be")
     ((written, said),) = run_ranks(1, save_where_it_cannot, tiny_config(), tmp_path)
-    assert not written and "NOT written" in said[0]
+    assert not written and "NOT written" in said[0] and "there is none before it" in said[0]
+
+
+def try_saving_from_a_disk_of_its_own(folder: Path) -> str | None:
+    process = distributed.start(tiny_config().engine)
+    own = folder / f"host{process.rank}"
+    own.mkdir()
+    os.chdir(own)
+    with pytest.raises(runs.RunError) as error:
+        runs._try_saving(process, Path("run"))
+    runs._try_saving(process, folder / "run")
+    return str(error.value)
+
+
+def test_a_folder_that_hosts_do_not_share_is_found_before_training(tmp_path):
+    for told in run_ranks(2, try_saving_from_a_disk_of_its_own, tmp_path):
+        assert "No such file or directory" in told and "output = 'run', which has to be one folder for all" in told
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def prune_many(config, folder: Path) -> list[list[int]]:
@@ -433,7 +451,8 @@ def save_again(config, folder: Path) -> list[dict]:
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     found = []
     for evaluated in (0, 4):
-        checkpoints.save(engine, {"step": 4, "evaluated_step": evaluated, "best_step": evaluated or None}, {})
+        about = {"config": {"evaluated": evaluated}}
+        checkpoints.save(engine, {"step": 4, "evaluated_step": evaluated, "best_step": evaluated or None}, about)
         assert checkpoints.wait()
         found.append(newest(folder).manifest)
     return found
@@ -443,6 +462,7 @@ def test_a_step_saved_again_keeps_its_files_and_takes_the_new_state(tmp_path):
     ((before, after),) = run_ranks(1, save_again, tiny_config(), tmp_path)
     assert before["state"]["evaluated_step"] == 0 and after["state"] == {"step": 4, "evaluated_step": 4, "best_step": 4}
     assert before["files"] == after["files"]
+    assert after["config"] == {"evaluated": 4}  # the images that the new state was evaluated on
     names = sorted(path.name for path in newest(tmp_path).folder.iterdir())
     assert names == ["manifest.json", "shard_00000.safetensors"]
 
@@ -465,7 +485,7 @@ def save_as_another(config, folder: Path) -> list[list[str]]:
 def test_a_step_that_another_run_left_is_written_anew(tmp_path):
     ((first, second, resumed),) = run_ranks(1, save_as_another, tiny_config(), tmp_path)
     assert first["files"] != second["files"] and second["config"] == 4
-    assert resumed["files"] == second["files"] and resumed["config"] == 4 and resumed["state"]["resumed"]
+    assert resumed["files"] == second["files"] and resumed["config"] == 0 and resumed["state"]["resumed"]
 
 
 def miss_the_best(config, folder: Path) -> list[list[int]]:
@@ -509,11 +529,10 @@ def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, m
         (folder / "file").touch()
     (run / "checkpoints").symlink_to(scratch)
     (scratch / "link").symlink_to(other)
-    monkeypatch.setattr(runs, "_lock", lambda _: None)
     with monkeypatch.context() as stubborn:
         stubborn.setattr(shutil, "rmtree", lambda *_, **__: None)
-        assert "steps [4] could not be deleted" in runs._open_folder(run, resume=False, overwrite=True)
-    assert runs._open_folder(run, resume=False, overwrite=True) is None
+        assert "steps [4] could not be deleted" in runs._discard(run)
+    assert runs._discard(run) is None
     assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and (other / "step_00000001").is_dir()
     assert not (run / "gallery").exists()
 

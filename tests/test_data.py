@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -571,6 +572,16 @@ def test_a_stuck_loader_is_reported(path, monkeypatch):
     assert len(list(loader.epoch(0))) == 6
 
 
+def test_the_sleep_of_a_suspended_job_is_not_the_storage_s_silence(path, monkeypatch):
+    naps = iter([0.0, 1000.0])
+    monkeypatch.setattr(data, "time", SimpleNamespace(monotonic=lambda: next(naps, None) or time.monotonic()))
+    monkeypatch.setattr(data, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(data, "LOOK_SECONDS", 0.1)
+    worker = data._Worker(1)
+    assert worker.result(worker.submit(lambda: time.sleep(0.3) or 7), path) == 7
+    worker.close()
+
+
 def test_a_process_with_a_stuck_loader_can_end(path):
     code = f"""
 import sys, torch
@@ -587,6 +598,28 @@ with data._COMPILED_LOOPS:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stdout.strip()) == (7, "reported"), run.stderr
+
+
+@pytest.mark.parametrize("size", [0, 100])
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_torn_files_of_compiled_loops_are_made_anew(ending, size, tmp_path):
+    """As a host leaves them that loses power."""
+    (tmp_path / "loops.py").write_text(
+        "from automix_dist.compiled_loops import compiled\n@compiled()\ndef double(x):\n    return 2 * x\n"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        "import loops; print(loops.double(21), sum(loops.double.stats.cache_hits.values()))",
+    ]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    said = []
+    for _ in range(3):
+        said.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stdout)
+        if len(said) == 1:
+            for torn in (tmp_path / "cache").rglob(f"*.{ending}"):
+                torn.write_bytes(bytes(size))
+    assert [each.split() for each in said] == [["42", "0"], ["42", "0"], ["42", "1"]]
 
 
 def test_a_process_can_end_in_the_middle_of_an_epoch(path):

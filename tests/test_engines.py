@@ -276,3 +276,29 @@ def test_a_fused_optimizer_is_torchs_plain_one():
                 optimizer.step()
         for (key, got), expected in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "1"}, 1),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, 2),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE = 2, but not MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two': expected a whole number"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"},
+            "RANK = '-1': expected a whole",
+        ),
+    ],
+)
+def test_half_of_a_launcher_s_environment_is_told(environment, ranks, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(ranks, int):
+        assert distributed.launched_ranks() == ranks
+    else:
+        with pytest.raises(ConfigError, match=ranks):
+            distributed.launched_ranks()

@@ -75,6 +75,21 @@ def test_a_rank_that_hangs_costs_no_table():
     assert "FAIL  collectives" in table and "hangs: not measured within 18 s" in table
 
 
+@pytest.mark.slow
+def test_a_gpu_that_cannot_be_used_costs_no_table(tmp_path):
+    (tmp_path / "nvidia0").touch()
+    code = f"""if True:
+        import os
+        from automix_dist import cli, distributed
+        if os.environ["RANK"] == "0":
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            distributed.NVIDIA_DEVICES = {str(tmp_path / "nvidia*")!r}
+        cli.main()"""
+    (exit_code, table), (other, errors) = doctor([0, 1], 2, seconds=4, module=("-c", code))
+    assert (exit_code, other) == (1, 1) and "Traceback" not in table + errors
+    assert "FAIL  collectives" in table and "this host has an NVIDIA GPU that cannot be used" in table
+
+
 def test_without_a_launcher_the_way_is_told():
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     command = [sys.executable, "-m", "automix_dist", "doctor", "--all-ranks"]

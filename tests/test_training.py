@@ -55,7 +55,7 @@ def wait_for_step(command: Command, output: Path, step: int = 1) -> None:
 def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp_path):
     run("train", settings, f"output={tmp_path / 'through'}")
     broken = tmp_path / "broken"
-    for number, after_step in ((signal.SIGINT, 7), (signal.SIGUSR1, 33)):
+    for number, after_step in ((signal.SIGINT, 7), (signal.SIGHUP, 20), (signal.SIGUSR1, 33)):
         interrupt(settings, broken, number, after_step)
         stopped = newest(broken).step
         assert after_step <= stopped < 60
@@ -94,6 +94,21 @@ def test_ctrl_c_saves_where_the_console_is_a_pipe_that_dies_first(settings, tmp_
         time.sleep(0.05)
     os.killpg(shell.pid, signal.SIGINT)
     assert shell.wait(timeout=120) == EXIT_STOPPED
+    assert newest(output).step == records(output, "stopped")[-1]["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_costs_nothing(settings, tmp_path):
+    output, (ours, theirs) = tmp_path / "run", os.openpty()
+    command = [*AUTOMIX, "train", str(settings), "log.every_steps=1", "epochs=100"]
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    while process.poll() is None and not ((output / "metrics.jsonl").exists() and records(output, "train")):
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(timeout=120) == EXIT_STOPPED
     assert newest(output).step == records(output, "stopped")[-1]["step"] > 0
 
 
@@ -397,11 +412,22 @@ def test_changes_that_a_checkpoint_cannot_survive(settings, digits, tmp_path):
     run("prepare", "digits:100", others, "--split", "val")
     told = run("train", settings, "--resume", *once, f"data.val={others}").stderr
     assert "other images than before: there is no best checkpoint yet" in told and "best top-1" in told
+    assert newest(tmp_path / "run").manifest["config"]["data"]["val"] == str(others)
+    # Labels that mean other classes than the model's.
+    reversed_classes, renamed = tmp_path / "reversed.txt", tmp_path / "renamed.beton"
+    reversed_classes.write_text("\n".join(reversed(newest(tmp_path / "run").manifest["classes"])))
+    run("prepare", "digits:100", renamed, "--split", "val", "--classes", reversed_classes)
+    assert "the model's classes in another order" in run("eval", tmp_path / "run", "--data", renamed, code=1).stderr
     # A run whose checkpoints were deleted to make room: what it has logged is no one's to delete.
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert "what it logged is kept as lost_" in run("train", settings, *once).stderr
     assert next((tmp_path / "run").glob("lost_*_metrics.jsonl")).read_bytes() == before
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for wrong in ("data.workers=999", "data.image_size=64"):  # found late, by the loader
+        run("train", settings, *once, "--overwrite", wrong, code=2)
+    for path in kept.keys() - {tmp_path / "run" / "lock", tmp_path / "run" / "logs" / "rank_00000.log"}:
+        assert path.read_bytes() == kept[path]
     run("train", settings, *once, "--overwrite")
     assert len(list((tmp_path / "run").glob("lost_*_metrics.jsonl"))) == 1
 
