@@ -5,6 +5,8 @@ agree because their query encoders do. Where it shards parameters (ZeRO 3, FSDP2
 Called once per optimizer step, never per micro batch.
 """
 
+from collections.abc import Iterator
+
 import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
@@ -16,7 +18,9 @@ from automix_dist.automix import AutoMix
 class MomentumUpdate:
     """The update for one model; the parameters are paired by name once.
 
-    Parameters only: BatchNorm statistics of the momentum encoder come from its own forward passes (docs/method.md 2.6).
+    BatchNorm statistics of AutoMix's momentum encoder come from its own forward passes (docs/method.md 2.6). A plain
+    classifier's average has none: its statistics follow as its weights do, for those of the present weights would not
+    fit it.
     """
 
     def __init__(self, model: nn.Module, implementation: str = "auto"):
@@ -25,15 +29,13 @@ class MomentumUpdate:
         momentum = dict(model.momentum.named_parameters()) if hasattr(model, "momentum") else {}
         self.pairs = [(parameter, query[name]) for name, parameter in momentum.items()]
         self.model = model
-        self.copies_statistics = bool(momentum) and not isinstance(model, AutoMix)
+        self.moves_buffers = bool(momentum) and not isinstance(model, AutoMix)
+        self.persistent = set(model.momentum.state_dict()) if self.moves_buffers else set()
 
     @torch.no_grad()
     def __call__(self, coefficient: float, skipped: Tensor | None = None) -> None:
         """Move the momentum encoder by one optimizer step; not at all if coefficient is 1 or `skipped`, a scalar on the
         device, is not 0."""
-        if self.copies_statistics:  # a plain classifier's average has no forward passes of its own
-            for target, source in zip(self.model.momentum.buffers(), self.model.query.buffers(), strict=True):
-                target.copy_(source)
         if coefficient >= 1:
             return
         targets, sources = [], []
@@ -41,7 +43,22 @@ class MomentumUpdate:
             for target, source in zip(_local(momentum), _local(query), strict=True):
                 targets.append(target)
                 sources.append(source)
+        for target, source in self._buffers():
+            targets.append(target)
+            sources.append(source)
         kernels.momentum_update(targets, sources, coefficient, skipped, implementation=self.implementation)
+
+    def _buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pairs of buffers that move; counters and constants, a mask of -inf among them, are copied here."""
+        if not self.moves_buffers:
+            return
+        # Found anew each time: RunningStatistics gives them other places in memory.
+        both = zip(self.model.momentum.named_buffers(), self.model.query.buffers(), strict=True)
+        for (name, target), source in both:
+            if name in self.persistent and target.dtype == torch.float32 and target.is_contiguous():
+                yield target, source
+            else:
+                target.copy_(source)
 
 
 def _local(parameter: torch.nn.Parameter) -> list[Tensor]:

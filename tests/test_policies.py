@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from automix_dist import config as config_module
 from automix_dist import distributed, policies, policy
 from automix_dist.backbone import create_backbone, create_timm_model
+from automix_dist.batchnorm import RunningStatistics
 from automix_dist.checkpoint import Checkpoints, load_module_state, newest, verify
 from automix_dist.classifier import Classifier, build_model
 from automix_dist.cli import main
@@ -527,24 +528,36 @@ def test_no_policy_waits_for_the_gpu(name):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_average_follows_weights_in_float64_and_takes_statistics_over():
+def test_an_average_follows_weights_and_statistics_in_float64():
     config = tiny_config(policy={"name": "mixup", "average": 0.9})
     model = build_model(config, TinyBackbone(), CLASSES, torch.float32)
-    update = MomentumUpdate(model)
-    expected = {n: p.detach().double().clone() for n, p in model.momentum.named_parameters()}
-    for step in range(5):
+    for encoder in (model.query, model.momentum):
+        encoder.register_buffer("constant", torch.tensor([0.0, -torch.inf]), persistent=False)
+    update, statistics = MomentumUpdate(model), RunningStatistics(model)
+
+    def moving(encoder):
+        return {n: t for n, t in encoder.state_dict(keep_vars=True).items() if t.is_floating_point()}
+
+    expected = {n: t.detach().double().clone() for n, t in moving(model.momentum).items()}
+    assert sum("running" in name for name in expected) == 4
+    for step in range(6):
+        statistics.keep()
         images, labels = micro_batch(step, 0, 8)
         model(images, labels, model.draw(images, seed=0, step=step))
-        with torch.no_grad():
-            for p in model.query.parameters():
-                p.add_(torch.randn_like(p))
-        for n, p in model.query.named_parameters():
-            expected[n] = 0.9 * expected[n] + 0.1 * p.detach().double()
-        update(0.9)
-    for n, p in model.momentum.named_parameters():
-        torch.testing.assert_close(p.double(), expected[n], atol=1e-5, rtol=1e-5)
-    for ours, theirs in zip(model.momentum.buffers(), model.query.buffers(), strict=True):
-        assert torch.equal(ours, theirs)
+        skipped = torch.tensor(float(step == 3))
+        if skipped:
+            statistics.restore(skipped)
+        else:
+            with torch.no_grad():
+                for p in model.query.parameters():
+                    p.add_(torch.randn_like(p))
+            for n, t in moving(model.query).items():
+                expected[n] = 0.9 * expected[n] + 0.1 * t.detach().double()
+        update(0.9, skipped)
+    for n, t in moving(model.momentum).items():
+        torch.testing.assert_close(t.double(), expected[n], atol=1e-5, rtol=1e-5)
+    for (name, ours), theirs in zip(model.momentum.named_buffers(), model.query.buffers(), strict=True):
+        assert name in expected or torch.equal(ours, theirs)
 
 
 def scatter(module: torch.nn.Module, std: float = 0.4) -> None:
