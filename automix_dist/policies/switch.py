@@ -14,7 +14,7 @@ from automix_dist.policy import Draw, Mix, load, require
 @dataclass(frozen=True)
 class Settings:
     policies: tuple[dict[str, Any], ...] = ({"name": "mixup"}, {"name": "cutmix"})
-    """Which: {name: ..., settings: {...}} each."""
+    """Which: {name: ..., settings: {...}} each; none of them a switch."""
     shares: tuple[float, ...] = ()
     """How often each is drawn, relative to the others; empty = all alike."""
 
@@ -31,9 +31,15 @@ class Policy(policy.Policy):
         self.shares = shares / shares.sum()
         self.policies = nn.ModuleList()
         for each in settings.policies:
-            module, own = load(build_section(PolicyConfig, each, "policy.settings.policies"))
+            inner = build_section(PolicyConfig, each, "policy.settings.policies")
+            if inner.name == "switch":  # both would mark their draws under the same name
+                raise ConfigError(
+                    "policy.settings.policies: a switch inside a switch: list its policies here, with "
+                    "policy.settings.shares"
+                )
+            module, own = load(inner)
             if not hasattr(module, "Policy"):
-                raise ConfigError(f"policy.settings.policies: {each['name']} is no hand-made policy")
+                raise ConfigError(f"policy.settings.policies: {inner.name} is not a hand-made policy")
             self.policies.append(module.Policy(own, *normalisation))
 
     def check(self, backbone: nn.Module) -> None:
