@@ -345,7 +345,8 @@ DECIDED_BY = {
     "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
     "zero_optimization.contiguous_gradients": "engine.zero_stage",
 }
-# What may be added: it changes neither what is computed nor where the state lies.
+# What may be added: it changes neither the method nor where the state lies. communication_data_type changes results by
+# rounding: it is the type in which gradients are reduced.
 ADDABLE = {
     "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
     "communication_data_type", "zero_optimization.overlap_comm", "zero_optimization.reduce_scatter",
