@@ -195,7 +195,7 @@ def _places(features: Tensor, channels: int, model: nn.Module) -> Tensor:
         side = math.isqrt(tokens.shape[1])
         if side**2 == tokens.shape[1]:
             return tokens.unflatten(1, (side, side))
-    raise _refused(model, f"has features of shape {list(features.shape[1:])}, which are no map of the image")
+    raise _refused(model, f"has features of shape {list(features.shape[1:])}, which is not a feature map of the image")
 
 
 def _refused(model: nn.Module, reason: str) -> ConfigError:

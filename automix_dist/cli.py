@@ -194,7 +194,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     checkpoint.add_argument(
         "--step",
         type=int,
-        help="reshard or convert the checkpoint of this step (default: the newest); verify: it alone",
+        help="reshard or convert the checkpoint of this step (default: the newest); verify: only this one",
     )
     checkpoint.add_argument("--ranks", type=int, help="reshard: how many shards to write (default: 1)")
 
@@ -321,7 +321,7 @@ def _conditions(options: argparse.Namespace):
     except ValueError as error:
         raise ConfigError(f"--epsilon {options.epsilon}: expected a number in (0, 1], such as 8/255") from error
     if options.encoder == "ensemble" and options.head == "mix":
-        raise ConfigError("--encoder ensemble: it is of the heads one; leave --head mix out")
+        raise ConfigError("--encoder ensemble averages the heads trained on clean images: remove --head mix")
     names = STRENGTHS if options.corruptions == "all" else filter(None, (options.corruptions or "").split(","))
     return Conditions(
         answer=options.encoder + ("_mix" if options.head == "mix" else ""),

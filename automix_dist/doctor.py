@@ -308,7 +308,7 @@ def _disk(folder: Path) -> Check:
         return Check(name, "fail", f"{existing} cannot be written", "choose another folder with output=...")
     total, _, free = shutil.disk_usage(existing)
     if not total:
-        return Check(name, "fail", f"{existing} is no place for files", "choose another folder with output=...")
+        return Check(name, "fail", f"{existing} is on a file system of size 0", "choose another folder with output=...")
     if free < DISK_NEEDED:
         return Check(name, "warn", f"{_gib(free)} free", "make room, or choose another folder with output=...")
     return Check(name, "ok", f"{_gib(free)} free")

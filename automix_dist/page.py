@@ -105,7 +105,7 @@ def reliability(bins: list[dict[str, Any]]) -> str:
             )
     parts.append(f'<line class="even" x1="{left}" y1="{side + 8}" x2="{left + side}" y2="8"/>')
     parts.append(f'<text x="{left + side / 2}" y="{side + bottom + 2}" text-anchor="middle">confidence</text>')
-    hint = "Accuracy over confidence: on the dashed line a model is as often right as it is sure."
+    hint = "Accuracy over confidence: on the dashed line accuracy equals confidence."
     return (
         f'<p class="hint">{hint}</p><svg class="card figure" viewBox="0 0 {left + side + 24} {side + bottom + 8}" '
         f'width="{left + side + 24}" role="img" aria-label="Reliability diagram">{"".join(parts)}</svg>'

@@ -63,7 +63,7 @@ def find_dump(folder: Path) -> Saved:
         near = (sorted(root.glob("step_*/checkpoints")) for root in (folder / DUMPS, folder, folder.parent))
         dumps = [str(each.parent) for each in next(filter(None, near), [])]
         expected = f"one of {', '.join(dumps)}" if dumps else "RUN/dumps/STEP, left by a run that skipped too many"
-        raise CheckpointError(f"{folder} is no dump: expected {expected}")
+        raise CheckpointError(f"{folder} is not a dump: expected {expected}")
     return find_checkpoint(folder)
 
 

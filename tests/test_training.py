@@ -290,6 +290,8 @@ def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere")
     assert "no such run" in failing(capsys, "eval", tmp_path / "nowhere", "--corruptions", "contrast,")
     assert "--batch-size 0: expected 1 or more" in failing(capsys, "eval", tmp_path / "nowhere", "--batch-size", "0")
+    both = ["--encoder", "ensemble", "--head", "mix"]
+    assert "trained on clean images: remove --head mix" in failing(capsys, "eval", tmp_path / "nowhere", *both)
     assert "no such run" in failing(capsys, "checkpoint", "list", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "has no checkpoint" in failing(capsys, "checkpoint", "list", tmp_path / "empty")
@@ -297,7 +299,7 @@ def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
     assert "expected the page" in failing(capsys, "report", tmp_path / "nowhere", "--out", tmp_path / "x.png")
-    assert "is no dump: expected RUN/dumps/STEP" in failing(capsys, "replay", tmp_path / "nowhere")
+    assert "is not a dump: expected RUN/dumps/STEP" in failing(capsys, "replay", tmp_path / "nowhere")
     refused = failing(capsys, "checkpoint", "list", tmp_path / "empty", "--step", "3")
     assert "list takes no --step: it belongs to verify, reshard, to-safetensors" in refused
     assert "takes no --ranks" in failing(capsys, "checkpoint", "verify", tmp_path / "empty", "--ranks", "2")
@@ -442,7 +444,7 @@ def test_steps_that_are_not_finite_end_the_run_with_a_reason_and_a_dump(settings
     assert "first output that is not finite: " in replayed and "not finite again" in replayed
     assert "the dump has batches of ranks [0]" in run("replay", dump, "--rank", "3", code=1).stderr
     for other in (tmp_path / "run", dump.parent, dump.with_name("step_1")):
-        assert f"{other} is no dump: expected one of {dump}" in run("replay", other, code=1).stderr
+        assert f"{other} is not a dump: expected one of {dump}" in run("replay", other, code=1).stderr
 
 
 @pytest.mark.slow
