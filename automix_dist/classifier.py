@@ -161,6 +161,8 @@ def build_model(
         "implementation": config.engine.kernels,
     }
     if hasattr(module, "Policy"):
+        if config.engine.joint_query:
+            raise ConfigError(f"engine.joint_query has no meaning for policy {config.policy.name}: set it to false")
         policy = module.Policy(settings, config.data.mean, config.data.std)
         model = Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
     elif config.policy.average:

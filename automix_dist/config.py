@@ -403,7 +403,7 @@ class EngineConfig:
     whole parameters (not zero_stage 3, not fsdp2)."""
     joint_query: bool = False
     """The query encoder reads clean and mixed images in one pass, in which BatchNorm takes them for two batches. The
-    same training, but with immediate_backward two sets of activations live at a time."""
+    same training, but with immediate_backward two sets of activations live at a time. For AutoMix and SAMix."""
     padded_stem: bool = False
     """The first convolution reads a fourth channel of zeros, for GPU kernels that want channels in fours; images are
     copied for it. The weights stay as they are."""

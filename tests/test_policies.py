@@ -133,6 +133,8 @@ def test_mistakes_that_only_the_backbone_shows():
         Classifier(create_backbone(ModelConfig("test_vit"), None, 160), 3, make("alignmix"))
     with pytest.raises(ConfigError, match="momentum encoder"):
         build_model(tiny_config(policy={"average": 0.9}), TinyBackbone(), CLASSES, torch.float32)
+    with pytest.raises(ConfigError, match=r"engine.joint_query has no meaning for policy mixup: set it to false"):
+        build_model(tiny_config(policy={"name": "mixup"}, engine={"joint_query": True}), TinyBackbone(), CLASSES)
     with pytest.raises(ConfigError, match="automix is not a hand-made policy"):
         make("switch", policies=[{"name": "automix"}])
     with pytest.raises(ConfigError, match=r"a switch inside a switch: list its policies here, with .*shares"):
