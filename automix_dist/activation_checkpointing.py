@@ -31,6 +31,20 @@ def checkpoint_blocks(model: nn.Module) -> int:
     return len(blocks)
 
 
+def check_not_inside_blocks(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Raise ConfigError for one of a policy's layers inside a block that `checkpoint_blocks` lets compute itself again:
+    the hook on the layer is gone by then, and the second result another one. Whole blocks and stages are fine."""
+    for block in _blocks(model):
+        inside = set(block.modules()) - {block}
+        for name, layer in layers.items():
+            if layer in inside:
+                raise ConfigError(
+                    f"engine.activation_checkpointing: the policy mixes the output of {name!r}, which lies inside a "
+                    f"{type(block).__name__} that is computed again: name whole blocks or stages in the policy's "
+                    f"settings.layers, or set it to false"
+                )
+
+
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if type(child).__name__.endswith(("Block", "Bottleneck")):

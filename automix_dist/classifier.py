@@ -8,6 +8,7 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
+from automix_dist.activation_checkpointing import check_not_inside_blocks
 from automix_dist.automix import Encoder, Mixes, lay_out, set_up_compiler
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
 from automix_dist.convolutions import lay_out_weights, pad_stems, surrounding_autocast
@@ -165,6 +166,8 @@ def build_model(
             raise ConfigError(f"engine.joint_query has no meaning for policy {config.policy.name}: set it to false")
         policy = module.Policy(settings, config.data.mean, config.data.std)
         model = Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
+        if config.engine.activation_checkpointing:
+            check_not_inside_blocks(backbone, policy.changed_layers(backbone))
     elif config.policy.average:
         raise ConfigError(f"policy.average: {config.policy.name} has a momentum encoder; set policy.average=0")
     else:

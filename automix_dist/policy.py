@@ -80,6 +80,10 @@ class Policy(nn.Module):
     def check(self, backbone: nn.Module) -> None:
         """Raise ConfigError if this backbone lacks something that the policy needs."""
 
+    def changed_layers(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        """The backbone's modules, by name, whose outputs `forward` changes by a hook that it removes again."""
+        return {}
+
     def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
         """The draws of one micro batch: one lambda, a permutation, and what `draw_extra` adds.
 

@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from automix_dist import config as config_module
 from automix_dist import distributed, policies, policy
+from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.checkpoint import Checkpoints, load_module_state, newest, verify
@@ -139,6 +140,28 @@ def test_mistakes_that_only_the_backbone_shows():
         make("switch", policies=[{"name": "automix"}])
     with pytest.raises(ConfigError, match=r"a switch inside a switch: list its policies here, with .*shares"):
         make("switch", policies=[{"name": "mixup"}, {"name": "switch"}])
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer2.0"])
+def test_manifoldmix_of_blocks_that_are_computed_again(layer):
+    """Whole ones have the same gradients as ever; a layer inside one is refused."""
+    grads = []
+    for again in (False, True):
+        own = {"name": "manifoldmix", "settings": {"layers": [layer]}}
+        config = tiny_config(policy=own, engine={"activation_checkpointing": again})
+        torch.manual_seed(0)
+        model = build_model(config, create_backbone(ModelConfig("resnet10t"), None, 64), CLASSES, torch.float32)
+        if again:
+            checkpoint_blocks(model.query)
+        images, labels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8), torch.arange(4)
+        model.train()(images, labels, model.draw(images, seed=0, step=0)).total.backward()
+        grads.append([p.grad for p in model.query.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    own["settings"]["layers"] = ["layer1", "layer2.0.bn1"]
+    for each in (own, {"name": "switch", "settings": {"policies": [own]}}):
+        config = tiny_config(policy=each, engine={"activation_checkpointing": True})
+        with pytest.raises(ConfigError, match=r"output of 'layer2.0.bn1', which lies inside a BasicBlock"):
+            build_model(config, create_backbone(ModelConfig("resnet10t"), None, 64), CLASSES)
 
 
 @pytest.mark.parametrize("name", [*MASKED, "switch"])

@@ -31,6 +31,9 @@ class Policy(policy.Policy):
                 children = ", ".join(child for child, _ in _model(backbone).named_children())
                 raise ConfigError(f"policy.settings.layers: the backbone has no module {name!r}; it has {children}")
 
+    def changed_layers(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        return {name: _model(backbone).get_submodule(name) for name in self.settings.layers if name}
+
     def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         return {"layer": self.settings.layers[generator.integers(len(self.settings.layers))]}
 

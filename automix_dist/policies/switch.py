@@ -46,6 +46,9 @@ class Policy(policy.Policy):
         for each in self.policies:
             each.check(backbone)
 
+    def changed_layers(self, backbone: nn.Module) -> dict[str, nn.Module]:
+        return {name: layer for each in self.policies for name, layer in each.changed_layers(backbone).items()}
+
     def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
         chosen = int(shared.choice(len(self.policies), p=self.shares))
         return self._mark(chosen, self.policies[chosen].draw(generator, shared, images))
