@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ STATE_KEYS = ("state_dict", "model")
 
 
 class Backbone(nn.Module):
-    """A timm model without its classifier.
+    """A timm model without its classifier. Raises ConfigError if what it pools is not one vector for each image.
 
     Anything with `features`, `forward`, `feature_channels`, `feature_size` and `width` can stand in for it.
     """
@@ -48,7 +49,13 @@ class Backbone(nn.Module):
             if feature is not None:
                 _, self.feature_channels, *size = self.features(images).shape
                 self.feature_size = tuple(size)
-            self.width = self(images).shape[1]
+            pooled = self(images)
+            if pooled.ndim != 2:
+                raise ConfigError(
+                    f"model.backbone: expected an embedding [images, width] of {type(model).__name__}, got shape "
+                    f"{list(pooled.shape)}: in model.timm_kwargs leave global_pool out, or choose one that pools"
+                )
+            self.width = pooled.shape[1]
             model.train(training)
 
     def features(self, images: Tensor, *, full: bool = False) -> Tensor:
@@ -109,32 +116,50 @@ class Backbone(nn.Module):
 def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0) -> nn.Module:
     """The timm model that a run trains: without a classifier (num_classes 0) inside AutoMix, with one for an export.
 
-    Raises ConfigError for an unknown name, a keyword the model does not take, a stem that cannot be made small, or
-    starting weights that are not there or do not fit.
+    Raises ConfigError for an unknown name, keywords with which timm cannot build the model, a stem that cannot be made
+    small, or starting weights that are not there or do not fit.
     """
     if not timm.is_model(config.backbone):
         raise ConfigError(f"model.backbone = {config.backbone!r} is not a timm model{_nearest_model(config.backbone)}")
     kwargs = layer_kwargs(config, image_size)
     if config.drop_path:
         kwargs["drop_path_rate"] = config.drop_path
-    try:
-        if config.pretrained:
+
+    def build(pretrained: bool) -> nn.Module:
+        return timm.create_model(config.backbone, pretrained=pretrained, num_classes=num_classes, **kwargs)
+
+    if kwargs or not config.pretrained:  # first without weights: what fails after that is to do with them
+        try:
+            model = build(pretrained=False)
+        except Exception as error:
+            raise ConfigError(
+                f"model.backbone = {config.backbone!r} cannot be built with {kwargs} (model.timm_kwargs, and what "
+                f"model.drop_path and data.image_size add): {_first_words(error)}"
+            ) from error
+    if config.pretrained:
+        try:
             _require_reachable(config)
-        model = timm.create_model(config.backbone, pretrained=config.pretrained, num_classes=num_classes, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"model.backbone = {config.backbone!r} does not take these settings: {error}") from error
-    except Exception as error:
-        if not config.pretrained:
-            raise
-        raise ConfigError(
-            f"model.pretrained: no weights for {config.backbone!r} in timm's cache, and they could not be downloaded "
-            f"({type(error).__name__}); set model.weights to a file with a timm state dict"
-        ) from error
+            model = build(pretrained=True)
+        except RuntimeError as error:  # timm's and torch's; no network raises it
+            raise ConfigError(
+                f"model.pretrained: timm has no weights that fit {config.backbone!r} with model.timm_kwargs = "
+                f"{config.timm_kwargs}: {_first_words(error)}; set it to false, or change model.timm_kwargs"
+            ) from error
+        except Exception as error:
+            raise ConfigError(
+                f"model.pretrained: no weights for {config.backbone!r} in timm's cache, and they could not be "
+                f"downloaded ({type(error).__name__}); set model.weights to a file with a timm state dict"
+            ) from error
     if config.small_stem and "convnext" not in config.backbone:
         _shrink_stem(model, config.backbone)
     if config.weights:
         _load_weights(model, Path(config.weights))
     return model
+
+
+def _first_words(error: Exception) -> str:
+    """An error's type and the beginning of its text, which may be long or empty."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 200)
 
 
 def layer_kwargs(config: ModelConfig, image_size: int) -> dict[str, Any]:
@@ -164,7 +189,7 @@ def create_backbone(
     """
     model = create_timm_model(config, image_size)
     if feature is None:
-        return _read(model, None, image_size, other_sizes)
+        return _read(config, model, None, image_size, other_sizes)
     names = [info["module"] for info in getattr(model, "feature_info", [])]
     if not hasattr(model, "forward_intermediates") or not names:
         raise ConfigError(f"model.backbone = {config.backbone!r}: timm exposes no intermediate features of this model")
@@ -174,7 +199,7 @@ def create_backbone(
             f"automix.feature = {feature}: {config.backbone} has {len(names)} feature maps, 0 to {len(names) - 1} "
             f"({', '.join(names)})"
         )
-    backbone = _read(model, index, image_size, other_sizes)
+    backbone = _read(config, model, index, image_size, other_sizes)
     h, w = backbone.feature_size
     if image_size % h or image_size % w:
         raise ConfigError(
@@ -190,14 +215,21 @@ def create_backbone(
     return backbone
 
 
-def _read(model: nn.Module, feature: int | None, image_size: int, other_sizes: Sequence[int]) -> Backbone:
+def _read(
+    config: ModelConfig, model: nn.Module, feature: int | None, image_size: int, other_sizes: Sequence[int]
+) -> Backbone:
     """The backbone for images of `image_size`, when it can read the other sizes too."""
     for key, size in [*(("data.resolution_schedule", size) for size in other_sizes), ("data.image_size", image_size)]:
         try:
             backbone = Backbone(model, feature, size)
-        except (RuntimeError, AssertionError) as error:
-            reason, name = str(error).splitlines()[0], model.pretrained_cfg.get("architecture")
-            raise ConfigError(f"{name} cannot read images of {size} px ({key}): {reason}") from error
+        except ConfigError:
+            raise
+        except Exception as error:
+            given = f" with model.timm_kwargs = {config.timm_kwargs}" if config.timm_kwargs else ""
+            raise ConfigError(
+                f"model.backbone = {config.backbone!r} cannot read images of {size} px ({key}){given}: "
+                f"{_first_words(error)}"
+            ) from error
     return backbone
 
 

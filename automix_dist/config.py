@@ -181,18 +181,21 @@ class ModelConfig:
     drop_path: float = 0.0
     """Stochastic depth rate, for backbones that have it."""
     timm_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments for `timm.create_model`."""
+    """Further keyword arguments for `timm.create_model`; not checkpoint_path, which is `weights` here."""
 
     def __post_init__(self):
         _require(bool(self.backbone), "model.backbone", self.backbone, "the name of a timm model")
         _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a rate in [0, 1)")
         if self.pretrained and self.weights:
             raise ConfigError("model.pretrained and model.weights both ask for starting weights: set one of them")
-        for key in ("num_classes", "drop_path_rate", "pretrained"):
+        for key in ("num_classes", "drop_path_rate", "pretrained", "features_only"):
             if key in self.timm_kwargs:
                 raise ConfigError(
-                    f"model.timm_kwargs.{key} is decided elsewhere (dataset, model.drop_path, model.pretrained)"
+                    f"model.timm_kwargs.{key} is decided elsewhere (dataset, model.drop_path, model.pretrained, "
+                    f"automix.feature): remove it"
                 )
+        if "checkpoint_path" in self.timm_kwargs:
+            raise ConfigError("model.timm_kwargs.checkpoint_path: name the file in model.weights instead")
         if self.timm_kwargs.get("in_chans", 3) != 3:
             raise ConfigError("model.timm_kwargs.in_chans must be 3: images are RGB, gray ones are stored so as well")
 

@@ -58,6 +58,16 @@ def test_the_second_to_last_block_of_a_vit_is_remarked_upon():
     [
         ({"backbone": "resnet5O"}, r"resnet5O.*did you mean .*resnet50"),
         ({"backbone": "resnet18", "timm_kwargs": {"colour": 1}}, r"resnet18.*colour"),
+        ({"backbone": "resnet18", "timm_kwargs": {"output_stride": 7}}, r"model.timm_kwargs.*: AssertionError$"),
+        ({"backbone": "resnet18", "timm_kwargs": {"act_layer": "foo"}}, r"model.timm_kwargs.*: KeyError: 'foo'"),
+        ({"backbone": "resnet18", "timm_kwargs": {"drop_rate": 3}}, r"model.timm_kwargs.*: ValueError: dropout prob"),
+        ({"backbone": "resnet18", "timm_kwargs": {"layers": 3}, "pretrained": True}, r"model.timm_kwargs.*: TypeError"),
+        ({"backbone": "resnet18", "timm_kwargs": {"checkpoint_path": "x.pth"}}, r"name the file in model.weights"),
+        ({"backbone": "resnet18", "timm_kwargs": {"features_only": True}}, r"features_only is decided elsewhere"),
+        (
+            {"backbone": "resnet18", "timm_kwargs": {"global_pool": ""}},
+            r"width\].*got shape \[2, 512, 2, 2\]: .*global_",
+        ),
         ({"backbone": "vgg11", "small_stem": True}, r"vgg11.*small"),
         ({"backbone": "resnet18", "weights": "missing.safetensors"}, r"missing.safetensors"),
     ],
@@ -148,6 +158,18 @@ def test_starting_weights_that_cannot_be_used(content, message, tmp_path):
     path.write_text("nonsense") if content is None else torch.save(content, path)
     with pytest.raises(ConfigError, match=message):
         create_backbone(from_dict({"model": {"backbone": "resnet18", "weights": str(path)}}).model, -2, 64)
+
+
+def test_pretrained_weights_that_do_not_fit_are_no_failed_download(tmp_path):
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "published.safetensors")
+    kwargs = {"pretrained_cfg_overlay": {"file": str(tmp_path / "published.safetensors")}}
+    config = {"backbone": "resnet18", "pretrained": True, "timm_kwargs": kwargs}
+    create_backbone(from_dict({"model": config}).model, -2, 64)
+    kwargs["channels"] = [32, 64, 128, 256]
+    with pytest.raises(
+        ConfigError, match=r"no weights that fit 'resnet18' with model.timm_kwargs.*RuntimeError: Error"
+    ):
+        create_backbone(from_dict({"model": config}).model, -2, 64)
 
 
 def test_a_normalisation_that_pretrained_weights_do_not_expect():
