@@ -43,8 +43,10 @@ from automix_dist.policy import needed_feature, with_policy_settings
 from automix_dist.run_log import METRICS, is_finished, read_metrics
 from automix_dist.whole_file import write_whole
 
-BUDGET = ("epochs", "batch_size", "data", "model.backbone", "model.timm_kwargs", "eval_every_epochs")
-"""What is the same in all runs of a fair comparison."""
+BUDGET = {"epochs", "batch_size", "eval_every_epochs", "model", "data"}
+"""Settings and sections that are the same in all runs of a fair comparison, all but those of FREE."""
+FREE = {"model.drop_path", "data.workers", "data.batches_ahead"}
+"""Regularisation that a recipe chooses for its policy, and what changes the speed only."""
 IRRELEVANT = {"output", "log", "checkpoint", "engine", "profile"}
 """Settings and sections that may differ from those of a finished run without changing its result; not so those of
 RELEVANT."""
@@ -113,14 +115,20 @@ def load_comparison(path: Path) -> Comparison:
 def _check_budgets(comparison: Comparison, path: Path) -> None:
     first, *others = comparison.policies
     for seed in comparison.seeds:
-        configs = {name: load_config(comparison.base, comparison.overrides(name, seed)) for name in comparison.policies}
+        ours = _budget(load_config(comparison.base, comparison.overrides(first, seed)))
         for name in others:
-            for key in BUDGET:
-                ours, theirs = _setting(configs[first], key), _setting(configs[name], key)
-                if ours != theirs:
+            theirs = _budget(load_config(comparison.base, comparison.overrides(name, seed)))
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
                     raise ConfigError(
-                        f"{path}: policies.{name} has {key} = {theirs!r} and {first} has {ours!r}: not comparable"
+                        f"{path}: policies.{name} has {key} = {theirs.get(key)!r} and {first} has {ours.get(key)!r}: "
+                        f"not comparable; set it for all of them, under settings"
                     )
+
+
+def _budget(config: Config) -> dict[str, Any]:
+    settings = flatten(to_dict(config)).items()
+    return {key: value for key, value in settings if key.partition(".")[0] in BUDGET and key not in FREE}
 
 
 def _check_models(comparison: Comparison, path: Path) -> None:
@@ -141,13 +149,6 @@ def _check_models(comparison: Comparison, path: Path) -> None:
             raise ConfigError(
                 f"{path}: metric = {comparison.metric!r}: policies.{name} is evaluated by {', '.join(metrics)}"
             )
-
-
-def _setting(config: Config, key: str) -> Any:
-    value: Any = to_dict(config)
-    for part in key.split("."):
-        value = value[part]
-    return value
 
 
 def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], jobs: int = 1) -> int:

@@ -67,6 +67,18 @@ def test_few_and_unpaired_seeds():
         ({"policies": {"mixup": "policy.name=mixup"}}, r"policies.mixup = 'policy.name=mixup': expected a list"),
         ({"policies": {"a/b": []}}, "a name of letters"),
         ({"policies": {"none": [], "long": ["epochs=99"]}}, "policies.long has epochs = 99 and none has 24"),
+        (
+            {"policies": {"none": [], "other": ["data.color_jitter=0.4"]}},
+            r"policies.other has data.color_jitter = 0.4 and none has 0.0: not comparable",
+        ),
+        (
+            {"policies": {"none": [], "fine": ["model.pretrained=true"]}},
+            "fine has model.pretrained = True and none has F",
+        ),
+        (
+            {"policies": {"none": [], "wide": ["model.timm_kwargs.stem_width=24"]}},
+            r"policies.wide has model.timm_kwargs.stem_width = 24 and none has None: not comparable",
+        ),
         ({"policies": {"none": ["policy.name=nothing"]}}, "policy.name"),
         ({"seeds": [0, -1]}, "seed = -1"),
     ],
@@ -74,6 +86,10 @@ def test_few_and_unpaired_seeds():
 def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_comparison(write(tmp_path, **changes))
+
+
+def test_regularisation_and_speed_are_a_policys_own(tmp_path):
+    load_comparison(write(tmp_path, policies={"a": [], "b": ["model.drop_path=0.1", "data.workers=2"]}))
 
 
 def test_a_comparison_holds_each_key_once(tmp_path):
