@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ import torch
 import yaml
 from scipy import stats
 
-from automix_dist import provenance
 from automix_dist.backbone import create_backbone
 from automix_dist.beton import read_manifest
 from automix_dist.classifier import build_model
@@ -41,6 +39,7 @@ from automix_dist.errors import EXIT_STOPPED, AutomixError
 from automix_dist.page import percent_or_nothing, table, ticks, write_page
 from automix_dist.policy import needed_feature, with_policy_settings
 from automix_dist.run_log import METRICS, is_finished, read_metrics
+from automix_dist.sources import some
 from automix_dist.whole_file import write_whole
 
 BUDGET = {"epochs", "batch_size", "eval_every_epochs", "model", "data"}
@@ -51,6 +50,8 @@ IRRELEVANT = {"output", "log", "checkpoint", "engine", "profile"}
 """Settings and sections that may differ from those of a finished run without changing its result; not so those of
 RELEVANT."""
 RELEVANT = {"engine.precision", "engine.sync_batchnorm", "engine.accumulation_steps"}
+MUST_AGREE = {"device": "device", "autocast": "precision", "world_size": "number of ranks"}
+"""What runs of one comparison share besides their settings, which leave it to the machine; and its name for people."""
 HEAD = ("Policy", "Runs", "Mean", "Standard deviation", "Difference", "p")
 
 
@@ -165,7 +166,17 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], j
     """
     comparison = load_comparison(path)
     _check_models(comparison, path)
-    say(f"the table: {write_table(comparison)}")
+    told: set[str] = set()
+
+    def update_table() -> Path:
+        page, warnings = write_table(comparison)
+        for aspect, text in warnings.items():
+            if aspect not in told:
+                say(f"warning: {text}")
+        told.update(warnings)
+        return page
+
+    say(f"the table: {update_table()}")
     # Seed by seed: an interrupted comparison has as many runs of each policy.
     every = [(policy, seed) for seed in comparison.seeds for policy in comparison.policies]
     missing = [each for each in every if result(comparison, *each) is None]
@@ -189,7 +200,7 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], j
                     raise CompareError(
                         f"{training.run} has finished, but its last evaluation has no {comparison.metric}"
                     )
-                write_table(comparison)
+                update_table()
         finally:
             for training in running:
                 if training.child.pid not in signals.handed_to:  # a second signal would not let it save
@@ -338,35 +349,82 @@ def summarize(values: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_table(comparison: Comparison) -> Path:
-    """Write compare.json, compare.md and compare.html into the comparison's folder; returns the page's path."""
+def write_table(comparison: Comparison) -> tuple[Path, dict[str, str]]:
+    """Write compare.json, compare.md and compare.html into the comparison's folder.
+
+    Returns:
+        the page's path, and a warning for each of MUST_AGREE in which the runs differ.
+    """
     found = {
         policy: {seed: value for seed in comparison.seeds if (value := result(comparison, policy, seed)) is not None}
         for policy in comparison.policies
     }
     rows = summarize(found)
     comparison.output.mkdir(parents=True, exist_ok=True)
+    runs = [comparison.run(policy, seed) for policy in found for seed in found[policy]]
+    made = {run.name: _made_with(run) for run in runs}
+    differences = {aspect: text for aspect in MUST_AGREE if (text := _difference(aspect, made))}
     about = {"metric": comparison.metric, "seeds": list(comparison.seeds), "reference": next(iter(found))}
-    about["date"] = datetime.now(UTC).date().isoformat()
-    about["environment"] = {k: v for k, v in provenance.environment().items() if k != "command"}
+    keys = dict.fromkeys(key for each in made.values() for key in each)
+    about["environment"] = {key: _distinct(made, key) for key in keys}
+    about["warnings"] = list(differences.values())
     write_whole(comparison.output / "compare.json", json.dumps(about | {"policies": rows}, indent=1))
     cells = [_cells(row, len(comparison.seeds)) for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in (HEAD, ["---"] * len(HEAD), *cells)]
     hint = (
         f"{comparison.metric} of the last step. Difference: from {about['reference']}, paired by seed; p: two-sided, "
-        f"of the paired t-test, not corrected for the number of policies. {_made_with(about)}"
-    )
-    write_whole(comparison.output / "compare.md", "\n".join([*lines, "", hint, ""]))
-    sections = {"Policies": f'{table(cells, HEAD, "figures")}<p class="hint">{hint}</p>'}
+        f"of the paired t-test, not corrected for the number of policies. {_in_words(about['environment'])}"
+    ).strip()
+    warnings = [f"Warning: {text}" for text in about["warnings"]]
+    paragraphs = [line for text in (hint, *warnings) for line in ("", text)]
+    write_whole(comparison.output / "compare.md", "\n".join([*lines, *paragraphs, ""]))
+    hints = "".join(f'<p class="hint">{html.escape(text)}</p>' for text in (hint, *warnings))
+    sections = {"Policies": f"{table(cells, HEAD, 'figures')}{hints}"}
     if any(found.values()):
         sections["Every run"] = _strip_chart(rows)
-    return write_page(comparison.output / "compare.html", "Comparison", comparison.output.name, sections)
+    return write_page(comparison.output / "compare.html", "Comparison", comparison.output.name, sections), differences
 
 
-def _made_with(about: dict[str, Any]) -> str:
-    environment = about["environment"]
-    device = ", ".join(sorted(set(environment["gpus"]))) or "CPU"
-    return f"Python {environment['python']}, torch {environment['versions']['torch']}, {device}; {about['date']}."
+def _made_with(run: Path) -> dict[str, Any]:
+    """What a finished run was made with and when; keys that older runs have not stored are absent."""
+    environment = json.loads((run / "environment.json").read_text("utf-8"))
+    on_cpu = environment.get("device") == "cpu" or not environment["gpus"]
+    made = {"device": "CPU" if on_cpu else ", ".join(sorted(set(environment["gpus"])))}
+    kept = ("autocast", "world_size", "python", "commit", "platform", "cuda")
+    made |= {key: environment[key] for key in kept if key in environment}
+    records, _ = read_metrics(run)
+    return made | flatten({"versions": environment["versions"], "date": records[-1]["time"][:10]})
+
+
+def _distinct(made: dict[str, dict[str, Any]], key: str) -> list[Any]:
+    """The values that the runs have, each once and sorted, None first."""
+    values = dict.fromkeys(each[key] for each in made.values() if key in each)
+    return sorted(values, key=lambda value: (value is not None, value))
+
+
+def _difference(aspect: str, made: dict[str, dict[str, Any]]) -> str:
+    """Which runs have which value of an aspect in which all should agree; empty if they do."""
+    values = _distinct(made, aspect)
+    if len(values) < 2:
+        return ""
+    groups = [(value, [run for run, each in made.items() if each.get(aspect) == value]) for value in values]
+    listed = "; ".join(f"{value}: {some(runs)}" for value, runs in groups)
+    return f"the runs differ in their {MUST_AGREE[aspect]}, not in their policies only ({listed})."
+
+
+def _in_words(environment: dict[str, list[Any]]) -> str:
+    """What the runs were made with, for the table's foot."""
+    if not environment:
+        return ""
+
+    def values(key: str) -> str:
+        return ", ".join(map(str, environment.get(key, [])))
+
+    ranks = values("world_size")
+    parts = [f"Python {values('python')}", f"torch {values('versions.torch')}", values("device"), values("autocast")]
+    parts.append(ranks and f"{ranks} rank{'s' * (ranks != '1')}")
+    dates = dict.fromkeys((environment["date"][0], environment["date"][-1]))
+    return f"{', '.join(filter(None, parts))}; {' to '.join(dates)}."
 
 
 def _strip_chart(rows: list[dict[str, Any]]) -> str:

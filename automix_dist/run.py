@@ -92,7 +92,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     process = distributed.start(config.engine)
     about = {
         "config": to_dict(config),
-        "environment": provenance.environment(),
+        "environment": provenance.environment()
+        | {
+            "device": process.device.type,
+            "autocast": str(autocast_dtype(config.engine, process.device)).removeprefix("torch."),
+            "world_size": process.world_size,
+        },
         "classes": checked.train.classes,
         "index_checksums": {"train": checked.train.index_checksum, "val": checked.val.index_checksum},
     }

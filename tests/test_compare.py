@@ -1,5 +1,6 @@
 """Comparisons: their file, their statistics, and real small trainings of two policies over two seeds."""
 
+import html
 import json
 import math
 import shutil
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ranks import run
 from scipy import stats
 
 from automix_dist import compare as compare_module
-from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize
+from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize, write_table
 from automix_dist.config import POLICIES, ConfigError, load_config, to_yaml
 from automix_dist.policy import with_policy_settings
 
@@ -232,6 +234,51 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path):
         result_with("engine.precision=float32")
 
 
+def finished_run(comparison, policy: str, seed: int, date: str, **environment) -> None:
+    run = comparison.run(policy, seed)
+    run.mkdir(parents=True)
+    config = load_config(comparison.base, comparison.overrides(policy, seed))
+    (run / "config.yaml").write_text(to_yaml(with_policy_settings(config)))
+    records = [
+        {"kind": "start", "step": 0, "total_steps": 9},
+        {"kind": "eval", "step": 9, "top1_query": 0.5 + seed / 10},
+    ]
+    records.append({"kind": "checkpoint", "step": 9})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r | {"time": f"{date}T00:00:00Z"}) + "\n" for r in records))
+    made = {"python": "3.1", "versions": {"torch": "2.0.1"}, "commit": None, "gpus": [], "index_checksums": {}}
+    (run / "environment.json").write_text(json.dumps(made | environment))
+
+
+def test_the_table_tells_what_the_runs_were_made_with_and_where_they_differ(tmp_path):
+    policies = {"none": ["policy.name=none"], "mixup": ["policy.name=mixup"]}
+    comparison = load_comparison(write(tmp_path, policies=policies))
+    assert write_table(comparison)[1] == {}
+    cpu = {"device": "cpu", "autocast": "float32", "world_size": 1}
+    finished_run(comparison, "none", 0, "2020-02-03", gpus=["unused"], **cpu)
+    finished_run(comparison, "none", 1, "2020-02-01")  # by an older version
+    page, warnings = write_table(comparison)
+    assert (
+        not warnings and "Python 3.1, torch 2.0.1, CPU, float32, 1 rank; 2020-02-01 to 2020-02-03." in page.read_text()
+    )
+    gpu = {"device": "cuda", "gpus": ["H9", "H9"], "autocast": "bfloat16", "world_size": 2}
+    finished_run(comparison, "mixup", 0, "2020-02-02", **gpu | {"versions": {"torch": "2.0.2"}})
+    said = []
+    with pytest.raises(CompareError):
+        compare(tmp_path / "compare.yaml", ["false"], said.append)
+    for text in (
+        "device, not in their policies only (CPU: 'none_seed0', 'none_seed1'; H9: 'mixup_seed0').",
+        "precision, not in their policies only (bfloat16: 'mixup_seed0'; float32: 'none_seed0').",
+        "number of ranks, not in their policies only (1: 'none_seed0'; 2: 'mixup_seed0').",
+    ):
+        assert f"warning: the runs differ in their {text}" in said
+        assert f"Warning: the runs differ in their {text}" in (tmp_path / "out" / "compare.md").read_text()
+        assert f"the runs differ in their {text}" in html.unescape(page.read_text())
+    assert "torch 2.0.1, 2.0.2, CPU, H9, bfloat16, float32, 1, 2 ranks; 2020-02-01" in page.read_text()
+    about = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert about["environment"]["device"] == ["CPU", "H9"] and about["environment"]["commit"] == [None]
+    assert about["environment"]["date"] == ["2020-02-01", "2020-02-02", "2020-02-03"] and len(about["warnings"]) == 3
+
+
 @pytest.mark.slow
 def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
     for each in digits.iterdir():
@@ -249,6 +296,7 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
             records = (out / f"{row['policy']}_seed{seed}" / "metrics.jsonl").read_text().splitlines()
             assert value == next(r["top1_query"] for r in map(json.loads, records) if r["kind"] == "eval")
     assert "| none | 2 of 2 |" in (out / "compare.md").read_text()
+    assert "CPU, float32, 1 rank; " in (out / "compare.md").read_text() or torch.cuda.is_available()
     page = (out / "compare.html").read_text()
     assert "paired by seed" in page and page.count("<circle") == 4 and page.count("<title>seed 1: ") == 2
 
