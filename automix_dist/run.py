@@ -1,14 +1,9 @@
-"""One training run: what can be wrong with it, its folder, its parts, and the training itself; and its evaluation."""
+"""One training run: what can be wrong with it, its parts, and the training itself; and its evaluation."""
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
-import platform
-import secrets
-import shutil
 import signal
 import sys
 import tempfile
@@ -23,23 +18,23 @@ from automix_dist import beton, cam, distributed, policy, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
-from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state, step_folder
+from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
 from automix_dist.classifier import build_model
-from automix_dist.config import Config, ConfigError, flatten, from_dict, to_dict, to_yaml
+from automix_dist.config import Config, ConfigError, flatten, from_dict, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process, autocast_dtype, resolve_device
 from automix_dist.engines import build_engine, deepspeed_settings, summary
-from automix_dist.errors import EXIT_STOPPED, AutomixError
+from automix_dist.errors import EXIT_STOPPED
 from automix_dist.evaluate import Conditions, evaluate_model, write_evaluation
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
-from automix_dist.run_log import METRICS, RunLog, has_saved, set_aside
+from automix_dist.run_folder import RunError, discard, open_folder, store_settings, try_saving
+from automix_dist.run_log import RunLog, has_saved, set_aside
 from automix_dist.sources import some
 from automix_dist.trackers import check_installed
 from automix_dist.trainer import Position, Trainer
-from automix_dist.whole_file import write_whole
 
 FIXED_ON_RESUME = (
     "seed",
@@ -60,10 +55,6 @@ FIXED_ON_RESUME = (
 """Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
 
 Say = Callable[[str], None]
-
-
-class RunError(AutomixError):
-    """A run's folder that cannot be trained in; the message says why and what to do."""
 
 
 class _Checked(NamedTuple):
@@ -103,8 +94,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     }
     indices = {f"the index of data.{split}": checksum for split, checksum in about["index_checksums"].items()}
     agree(process, flatten(about["config"]) | indices)
-    _on_rank_0(process, lambda: _open_folder(run, resume, overwrite))
-    _try_saving(process, run)
+    _on_rank_0(process, lambda: open_folder(run, resume, overwrite))
+    try_saving(process, run)
     log = RankLog(run, process.rank)
     try:
         with Heartbeat(process, config.engine, log):
@@ -180,7 +171,7 @@ def _train(
 
     position = Position()
     if overwrite:
-        _on_rank_0(process, lambda: _discard(run))
+        _on_rank_0(process, lambda: discard(run))
     if saved is not None:
         state = checkpoints.load(engine, saved)
         known = {field.name for field in dataclasses.fields(Position)}  # an older checkpoint may hold more
@@ -195,7 +186,7 @@ def _train(
             say(f"nothing to resume in {run}: starting from the beginning")
         if process.is_main and (committed_steps(run) or has_saved(run)):
             say(f"the checkpoints of an earlier training are lost; what it logged is kept as {set_aside(run)}_*")
-    _on_rank_0(process, lambda: _store_settings(run, config, about))
+    _on_rank_0(process, lambda: store_settings(run, config, about))
     log = RunLog(
         run,
         is_main=process.is_main,
@@ -300,103 +291,6 @@ def agree(process: Process, settings: dict[str, Any]) -> None:
             if first.get(key) != other.get(key):
                 values = f"{other.get(key)!r} and rank 0 {first.get(key)!r}"
                 raise ConfigError(f"rank {rank} has {key} = {values}: give all nodes the same config and data")
-
-
-def _open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
-    """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
-    try:
-        steps = committed_steps(run)
-        if steps and not (resume or overwrite):
-            return (
-                f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
-                f"with --overwrite, or choose another folder with output=..."
-            )
-        run.mkdir(parents=True, exist_ok=True)
-        holder = _lock(run)
-        if holder is not None:
-            return (
-                f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=...; if "
-                f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
-            )
-    except OSError as error:
-        return f"cannot write to output = {str(run)!r}: {error.strerror}"
-    return None
-
-
-def _try_saving(process: Process, run: Path) -> None:
-    """Write as a checkpoint is written, a file for each rank in a folder that rank 0 makes: better than to find out
-    after hours that a run cannot save. Raises RunError on all ranks."""
-
-    def attempt(action: Callable[[], object]) -> str | None:
-        try:
-            action()
-        except OSError as error:
-            return f"{platform.node()}: {error.strerror}: {str(error.filename)!r}"
-        return None
-
-    place = process.broadcast(step_folder(run, 0).with_name(f".step_try-{secrets.token_hex(4)}"))
-    problem = process.broadcast(attempt(lambda: place.mkdir(parents=True)) if process.is_main else None)
-    problems = [problem] if problem else process.gather(attempt((place / f"rank_{process.rank:05d}").touch))
-    if process.is_main:
-        shutil.rmtree(place, ignore_errors=True)
-    if found := [each for each in problems if each]:
-        raise RunError(
-            f"checkpoints cannot be written ({found[0]}): every rank writes a part of them under output = "
-            f"{str(run)!r}, which has to be one folder for all hosts, and writable"
-        )
-
-
-def _discard(run: Path) -> str | None:
-    """Delete the run that a folder holds, but for the ranks' logs, which go on; a reason if that cannot be done."""
-    try:
-        if not committed_steps(run) and not (run / METRICS).exists():
-            return None  # the folder of something else
-        for name in (METRICS, "checkpoints", "dumps", "gallery", "mlruns", "profile", "tensorboard", "wandb"):
-            _clear(run / name)
-        steps = sorted(committed_steps(run))
-    except OSError as error:
-        return f"cannot write to output = {str(run)!r}: {error.strerror}"
-    return f"{run}/checkpoints: steps {steps} could not be deleted: delete them, or set output=..." if steps else None
-
-
-def _clear(folder: Path) -> None:
-    """Delete a folder as far as it can be; of a link, as to a scratch disk, what is in the folder."""
-    for path in folder.glob("*") if folder.is_symlink() else [folder]:
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _store_settings(run: Path, config: Config, about: dict[str, Any]) -> str | None:
-    """Keep config and environment in the run's folder; a reason if that cannot be done."""
-    environment = about["environment"] | {key: about[key] for key in ("classes", "index_checksums")}
-    try:
-        write_whole(run / "config.yaml", to_yaml(config))
-        write_whole(run / "environment.json", json.dumps(environment, indent=1))
-    except OSError as error:
-        return f"cannot write to output = {str(run)!r}: {error.strerror}"
-    return None
-
-
-def _lock(run: Path) -> str | None:
-    """Take the run's lock until this process ends; who holds it if another does. Two would tear each other's files."""
-    file = open(run / "lock", "a+")  # noqa: SIM115 - closing it would release the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        return file.read().strip()
-    except OSError:
-        pass  # a file system without locks: better to train unguarded than not at all
-    file.truncate(0)
-    file.write(f"{platform.node()}, process {os.getpid()}\n")
-    file.flush()
-    _LOCKS.append(file)
-    return None
-
-
-_LOCKS: list = []  # open for as long as this process lives
 
 
 def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> None:

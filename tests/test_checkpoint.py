@@ -27,8 +27,7 @@ from engine_steps import (
 from ranks import own_process, run_ranks
 from tiny import tiny_config
 
-from automix_dist import checkpoint, distributed
-from automix_dist import run as runs
+from automix_dist import checkpoint, distributed, run_folder
 from automix_dist.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -352,9 +351,9 @@ def try_saving_from_a_disk_of_its_own(folder: Path) -> str | None:
     own = folder / f"host{process.rank}"
     own.mkdir()
     os.chdir(own)
-    with pytest.raises(runs.RunError) as error:
-        runs._try_saving(process, Path("run"))
-    runs._try_saving(process, folder / "run")
+    with pytest.raises(run_folder.RunError) as error:
+        run_folder.try_saving(process, Path("run"))
+    run_folder.try_saving(process, folder / "run")
     return str(error.value)
 
 
@@ -519,7 +518,7 @@ def test_checkpoints_on_a_disk_that_is_away_are_not_taken_for_none(tmp_path):
     with pytest.raises(UnreadableError, match=r"a link to .*scratch, which is not there"):
         newest(run)
     for resume, overwrite in ((False, False), (True, False), (False, True)):
-        assert "which is not there" in runs._open_folder(run, resume, overwrite)
+        assert "which is not there" in run_folder.open_folder(run, resume, overwrite)
 
 
 def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, monkeypatch):
@@ -531,8 +530,8 @@ def test_overwriting_clears_what_a_link_leads_to_and_sees_what_stays(tmp_path, m
     (scratch / "link").symlink_to(other)
     with monkeypatch.context() as stubborn:
         stubborn.setattr(shutil, "rmtree", lambda *_, **__: None)
-        assert "steps [4] could not be deleted" in runs._discard(run)
-    assert runs._discard(run) is None
+        assert "steps [4] could not be deleted" in run_folder.discard(run)
+    assert run_folder.discard(run) is None
     assert (run / "checkpoints").is_symlink() and list(scratch.iterdir()) == [] and (other / "step_00000001").is_dir()
     assert not (run / "gallery").exists()
 

@@ -31,7 +31,7 @@ ROWS = {
     ],
     3: [
         "policies", "validate", "replay", "trainer", "report", "export", "doctor", "preflight", "cam", "evaluate",
-        "watch", "compare",
+        "watch", "compare", "run_folder",
     ],
     4: [
         "run", "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.loader_candidates", "bench.loader_report",
