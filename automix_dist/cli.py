@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         print(f"automix{f' [rank {rank}]' if rank else ''}: error: {message}", file=sys.stderr)
         sys.stderr.flush()
         code = EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             os._exit(code)  # leaving normally would wait for ranks that wait for this one
         sys.exit(code)
 
