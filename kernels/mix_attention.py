@@ -346,15 +346,16 @@ def _backward_kernel(
             grad_scores = grad_scores.to(projection_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_N], transposed dS
             for start_d in range(0, D, BLOCK_D):
                 columns = start_d + tl.arange(0, BLOCK_D)
+                pointers = output_base + rows[:, None] * STRIDE_GRAD_N + columns[None, :]
+                mask = row_mask[:, None] & (columns < D)[None, :]
+                before = tl.load(pointers, mask=mask, other=0.0)  # asked for here, it arrives while the product runs
                 query = _load_rows(query_base, queries, columns, N, D, STRIDE_N, EVEN)  # [BLOCK_N, BLOCK_D]
                 product = tl.dot(grad_scores, query, input_precision=PRECISION) * unit
                 if HAS_OFFSET:
                     offset = lam * _vector(query_lambda_ptr, columns, D, STRIDE_LAMBDA, HAS_LAMBDA)
                     offset += _vector(query_bias_ptr, columns, D, 1, HAS_BIAS)
                     product += offset_weight[:, None] * offset[None, :]
-                pointers = output_base + rows[:, None] * STRIDE_GRAD_N + columns[None, :]
-                mask = row_mask[:, None] & (columns < D)[None, :]
-                product += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                product += before.to(tl.float32)
                 tl.store(pointers, product.to(grad_projection_ptr.dtype.element_ty), mask=mask)
             tl.debug_barrier()
         pair = _next_pair(partner_ptr, image, pair, batch, BLOCK_B)
