@@ -224,6 +224,38 @@ def _next_pair(partner_ptr, image, previous, batch, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def _unit_kernel(
+    value_ptr,
+    partner_ptr,
+    grad_ptr,
+    unit_ptr,
+    stride_value_b,
+    scale,
+    N: tl.constexpr,
+    STRIDE_VALUE_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """unit[b], float32: the power of two above max |g| * (max v - min v) * scale, which no |dS| of pair b exceeds.
+
+    Grid: (pairs,). Never below 2^-110: the backward divides by it, and float16's numbers times the inverse are finite.
+    1 where that product is zero, as that of equal values, whose dS is what their mean's rounding makes of it.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    partner = tl.load(partner_ptr + pair).to(tl.int64)
+    positions = tl.arange(0, BLOCK_N)
+    mask = positions < N
+    grad = tl.load(grad_ptr + pair * N + positions, mask=mask, other=0.0).to(tl.float32)
+    value_pointers = value_ptr + partner * stride_value_b + positions * STRIDE_VALUE_N
+    value = tl.load(value_pointers, mask=mask, other=0.0).to(tl.float32)
+    highest = tl.max(tl.where(mask, value, float("-inf")), axis=0)
+    lowest = tl.min(tl.where(mask, value, float("inf")), axis=0)
+    largest = tl.max(tl.abs(grad), axis=0) * (highest - lowest) * scale
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) + 1  # a float32 holds it with 127 added
+    unit = (tl.minimum(tl.maximum(exponent, 127 - 110), 254) << 23).to(tl.float32, bitcast=True)
+    tl.store(unit_ptr + pair, tl.where(largest > 0, unit, 1.0))
+
+
+@triton.jit
 def _backward_kernel(
     projection_ptr,
     value_ptr,
@@ -264,9 +296,9 @@ def _backward_kernel(
 
     Grid: (tiles of rows, images). The scores' gradient of one role stays in registers while its product runs over the
     channels; each role (and each BLOCK_N columns of it) is added to what this same program wrote before. grad_offset[b,
-    tile] gets the tile's part of the gradient of a[b], grad_sum[b, tile] its sum of grad_logits. unit[b] is a power of
-    two near the largest dS of pair b: divided by it, dS stays within float16's range; other types need none. A row
-    of the projection's gradient that is longer than D ends with the value's gradient and zeros.
+    tile] gets the tile's part of the gradient of a[b], grad_sum[b, tile] its sum of grad_logits. Divided by unit[b] (of
+    _unit_kernel), dS stays within float16's range; other types need none. A row of the projection's gradient that is
+    longer than D ends with the value's gradient and zeros.
     """
     HAS_OFFSET: tl.constexpr = HAS_LAMBDA or HAS_BIAS
     EVEN: tl.constexpr = D % BLOCK_D == 0
@@ -653,9 +685,20 @@ def launch_backward(
     grad_constant = lse.new_empty(2)
     unit = None
     if projection.dtype == torch.float16:
-        spread = (value.amax(dim=1) - value.amin(dim=1)).float()[partner]
-        largest = grad_logits.abs().amax(dim=1) * spread / math.sqrt(channels)
-        unit = torch.exp2(torch.frexp(largest).exponent.float())
+        unit = lse.new_empty(batch)
+        _unit_kernel[(batch,)](
+            value_ptr=value,
+            partner_ptr=partner,
+            grad_ptr=grad_logits,
+            unit_ptr=unit,
+            stride_value_b=value.stride(0),
+            scale=1 / math.sqrt(channels),
+            N=positions,
+            STRIDE_VALUE_N=value.stride(1),
+            BLOCK_N=next_power_of_2(positions),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     _backward_kernel[(row_tiles, batch)](
         projection_ptr=projection,
         value_ptr=value,

@@ -239,6 +239,34 @@ def test_attention_float16_keeps_tiny_gradients():
     assert (actual - exact).norm() <= 2e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("size", [1e-39, 1e-41, 0.0])
+def test_attention_float16_bears_gradients_below_normal_numbers(size):
+    """Of one pair; the other's are as ever. The values are as far apart as float16 has them."""
+    projection, value, *rest = attention_tensors(2, 40, 32, torch.float16, [1, 0])
+    for reach in (1.0, 65504.0):
+        value = (reach * value.detach().sign()).requires_grad_()
+        tensors = [projection, value, *rest]
+        leaves = [t for t in tensors if t.requires_grad]
+        grad = torch.randn(2, 40, device=DEVICE, generator=generator(3))
+        grad[1] = size
+        together = torch.autograd.grad(api.mix_attention(*tensors, implementation="triton"), leaves, grad)
+        grad[1] = 0.0
+        alone = torch.autograd.grad(api.mix_attention(*tensors, implementation="triton"), leaves, grad)
+        for ours, expected in zip(together, alone, strict=True):
+            assert ours.isfinite().all()
+            assert_same_sums(ours, expected)
+
+
+def test_attention_float16_of_equal_values():
+    """Their attention's gradient is nothing but rounding, by which nothing may be divided."""
+    tensors = attention_tensors(2, 40, 32, torch.float16)
+    tensors[1] = torch.full_like(tensors[1], 1000.1).requires_grad_()
+    leaves = [t for t in tensors if t.requires_grad]
+    grad = 100 * torch.randn(2, 40, device=DEVICE, generator=generator(3))
+    grads = torch.autograd.grad(api.mix_attention(*tensors, implementation="triton"), leaves, grad)
+    assert all(each.isfinite().all() for each in grads) and grads[0].abs().max() < 0.1
+
+
 def test_attention_reads_slices_in_place():
     """A projection and a value that are columns of one wider product, and a weight that is a column of a matrix."""
     tensors = attention_tensors(3, 20, 24, torch.float32)
