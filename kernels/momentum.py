@@ -4,7 +4,7 @@
 
 Every program takes one chunk of one tensor and finds both by reading tables, which stay on the device from one step to
 the next. Where pointers change, as those of what ZeRO 3 gathers do, theirs is sent again, without waiting. A CUDA graph
-must be captured after the first call.
+must be captured after the first call; the tables that it reads are kept for good.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,8 @@ from torch import Tensor
 
 CHUNK = 8192
 _TABLES_KEPT = 8
+_captured: set[Tensor] = set()
+"""Tables whose addresses a CUDA graph holds: replayed, it reads them, whatever pointers were here in between."""
 
 
 @triton.jit
@@ -76,6 +78,8 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, ski
         tensors = _pointers(device, tuple((t.data_ptr(), s.data_ptr(), t.numel()) for t, s in pairs))
         chunks = _chunks(device, tuple(t.numel() for t, _ in pairs))
         with torch.cuda.device_of(pairs[0][0]):
+            if _is_capturing(device):
+                _captured.update((tensors, chunks))
             _lerp_kernel[(len(chunks),)](
                 tensors_ptr=tensors,
                 chunks_ptr=chunks,
@@ -89,6 +93,10 @@ def launch(targets: list[Tensor], sources: list[Tensor], coefficient: float, ski
                 num_warps=4,
                 enable_fp_fusion=True,
             )
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(_TABLES_KEPT)

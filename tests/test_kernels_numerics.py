@@ -7,6 +7,8 @@ names the exceptions). Every output buffer holds NaN before a kernel writes it.
 The interpreter has to be chosen when the process starts: test_kernels_interpreter.py runs this file so.
 """
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ DEVICE = "cpu" if api.INTERPRETED else "cuda"
 if not api.HAS_TRITON or not (api.INTERPRETED or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or the interpreter (test_kernels_interpreter.py)", allow_module_level=True)
 
-from automix_kernels import batch_norm_relu  # noqa: E402
+from automix_kernels import batch_norm_relu, momentum  # noqa: E402
 
 pytestmark = [] if api.INTERPRETED else pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -574,6 +576,33 @@ def test_momentum_skips():
     before = targets[0].clone()
     api.momentum_update(targets, sources, 0.5, torch.ones((), device=DEVICE), implementation="triton")
     assert torch.equal(targets[0], before)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_momentum_keeps_the_tables_that_a_cuda_graph_reads(capturing, monkeypatch):
+    """However many other pointers come after them; of those without a graph the last few are kept."""
+    tables = []
+
+    def send(*arguments, send=momentum._send):
+        tables.append(weakref.ref(table := send(*arguments)))
+        return table
+
+    monkeypatch.setattr(momentum, "_send", send)
+    monkeypatch.setattr(momentum, "_captured", set())
+    momentum._pointers.cache_clear()
+    momentum._chunks.cache_clear()
+
+    def update(count):
+        targets, sources = ([torch.zeros(count, device=DEVICE)] for _ in range(2))
+        api.momentum_update(targets, sources, 0.5, implementation="triton")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(momentum, "_is_capturing", lambda device: capturing)
+        update(101)
+    for count in range(1, 10):
+        update(count)
+    assert len(tables) == 20 and tables[-1]() is not None
+    assert [table() is not None for table in tables[:2]] == [capturing] * 2
 
 
 def norm_tensors(shape, dtype, with_residual, offset=3.0, seed=0):
