@@ -228,7 +228,7 @@ def measure_case(case: Case, names: list[str], machine: Machine, budget_s: float
             continue
         for row in measure(case, name, sets, exact, machine, budget_s):
             if not exceed_cache:
-                row.floor_ms = None
+                row.floor_ms = row.uncached_floor_ms = None
                 row.note = row.note or "from the cache"
             if row.direction == "both" and row.ms is not None:
                 measured.append(row)
@@ -250,8 +250,10 @@ def measure(
     function = case.candidates[name]
     rows = {
         direction: Row(
-            case.operation, case.shape.label, name, direction, floor_ms=machine.floor_ms(parts),
+            case.operation, case.shape.label, name, direction,
+            floor_ms=machine.floor_ms(parts), uncached_floor_ms=machine.floor_ms(parts, cached=False),
             flops=sum(part.flops for part in parts), bytes=sum(part.bytes for part in parts),
+            bytes_read_again=sum(part.bytes_read_again for part in parts),
         )
         for direction, parts in (
             ("forward", case.forward), ("both", case.forward + case.backward), ("backward", case.backward)
@@ -283,15 +285,19 @@ def measure(
     yield backward
 
 
-def measure_ceilings(machine: Machine) -> None:
+def measure_ceilings(machine: Machine, dtype: torch.dtype) -> None:
+    """Of a copy, and of a product in `dtype`; for float32 in tf32, of which the kernels' products are made."""
     with contextlib.suppress(Exception):  # what a profiler's first use leaves behind is to slow all candidates alike
         count_launches(lambda: torch.zeros(1, device="cuda"))
     source = torch.randn(2**28, device="cuda")  # 1 GiB
     target = torch.empty_like(source)
     copy_ms, _, _ = time_launched([lambda: target.copy_(source)], budget_s=0.5)
     machine.copy_bytes_per_s = 2 * source.numel() * source.element_size() / (copy_ms / 1e3)
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     product_ms, _, _ = time_launched([lambda: left @ right], budget_s=0.5)
+    torch.set_float32_matmul_precision(precision)
     machine.matmul_flops_per_s = 2 * 8192**3 / (product_ms / 1e3)
 
 
@@ -304,7 +310,10 @@ def measure_momentum(
     for name, call in benchmark_cases.momentum_candidates(targets, sources, 0.999).items():
         if not wanted(name):
             continue
-        row = Row("momentum update", f"{sum(sizes) / 1e6:.1f}M", name, "forward", flops=work.flops, bytes=work.bytes)
+        row = Row(
+            "momentum update", f"{sum(sizes) / 1e6:.1f}M", name, "forward",
+            flops=work.flops, bytes=work.bytes, bytes_read_again=0,
+        )  # fmt: skip
         if time.monotonic() > deadline:
             row.note = "not reached"
             yield row
@@ -314,7 +323,7 @@ def measure_momentum(
             call()
             for target, old, source in zip(targets, before, sources, strict=True):
                 torch.testing.assert_close(target, 0.999 * old + 0.001 * source)
-            row.floor_ms = machine.floor_ms([work])
+            row.floor_ms = row.uncached_floor_ms = machine.floor_ms([work])
             row.ms, row.ms_20, row.ms_80 = time_launched([call], budget_s)
             if device == "cuda":
                 add_graph_time(row, [call], machine, budget_s)
@@ -472,7 +481,7 @@ def run(argv: list[str] | None = None) -> int:
             tune(shape, dtype, machine, options.seconds, deadline)
         return 0
     if on_gpu:
-        measure_ceilings(machine)
+        measure_ceilings(machine, dtype)
         print(report.ceilings(machine), "\n", flush=True)
     else:
         print(

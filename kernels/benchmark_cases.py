@@ -81,11 +81,16 @@ ALIASES = {"convnext_tiny": "deit_small"}
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel-like part must do at least: FLOPs, and bytes between memory and the chip."""
+    """What one kernel-like part must do at least: FLOPs, and bytes between memory and the chip.
+
+    bytes: each input once and each output once. bytes_read_again: what is read a second time, from memory unless a
+    cache holds it still; both together are the traffic of a machine without a cache.
+    """
 
     part: str
     flops: float
     bytes: float
+    bytes_read_again: float = 0
 
 
 @dataclass
@@ -113,16 +118,16 @@ def projection_work(shape: Shape, dtype: torch.dtype) -> Work:
 
 
 def attention_work(shape: Shape, dtype: torch.dtype, draws: int) -> Work:
-    """The projection is read once as queries, and as keys for each draw."""
+    """The projection is read as queries, and again as keys for each draw."""
     product, size = _attention_sizes(shape, dtype)
-    return Work("attention", draws * product, (1 + draws) * size)
+    return Work("attention", draws * product, size, bytes_read_again=draws * size)
 
 
 def attention_backward_work(shape: Shape, dtype: torch.dtype) -> Work:
-    """Scores again, and two products with their gradient; the projection read as itself, as the partner's and as that
-    of the image whose partner it is; its gradient written once."""
+    """Scores again, and two products with their gradient; the projection read, and its gradient written. The projection
+    is read again as the partner's and as that of the image whose partner it is."""
     product, size = _attention_sizes(shape, dtype)
-    return Work("attention backward", 3 * product, 4 * size)
+    return Work("attention backward", 3 * product, 2 * size, bytes_read_again=2 * size)
 
 
 def _attention_sizes(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
@@ -133,15 +138,17 @@ def _attention_sizes(shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def blend_work(shape: Shape, dtype: torch.dtype, draws: int) -> Work:
-    """Images read as bytes, once and for each draw, a mixed image written for each draw. Normalisation and the step
-    from one image to the other are about four FLOPs an element."""
+    """Images read as bytes, and again as partners for each draw, a mixed image written for each draw. Normalisation and
+    the step from one image to the other are about four FLOPs an element."""
     elements = 3 * shape.batch * shape.image_size**2
-    return Work("blend", 4 * draws * elements, (1 + draws + draws * dtype.itemsize) * elements)
+    return Work(
+        "blend", 4 * draws * elements, (1 + draws * dtype.itemsize) * elements, bytes_read_again=draws * elements
+    )
 
 
 def blend_backward_work(shape: Shape, dtype: torch.dtype) -> Work:
     elements = 3 * shape.batch * shape.image_size**2
-    return Work("blend backward", 3 * elements, (2 + dtype.itemsize) * elements)
+    return Work("blend backward", 3 * elements, (1 + dtype.itemsize) * elements, bytes_read_again=elements)
 
 
 def compiled(function: Callable, mode: str | None = None) -> Callable:
@@ -556,14 +563,15 @@ def norm_case(shape: Shape, device: str, dtype: torch.dtype, shortcut: bool) -> 
             "definition-max-autotune": max_autotuned(bound(reference.batch_norm_relu)),
         }
     elements = shape.batch * shape.positions * shape.channels
-    # Maps read and written: x for its moments and again; the gradient and x for their sums and again, or, with a
-    # shortcut, these two and the result, which give the shortcut's gradient, and that one and x again.
-    maps, maps_back = (4, 7) if shortcut else (3, 5)
+    # Maps read and written: x, the shortcut and the result; the gradient, x and its gradient, and with a shortcut the
+    # result and the shortcut's gradient. Read again: x behind its moments; behind the sums x and the gradient, or the
+    # shortcut's.
+    maps, maps_back, size = *((3, 5) if shortcut else (2, 3)), dtype.itemsize * elements
     return Case(
         "batch norm and shortcut" if shortcut else "batch norm", shape, dtype, draw, leaves,
         bound(reference.batch_norm_relu), candidates,
-        forward=[Work("batch norm", 8 * elements, maps * dtype.itemsize * elements)],
-        backward=[Work("batch norm backward", 12 * elements, maps_back * dtype.itemsize * elements)],
+        forward=[Work("batch norm", 8 * elements, maps * size, bytes_read_again=size)],
+        backward=[Work("batch norm backward", 12 * elements, maps_back * size, bytes_read_again=2 * size)],
     )  # fmt: skip
 
 
