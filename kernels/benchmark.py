@@ -32,6 +32,7 @@ from automix_kernels.benchmark_report import Machine, Row
 from torch import Tensor
 
 TOLERANCES = {2: 2e-2, 4: 1e-3}  # of the error's norm, relative, by bytes of the type: rounding or wrong
+AUTOCAST_TOLERANCE = 0.2  # the published code's scores, constants included, are rounded to 16 bits: up to 0.08
 CPU_BATCH = 4
 MAX_SETS = 512
 FIRST = ("resnet50/256", "cifar_resnet18/100")
@@ -82,11 +83,12 @@ def exact_result(case: Case, inputs: Inputs) -> list[Tensor]:
     return outputs_and_grads(case, case.oracle, exact_inputs)
 
 
-def check(case: Case, function: Candidate, inputs: Inputs, exact: list[Tensor]) -> None:
+def check(case: Case, function: Candidate, inputs: Inputs, exact: list[Tensor], tolerance: float | None = None) -> None:
     """Raises ValueError where an output or a gradient is not the exact one but for rounding."""
+    tolerance = TOLERANCES[case.dtype.itemsize] if tolerance is None else tolerance
     for index, (actual, wanted) in enumerate(zip(outputs_and_grads(case, function, inputs), exact, strict=True)):
         error = ((actual.double() - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
-        if not error < TOLERANCES[case.dtype.itemsize]:
+        if not error < tolerance:
             raise ValueError(f"wrong: relative error {error:.1e} in result {index} of {len(exact)}")
 
 
@@ -262,7 +264,8 @@ def measure(
     forward, both, backward = rows.values()
     direction = "all"
     try:
-        check(case, function, sets[0], exact)
+        under_autocast = name.startswith("published") and case.dtype.itemsize == 2
+        check(case, function, sets[0], exact, AUTOCAST_TOLERANCE if under_autocast else None)
         for row in (forward, both) if case.leaves else (forward,):
             direction = row.direction
             calls = prepare(case, function, sets, backward=row is both)

@@ -26,8 +26,8 @@ STAGES = (
 )  # fmt: skip
 """Names of candidates in the order in which they are measured: ours, what needs no compiler, what is compiled.
 
-published: the published implementation, restated. definition: reference.py. rearranged: the definition with the
-attention's products in the features' type. compiled: torch.compile in its default mode.
+published: the published implementation, restated, in 16 bits under autocast. definition: reference.py. rearranged: the
+definition with the attention's products in the features' type. compiled: torch.compile in its default mode.
 """
 
 Inputs = dict[str, Tensor]
@@ -159,6 +159,18 @@ def max_autotuned(function: Callable) -> Callable:
     return compiled(function, "max-autotune-no-cudagraphs")  # graphs are the benchmark's own, for all alike
 
 
+def as_trained(function: Callable, device: str, dtype: torch.dtype) -> Callable:
+    """For 16 bits under autocast: products are made in `dtype` then, even of what was cast to float32 before."""
+    if dtype.itemsize > 2:
+        return function
+
+    def call(*arguments):
+        with torch.autocast(device, dtype):
+            return function(*arguments)
+
+    return call
+
+
 def takes(function: Callable[..., Tensor | tuple[Tensor, ...]], names: tuple[str, ...]) -> Candidate:
     """A function of tensors as one of named inputs."""
 
@@ -178,7 +190,7 @@ def attention_published(
     y: Tensor, v: Tensor, partner: Tensor, lam: Tensor,
     query_lambda: Tensor, query_bias: Tensor, value_lambda: Tensor, value_bias: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Lambda as a channel of queries, keys and values; scores, softmax and their product in float32."""
+    """Lambda as a channel of queries, keys and values; scores, softmax and their product of float32 numbers."""
     other = (1 - lam)[:, None, None] * query_lambda + query_bias
     queries = _queries(y, lam, query_lambda, query_bias)
     keys = (y[partner] + other).to(y.dtype)
@@ -256,7 +268,11 @@ def attention_case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
         }
         return {**{name: tensor.requires_grad_() for name, tensor in leaf.items()}, **plain}
 
-    functions = {"ours": api.mix_attention, "published": attention_published, "rearranged": attention_rearranged}
+    functions = {
+        "ours": api.mix_attention,
+        "published": as_trained(attention_published, device, dtype),
+        "rearranged": attention_rearranged,
+    }
     if device == "cuda":
         width = shape.width
         functions |= {
@@ -332,7 +348,7 @@ def blend_published(
     if images.dtype == torch.uint8:
         images = normalize_published(images, mean, std, mean.dtype)
     corners = {} if mode == "nearest" else {"align_corners": False}
-    mask = torch.sigmoid(F.interpolate(logits.unsqueeze(1), size=images.shape[2:], mode=mode, **corners))
+    mask = torch.sigmoid(F.interpolate(logits.unsqueeze(1), size=images.shape[2:], mode=mode, **corners).float())
     if lam_margin is not None:
         is_plain = ((lam <= lam_margin) | (lam >= 1 - lam_margin))[:, None, None, None]
         mask = torch.where(is_plain, (1 - lam)[:, None, None, None], mask)
@@ -434,7 +450,7 @@ def one_by_one(attention: Callable[..., Tensor], width: int) -> Callable[..., tu
 
 def block_published(shape: Shape, dtype: torch.dtype, mode: str) -> Candidate:
     """For each draw: gather, a lambda channel appended to both features, three 1 x 1 convolutions, attention and blend
-    in float32."""
+    of float32 numbers."""
 
     def logits(inputs: Inputs, partner: Tensor, lam: Tensor) -> Tensor:
         side = (shape.cells, shape.cells)
@@ -489,7 +505,7 @@ def block_case(shape: Shape, device: str, dtype: torch.dtype, mode: str) -> Case
         attend_both = one_by_one(attention, shape.width)
         return block(shape, dtype, mode, reference.split_weights, attend_both, reference.mask_blend)
 
-    published = block_published(shape, dtype, mode)
+    published = as_trained(block_published(shape, dtype, mode), device, dtype)
     candidates = {
         "ours": block(shape, dtype, mode, api.split_weights, together(shape.width), api.mask_blend),
         "published": published,

@@ -12,6 +12,7 @@ from automix_kernels import benchmark, benchmark_cases
 from automix_kernels import benchmark_report as report
 from automix_kernels.benchmark_cases import Shape, Work
 from automix_kernels.benchmark_report import Machine, Row
+from torch.utils._python_dispatch import TorchDispatchMode
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this is the run of a machine without a GPU")
 RESNET50 = Shape("resnet50", 256, 14, 1024, 512, 16)
@@ -75,6 +76,38 @@ def test_a_wrong_candidate_is_not_timed():
     case.candidates["ours"] = lambda inputs: ours({**inputs, "query_bias": 0 * inputs["query_bias"]})
     (row,) = measure(case, Machine("x", {}), ["ours"])
     assert row.ms is None and row.failed and "wrong" in row.note
+
+
+class Products(TorchDispatchMode):
+    """The types of what products are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.convolution.default):
+            self.types |= {each.dtype for each in arguments[:2]}
+        return function(*arguments, **(keywords or {}))
+
+
+@without_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("part", ["attention", "block"])
+def test_the_published_way_makes_its_products_in_the_benchmarks_type(part, dtype):
+    """In 16 bits it trains under autocast, which undoes its casts to float32; it is nearly exact all the same."""
+    if part == "attention":
+        case = benchmark_cases.attention_case(SMALL, "cpu", dtype)
+    else:
+        case = benchmark_cases.block_case(SMALL, "cpu", dtype, "nearest")
+    inputs = case.draw(0)
+    with Products() as products:
+        case.candidates["published"](inputs)
+    assert products.types == {dtype}
+    assert [row.failed for row in measure(case, Machine("x", {}), ["published"])] == [False] * 3
+    traced = torch.compile(case.candidates["published"], backend="eager", fullgraph=True)
+    for ours, expected in zip(traced(inputs), case.candidates["published"](inputs), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_the_bias_alone_is_checked():
