@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         sys.exit(options.run(options))
     except KeyboardInterrupt:
+        print("automix: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os._exit(128 + signal.SIGPIPE)  # `automix ... | head`

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from automix_dist.config import Config, ConfigError, EngineConfig
 from automix_dist.cores import cores_of_rank
+from automix_dist.errors import EXIT_STOPPED
 from automix_dist.progress import Progress
 
 CHANNEL_TIMEOUT = timedelta(hours=12)
@@ -286,6 +287,10 @@ class StopRequest:
         noted = torch.tensor(self._signal)
         self._pending = (dist.all_reduce(noted, dist.ReduceOp.MAX, group=self._process.control, async_op=True), noted)
         return self._agreed
+
+    def nothing_to_lose(self) -> None:
+        """All is saved: from `close` on, Ctrl-C ends the process as stopped, whatever it still waits for."""
+        self._interrupt = lambda *_: os._exit(EXIT_STOPPED)
 
     def close(self) -> None:
         """Training is over. A launcher's signal that comes now, when this rank has stopped by agreement already, must

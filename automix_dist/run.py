@@ -206,7 +206,8 @@ def _train(
         say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, {kept}; continue with --resume")
         return EXIT_STOPPED
     best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
-    say(f"done: {position.step} steps{best}; results in {run}")
+    skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""
+    say(f"done: {position.step} steps{skipped}{best}; results in {run}")
     return 0
 
 

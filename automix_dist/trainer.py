@@ -127,6 +127,8 @@ class Trainer:
         self.last_batches: list[Batch] = []
         self._tally = Tally(process, model.Losses._fields)
         self._replaced_images = 0
+        self.skipped_steps = 0
+        """Of this session, up to the last record."""
 
     def train(self, position: Position) -> int:
         """Train from a position to the end; returns 0, or the number of the signal that stopped it after saving.
@@ -150,6 +152,7 @@ class Trainer:
             if not self.checkpoints.wait() or asdict(position) != self._last_saved:
                 self._save()
             self._settle()
+            self.stop.nothing_to_lose()
             self.log.event("stopped", position.step, signal=stopped.args[0])
             return stopped.args[0]
         except BaseException as error:
@@ -181,7 +184,8 @@ class Trainer:
                 self.log.step(self.position.step, self.config.batch_size)
                 if self.position.step % min(self.config.log.every_steps, self.config.engine.max_skipped_steps) == 0:
                     self._check_skipped()
-                if self.position.step % self.config.log.every_steps == 0:
+                last = self.position.step == self.schedule.total_steps
+                if last or self.position.step % self.config.log.every_steps == 0:
                     self._log_training(epoch, values)
                 self.progress.end_step()
                 every = self.config.checkpoint.every_steps
@@ -284,6 +288,7 @@ class Trainer:
             self.log.event("straggler", self.position.step, **note)
             self.log.message(note["text"])
         losses, skipped = self._tally.read_losses()
+        self.skipped_steps = skipped
         names = {"total": "loss", "mask_area": "mask_area", "accuracy": "top1_train"}
         named = {names.get(k, f"loss_{k}"): v for k, v in losses.items()}
         scheduled = {"lr": values.lr}

@@ -98,6 +98,30 @@ def test_ctrl_c_saves_where_the_console_is_a_pipe_that_dies_first(settings, tmp_
 
 
 @pytest.mark.slow
+def test_ctrl_c_after_all_is_saved_ends_at_once_as_stopped(settings, tmp_path):
+    command = [*AUTOMIX, "train", str(settings), "log.every_steps=1", "epochs=100"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (
+        (tmp_path / "run" / "metrics.jsonl").exists() and records(tmp_path / "run", "train")
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "continue with --resume" in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == EXIT_STOPPED
+
+
+@pytest.mark.slow
+def test_a_run_shorter_than_a_record_s_steps_has_one_and_tells_of_skipped_steps(settings, tmp_path):
+    short = ["epochs=1", "log.every_steps=50", "optimizer.lr=1e30", "optimizer.mix_lr=1e30", "optimizer.min_lr=0"]
+    result = run("train", settings, *short, "optimizer.warmup_epochs=0", "engine.max_skipped_steps=1000")
+    (record,) = records(tmp_path / "run", "train")
+    assert record["step"] == 15 and record["skipped_steps"] > 0
+    assert f"done: 15 steps, {record['skipped_steps']:.0f} of them skipped as not finite" in result.stderr
+
+
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_costs_nothing(settings, tmp_path):
     output, (ours, theirs) = tmp_path / "run", os.openpty()
     command = [*AUTOMIX, "train", str(settings), "log.every_steps=1", "epochs=100"]
