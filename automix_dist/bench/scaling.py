@@ -22,7 +22,6 @@ import argparse
 import gc
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import ENGINES, check_counts, results_folder, write_results
+from automix_dist.bench import ENGINES, check_counts, describe_machine, results_folder, write_results
 from automix_dist.config import Config, EngineConfig, from_dict
 from automix_dist.distributed import Process
 from automix_dist.draws import draw_step
@@ -274,7 +273,7 @@ def measure(options: argparse.Namespace, process: Process) -> dict[str, Any]:
             row["expected"] = result["compute"] + calls * result["alpha"]
             row["expected"] += sent(counter.moved, process.world_size) * result["beta"]
         result["engines"][name] = row
-        if work.engine is not None and name.startswith("zero"):
+        if name.startswith("zero"):
             work.engine.deepspeed.destroy()
         del work
         gc.collect()
@@ -295,11 +294,11 @@ def settings(options: argparse.Namespace, engine: dict[str, Any], process: Proce
 
 def markdown(result: dict[str, Any]) -> str:
     """The tables, with what is counted, measured, given and predicted kept apart."""
-    here, given, sizes = result["here"], result["given"], Sizes(**result["sizes"])
+    here, given, sizes, machine = result["here"], result["given"], Sizes(**result["sizes"]), result["machine"]
     timed = "compute" in here
     lines = [
         f"{result['network']}: {sizes.trained / 1e6:.2f} M trained parameters, {sizes.momentum / 1e6:.2f} M of the "
-        f"momentum encoder. PyTorch {result['torch']}, {result['machine']}.",
+        f"momentum encoder. PyTorch {machine['versions']['torch']}, {machine['device']}; {machine['date']}.",
         "",
         f"## Counted{' and measured' if timed else ''}: {here['ranks']} {here['device']} ranks",
         "",
@@ -416,8 +415,7 @@ def run(arguments: list[str]) -> int:
     gathers = here["engines"]["zero3"]["calls"]["all_gather"]
     result = {
         "network": f"AutoMix, {options.backbone}",
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if here["device"] == "cuda" else platform.machine(),
+        "machine": describe_machine(),
         "sizes": asdict(sizes),
         "here": here,
         "given": {"step": step, "step_given": bool(options.step_ms)}
