@@ -289,9 +289,14 @@ def _what_it_comes_to(config: Config) -> str:
     return "\n# What this comes to:\n" + "".join(f"#   {line}\n" for line in lines)
 
 
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _load_config(options: argparse.Namespace) -> Config:
     """The resolved config, with the settings of its policy written out."""
-    config = load_config(options.config, options.overrides)
+    is_main = os.environ.get("RANK", "0") == "0"
+    config = load_config(options.config, options.overrides, _to_stderr if is_main else lambda text: None)
 
     from automix_dist.policy import with_policy_settings
 
@@ -457,7 +462,7 @@ def _compare(options: argparse.Namespace) -> int:
     from automix_dist.compare import compare
 
     launcher = shlex.split(options.launcher) if options.launcher else [sys.executable, "-m", "automix_dist"]
-    return compare(options.config, launcher, lambda text: print(text, file=sys.stderr, flush=True), options.jobs)
+    return compare(options.config, launcher, _to_stderr, options.jobs)
 
 
 def _bench(options: argparse.Namespace) -> int:

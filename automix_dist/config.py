@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -170,7 +170,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     backbone: str = "resnet50"
-    """Name of a timm model (`timm.list_models()`)."""
+    """Name of a timm model (`timm.list_models()`). Another one than the file's, as on the command line, starts without
+    the file's timm_kwargs, and a run says so."""
     pretrained: bool = False
     """Start from timm's pretrained weights, from its cache or downloaded; or let `weights` name a file."""
     weights: str = ""
@@ -208,7 +209,8 @@ POLICIES = sorted(path.stem for path in Path(__file__).with_name("policies").glo
 class PolicyConfig:
     name: str = "automix"
     """How images are mixed (docs/policies.md). automix, samix and adautomix learn it, and read the section automix too;
-    the others train a plain classifier, and that section means nothing to them."""
+    the others train a plain classifier, and that section means nothing to them. Another one than the file's, as on the
+    command line, starts without the file's settings, and a run says so."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The policy's own settings."""
     average: float = 0.0
@@ -636,8 +638,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return build_section(Config, values)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), say: Callable[[str], object] = lambda text: None
+) -> Config:
     """Read a YAML file (None: defaults) and apply `section.key=value` overrides, each value parsed as YAML.
+
+    `say` hears which of the file's settings an override leaves out.
 
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type, or an impossible combination.
     """
@@ -647,7 +653,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
             values = _read_yaml(Path(path))
         # First those that drop others: see _over.
         for override in sorted(overrides, key=lambda each: not each.startswith(("policy.name=", "model.backbone="))):
-            values = _over(values, _read_override(override))
+            below, values = values, _over(values, _read_override(override))
+            for section, (key, dependent) in DEPENDENT.items():
+                lost = _section(below, section).get(dependent)
+                if lost and dependent not in _section(values, section):
+                    say(f"{section}.{dependent} of {path} left out, as {section}.{key} is another one: {lost}")
         config = from_dict(values)
         to_dict(config)  # finds a mapping that holds itself
         return config
@@ -707,10 +717,19 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _over(_read_yaml(path.parent / str(base), (*readers, path.resolve())), values)
 
 
+DEPENDENT = {"policy": ("name", "settings"), "model": ("backbone", "timm_kwargs")}
+"""In a section, what names a thing, and the key of the settings that are this thing's own."""
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, dict) else {}
+
+
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Sections merged key by key; any other value replaces the one below it. Under another `name` (of a policy) no
     `settings` are left from below, under another `backbone` no `timm_kwargs`; nor are they if they are empty above."""
-    for key, dependent in (("name", "settings"), ("backbone", "timm_kwargs")):
+    for key, dependent in DEPENDENT.values():
         if above.get(dependent) == {} or (key in above and above[key] != below.get(key)):
             below = {k: v for k, v in below.items() if k != dependent}
     sections = {k for k, v in below.items() if isinstance(v, dict)}

@@ -134,6 +134,26 @@ def test_settings_of_a_network_do_not_follow_to_another(overrides, expected, tmp
     assert load_config(path, overrides).model.timm_kwargs == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["model.backbone=resnet50"],
+            ["model.timm_kwargs of {} left out, as model.backbone is another one: {{'a': 1}}"],
+        ),
+        (["policy.name=mixup"], ["policy.settings of {} left out, as policy.name is another one: {{'alpha': 0.2}}"]),
+        (["model.timm_kwargs={}", "policy.settings={}", "policy.name=cutmix", "model.backbone=resnet10t"], []),
+    ],
+)
+def test_what_an_override_leaves_out_is_said(overrides, said, tmp_path):
+    path, heard = tmp_path / "config.yaml", []
+    path.write_text(
+        "model: {backbone: resnet10t, timm_kwargs: {a: 1}}\npolicy: {name: cutmix, settings: {alpha: 0.2}}\n"
+    )
+    load_config(path, overrides, heard.append)
+    assert heard == [line.format(path) for line in said]
+
+
 def test_micro_batches_share_a_batch_evenly():
     config = load_config(None, ["batch_size=96", "engine.accumulation_steps=2"])
     assert config.micro_batch_size(4) == 12

@@ -229,7 +229,7 @@ def failing(capsys, *arguments: str) -> str:
 def test_mistakes_in_the_config_are_one_line(settings, capsys):
     assert "did you mean" in failing(capsys, "train", settings.with_name("confg.yaml"))
     assert "optimizer.lr?" in failing(capsys, "train", settings, "optimizer.lrr=1")
-    assert "resnet18" in failing(capsys, "train", settings, "model.backbone=resnet81")
+    assert "resnet18" in failing(capsys, "train", settings, "model={backbone: resnet81, timm_kwargs: {}}")
     message = failing(capsys, "train", settings, "batch_size=4000")
     assert "4000" in message and "480" in message
     with pytest.raises(SystemExit):
@@ -308,6 +308,9 @@ def test_print_config_is_a_config(settings, tmp_path):
     (tmp_path / "printed.yaml").write_text(printed)
     again = run("train", tmp_path / "printed.yaml", "--print-config").stdout
     assert again == printed and yaml.safe_load(printed)["seed"] == 7
+    other = run("train", settings, "--print-config", "model.backbone=resnet18")
+    assert other.stderr.startswith(f"model.timm_kwargs of {settings} left out, as model.backbone is another one: {{")
+    assert yaml.safe_load(other.stdout)["model"]["timm_kwargs"] == {}
 
 
 def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
