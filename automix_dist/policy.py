@@ -5,8 +5,9 @@ Each file there has a frozen dataclass `Settings`, and one of two classes (docs/
     Model   a whole model that learns how to mix: AutoMix and its descendants
 """
 
+import difflib
 import importlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from automix_dist.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    AutoMixConfig,
     Config,
     ConfigError,
     PolicyConfig,
@@ -158,6 +160,14 @@ def load(config: PolicyConfig) -> tuple[ModuleType, Any]:
     Raises ConfigError for a setting that the policy does not have or cannot use.
     """
     module = importlib.import_module(f"automix_dist.policies.{config.name}")
+    known = {each.name: f"policy.settings.{each.name}" for each in fields(module.Settings)}
+    shared = {each.name: f"automix.{each.name}" for each in fields(AutoMixConfig)} if hasattr(module, "Model") else {}
+    for key in config.settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), shared | known, n=1)
+            hint = f"; did you mean {(shared | known)[near[0]]}?" if near else ""
+            has = ", ".join(known) or "no settings of its own"
+            raise ConfigError(f"unknown key policy.settings.{key}{hint} (policy {config.name} has {has})")
     return module, build_section(module.Settings, config.settings, "policy.settings")
 
 

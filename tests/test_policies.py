@@ -112,6 +112,9 @@ def test_the_example_of_the_docs_is_all_that_a_policy_needs(tmp_path, monkeypatc
     [
         ("cutmixx", {}, r"policy.name = 'cutmixx'.*did you mean cutmix"),
         ("cutmix", {"alhpa": 1}, r"policy.settings.alhpa; did you mean policy.settings.alpha"),
+        ("cutmix", {"stripes": 1}, r"unknown key policy.settings.stripes \(policy cutmix has alpha\)$"),
+        ("none", {"alpha": 1}, r"unknown key policy.settings.alpha \(policy none has no settings of its own\)$"),
+        ("automix", {"alpha": 1}, r"did you mean automix.alpha\? \(policy automix has no settings of its own\)$"),
         ("cutmix", {"alpha": "much"}, r"policy.settings.alpha = 'much': expected a number"),
         ("cutmix", {"alpha": 0}, r"policy.settings.alpha = 0.0: expected a positive number"),
         ("resizemix", {"scale": [0.9, 0.1]}, r"policy.settings.scale"),
