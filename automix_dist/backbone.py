@@ -1,6 +1,8 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
 import argparse
+import importlib
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -116,9 +118,11 @@ class Backbone(nn.Module):
 def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0) -> nn.Module:
     """The timm model that a run trains: without a classifier (num_classes 0) inside AutoMix, with one for an export.
 
-    Raises ConfigError for an unknown name, keywords with which timm cannot build the model, a stem that cannot be made
-    small, or starting weights that are not there or do not fit.
+    Raises ConfigError for an unknown name, a module that cannot be imported, keywords with which timm cannot build the
+    model, a stem that cannot be made small, or starting weights that are not there or do not fit.
     """
+    if config.module:
+        _import_module(config.module)
     if not timm.is_model(config.backbone):
         raise ConfigError(f"model.backbone = {config.backbone!r} is not a timm model{_nearest_model(config.backbone)}")
     kwargs = layer_kwargs(config, image_size)
@@ -155,6 +159,21 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
     if config.weights:
         _load_weights(model, Path(config.weights))
     return model
+
+
+def _import_module(name: str) -> None:
+    """Import the module that registers the backbone; from the current directory too, as `python -m` does."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        hint = f"; it must be on PYTHONPATH or in the current directory ({here})"
+        raise ConfigError(
+            f"model.module = {name!r} cannot be imported: {_first_words(error)}"
+            f"{hint if isinstance(error, ModuleNotFoundError) else ''}"
+        ) from error
 
 
 def _first_words(error: Exception) -> str:
@@ -234,7 +253,9 @@ def _read(
 
 
 def _nearest_model(name: str) -> str:
-    return did_you_mean(name, timm.list_models(), most=3) or " (see timm.list_models())"
+    return did_you_mean(name, timm.list_models(), most=3) or (
+        " (see timm.list_models(); model.module names a module that registers one of your own)"
+    )
 
 
 def _require_reachable(config: ModelConfig) -> None:

@@ -172,6 +172,9 @@ class ModelConfig:
     backbone: str = "resnet50"
     """Name of a timm model (`timm.list_models()`). Another one than the file's, as on the command line, starts without
     the file's timm_kwargs, and a run says so."""
+    module: str = ""
+    """Python module that registers a backbone of your own with timm (docs/extending.md), imported wherever the backbone
+    is built, in training and later; on PYTHONPATH or in the current directory; empty = none."""
     pretrained: bool = False
     """Start from timm's pretrained weights, from its cache or downloaded; or let `weights` name a file."""
     weights: str = ""
@@ -186,6 +189,8 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(bool(self.backbone), "model.backbone", self.backbone, "the name of a timm model")
+        named = not self.module or all(part.isidentifier() for part in self.module.split("."))
+        _require(named, "model.module", self.module, "a module's name as `import` takes it: my_models for my_models.py")
         _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a rate in [0, 1)")
         if self.pretrained and self.weights:
             raise ConfigError("model.pretrained and model.weights both ask for starting weights: set one of them")

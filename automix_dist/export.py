@@ -71,6 +71,8 @@ def loading_code(path: Path, config: Config, kwargs: dict, model: nn.Module) -> 
     """Python that rebuilds the model with timm alone, loads the file, and makes the evaluation's transform."""
     arguments = "".join(f", {k}={v!r}" for k, v in kwargs.items())
     lines = ["import json, timm, torch", "from safetensors import safe_open", "from safetensors.torch import load_file"]
+    if config.model.module:
+        lines.append(f"import {config.model.module}")
     lines += ["", f"model = timm.create_model({config.model.backbone!r}{arguments})"]
     modules = dict(model.named_modules())
     for conv_name, pool_name in STEMS if config.model.small_stem else ():

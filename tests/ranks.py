@@ -85,15 +85,16 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 class Command:
-    """`automix ARGUMENTS` on one process or several ranks, started at once; `errors` is what they write to stderr."""
+    """`automix ARGUMENTS` in a folder on one process or several ranks, started at once; `errors` is what they write to
+    stderr."""
 
-    def __init__(self, *arguments: str | Path, ranks: int = 1):
+    def __init__(self, *arguments: str | Path, ranks: int = 1, folder: Path = ROOT):
         self.arguments = list(map(str, arguments))
         self._folder = tempfile.TemporaryDirectory()
         self._files = [os.path.join(self._folder.name, name) for name in ("stdout", "stderr")]
         port = free_port()
         environments = [_environment(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
-        self.processes = [own_process(_command, self.arguments, e, *self._files) for e in environments]
+        self.processes = [own_process(_command, self.arguments, folder, e, *self._files) for e in environments]
         for process in self.processes:
             process.start()
 
@@ -120,9 +121,9 @@ class Command:
         return path.read_text() if path.exists() else ""
 
 
-def run(*arguments: str | Path, ranks: int = 1, code: int = 0) -> subprocess.CompletedProcess:
-    """`automix ARGUMENTS` to its end, which is to have this exit code."""
-    result = Command(*arguments, ranks=ranks).wait()
+def run(*arguments: str | Path, ranks: int = 1, code: int = 0, folder: Path = ROOT) -> subprocess.CompletedProcess:
+    """`automix ARGUMENTS` in a folder to its end, which is to have this exit code."""
+    result = Command(*arguments, ranks=ranks, folder=folder).wait()
     assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 
@@ -133,11 +134,11 @@ def records(folder: Path, kind: str) -> list[dict]:
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def _command(arguments: list[str], environment: dict[str, str], *files: str) -> None:
+def _command(arguments: list[str], folder: Path, environment: dict[str, str], *files: str) -> None:
     for number, path in enumerate(files, start=1):
         sys.stderr.flush()
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
-    os.chdir(ROOT)
+    os.chdir(folder)
     os.environ |= environment
     sys.argv = ["automix", *arguments]
     if environment:

@@ -51,6 +51,8 @@ def test_overrides_replace_the_file(tmp_path):
         ("data.std=[58.4, 57.1, 57.4]", ["data.std", "divide", "255"]),
         ("data.mean=[123.7, 116.3, 103.5]", ["data.mean", "divide", "255"]),
         ("model.timm_kwargs={in_chans: 1}", ["model.timm_kwargs.in_chans", "RGB"]),
+        ("model.module=my_models.py", ["model.module", "my_models for my_models.py"]),
+        ("model.module=a-b", ["model.module", "as `import` takes it"]),
         ("seed=010", ["seed", "whole number", "'010'"]),
         ("epochs=1:30", ["epochs", "whole number", "'1:30'"]),
         ("model.timm_kwargs=&x {a: *x}", ["alias"]),

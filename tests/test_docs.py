@@ -1,7 +1,7 @@
 """The documents: their links, the settings and names they quote, the code they show, and the site made of them."""
 
-import importlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run
 from torch import nn
 
 from automix_dist import prepare, sources
@@ -93,10 +94,22 @@ def two_layers() -> nn.Module:
 
 def test_a_backbone_can_be_registered_as_shown(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(block("my_net"))
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("my_models")
-    backbone = create_backbone(ModelConfig("my_net"), feature=-2, image_size=64)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    backbone = create_backbone(ModelConfig("my_net", module="my_models"), feature=-2, image_size=64)
     assert (backbone.feature_channels, backbone.feature_size, backbone.width) == (256, (4, 4), 512)
+
+
+@pytest.mark.slow
+def test_a_backbone_of_ones_own_is_found_by_what_follows_the_training(settings, tmp_path):
+    (tmp_path / "my_models.py").write_text(block("my_net"))
+    model = "model={backbone: my_net, module: my_models, timm_kwargs: {channels: [8, 8, 16, 16]}}"
+    run("train", settings, model, "epochs=1", "optimizer.warmup_epochs=0", folder=tmp_path)
+    assert json.loads(run("eval", tmp_path / "run", folder=tmp_path).stdout)["images"] == 355
+    code = run("export", tmp_path / "run", tmp_path / "my_net.safetensors", folder=tmp_path).stdout
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    message = run("eval", tmp_path / "run", code=2).stderr  # in another folder
+    assert "model.module = 'my_models' cannot be imported" in message and "must be on PYTHONPATH or" in message
 
 
 def test_the_backbone_shown_can_be_trained():
