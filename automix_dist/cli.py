@@ -210,6 +210,13 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
     compare = command("compare", _compare, "train policies over seeds with equal budgets, and write one table")
     compare.add_argument("config", type=Path, help="a YAML file (docs/evaluation.md)")
+    compare.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.key=value",
+        help="settings over the file's, for all runs; output=FOLDER for the comparison's own folder",
+    )
     how = compare.add_mutually_exclusive_group()
     how.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, on a GPU each if there are enough (default: 1)"
@@ -462,7 +469,7 @@ def _compare(options: argparse.Namespace) -> int:
     from automix_dist.compare import compare
 
     launcher = shlex.split(options.launcher) if options.launcher else [sys.executable, "-m", "automix_dist"]
-    return compare(options.config, launcher, _to_stderr, options.jobs)
+    return compare(options.config, launcher, _to_stderr, options.jobs, options.overrides)
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -75,8 +75,11 @@ class Comparison:
         return [*self.policies[policy], f"seed={seed}", f"output={self.run(policy, seed)}"]
 
 
-def load_comparison(path: Path) -> Comparison:
-    """Read and check a comparison's file. Raises ConfigError, also for settings that give runs unequal budgets."""
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read and check a comparison's file. Raises ConfigError, also for settings that give runs unequal budgets.
+
+    `overrides`: section.key=value over the shared settings, and output=FOLDER for the comparison's own folder.
+    """
     try:
         values = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -90,12 +93,22 @@ def load_comparison(path: Path) -> Comparison:
         if not isinstance(value, known[key]):
             kind = {str: "text", list: "a list, as [0, 1]", dict: "a section of name: [settings]"}[known[key]]
             raise ConfigError(f"{path}: {key} = {value!r}: expected {kind}")
+    shared = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "output":
+            values["output"] = value
+        elif key in (*known, "seed"):
+            kept = "seeds" if key == "seed" else key
+            raise ConfigError(f"{override}: expected a setting of the runs, or output; {kept} is set in {path}")
+        else:
+            shared.append(override)
     for key in ("base", "output", "seeds", "policies"):
         if not values.get(key):
             raise ConfigError(f"{path}: {key} is missing or empty")
     if not all(type(seed) is int for seed in values["seeds"]) or len(set(values["seeds"])) < len(values["seeds"]):
         raise ConfigError(f"{path}: seeds = {values['seeds']!r}: expected different whole numbers")
-    shared = values.get("settings", [])
+    shared = [*values.get("settings", []), *shared]
     for name, settings in values["policies"].items():
         if not re.fullmatch(r"[\w.-]+", str(name)):
             raise ConfigError(f"{path}: policies.{name}: expected a name of letters, digits, dots and dashes")
@@ -152,19 +165,27 @@ def _check_models(comparison: Comparison, path: Path) -> None:
             )
 
 
-def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], jobs: int = 1) -> int:
-    """Train what is missing, `jobs` runs at a time, and write the table after each.
+def compare(
+    path: Path,
+    launcher: Sequence[str],
+    say: Callable[[str], object],
+    jobs: int = 1,
+    overrides: Sequence[str] = (),
+    show: Callable[[str], object] = print,
+) -> int:
+    """Train what is missing, `jobs` runs at a time, write the table after each, and show it at the end.
 
     Finished runs are left alone, interrupted ones continued. Raises ConfigError; CompareError if a run fails, once the
     others under way have saved and stopped.
 
     Args:
         launcher: the beginning of the command that goes on with `train CONFIG ...`.
+        overrides: as `load_comparison` takes them.
 
     Returns:
         0, or EXIT_STOPPED if a signal stopped a training.
     """
-    comparison = load_comparison(path)
+    comparison = load_comparison(path, overrides)
     _check_models(comparison, path)
     told: set[str] = set()
 
@@ -207,6 +228,7 @@ def compare(path: Path, launcher: Sequence[str], say: Callable[[str], object], j
                     training.child.send_signal(signal.SIGTERM)
             for training in running:
                 training.child.wait()
+    show((comparison.output / "compare.md").read_text("utf-8").rstrip())
     return 0
 
 

@@ -111,6 +111,10 @@ def check_run_folder(folder: Path) -> None:
     """Raise ReportError if there is no run in the folder."""
     if not folder.is_dir():
         raise ReportError(f"no such run: {folder}")
+    if (folder / "compare.html").is_file():
+        raise ReportError(
+            f"{folder} holds a comparison, whose page is {folder / 'compare.html'}: expected one of its runs"
+        )
     if not (folder / METRICS).is_file() and not (folder / "config.yaml").is_file():
         raise ReportError(f"{folder} is not the folder of a run: it has neither {METRICS} nor config.yaml")
 

@@ -90,6 +90,21 @@ def test_a_comparison_that_cannot_be_is_refused(tmp_path, changes, message):
         load_comparison(write(tmp_path, **changes))
 
 
+def test_settings_of_the_command_line_go_over_the_shared_ones(tmp_path):
+    path = write(tmp_path, settings=["epochs=6"], policies={"none": ["policy.name=none"], "own": ["optimizer.lr=0.3"]})
+    overrides = ["epochs=4", "optimizer.lr=0.2", f"output={tmp_path / 'other'}"]
+    comparison = load_comparison(path, overrides)
+    assert comparison.run("own", 1) == tmp_path / "other" / "own_seed1"
+    none, own = (load_config(comparison.base, comparison.overrides(policy, 1)) for policy in ("none", "own"))
+    assert (none.epochs, none.optimizer.lr) == (4, 0.2) and (own.epochs, own.optimizer.lr) == (4, 0.3)
+    with pytest.raises(ConfigError, match=r"seed=3: expected a setting of the runs, or output; seeds is set in .*yaml"):
+        load_comparison(path, ["seed=3"])
+    with pytest.raises(ConfigError, match="output is missing or empty"):
+        load_comparison(path, ["output="])
+    with pytest.raises(ConfigError, match=r"optimizer.lrr; did you mean optimizer.lr\?"):
+        load_comparison(path, ["optimizer.lrr=1"])
+
+
 def test_regularisation_and_speed_are_a_policys_own(tmp_path):
     load_comparison(write(tmp_path, policies={"a": [], "b": ["model.drop_path=0.1", "data.workers=2"]}))
 
@@ -287,7 +302,7 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
     settings += ["optimizer.warmup_epochs=0", "batch_size=480", "log.tensorboard=false", "log.gallery_pairs=0"]
     settings += ["model.timm_kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_width: 8}"]
     file = write(tmp_path, settings=settings)
-    run("compare", file, "--jobs", 2)
+    shown = run("compare", file, "epochs=1", "--jobs", 2, "optimizer.warmup_epochs=0").stdout
     out = tmp_path / "out"
     rows = json.loads((out / "compare.json").read_text())["policies"]
     assert [(row["policy"], sorted(row["values"])) for row in rows] == [("none", ["0", "1"]), ("automix", ["0", "1"])]
@@ -300,8 +315,12 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
     page = (out / "compare.html").read_text()
     assert "paired by seed" in page and page.count("<circle") == 4 and page.count("<title>seed 1: ") == 2
 
-    said = []
-    assert compare(file, ["false"], said.append) == 0  # nothing is started again
+    assert shown == (out / "compare.md").read_text()
+    assert f"holds a comparison, whose page is {out / 'compare.html'}" in run("report", out, code=1).stderr
+
+    said, again = [], []
+    assert compare(file, ["false"], said.append, overrides=["epochs=1"], show=again.append) == 0  # none starts again
+    assert again == [shown.rstrip()]
     assert not [line for line in said if line.startswith("training")]
     shutil.rmtree(out / "none_seed1" / "checkpoints")  # to make room
     assert compare(file, ["false"], said.append) == 0
