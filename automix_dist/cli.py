@@ -6,6 +6,7 @@ Heavy packages are imported by the command that needs them, so that `--help` and
 import argparse
 import importlib.util
 import json
+import math
 import os
 import shlex
 import signal
@@ -165,7 +166,6 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     evaluate.add_argument("--attack", choices=["fgsm", "pgd"], help="on the chosen encoder and head")
     evaluate.add_argument(
         "--epsilon",
-        default="8/255",
         help="largest change of a value by the attack, on the [0, 1] scale (default: 8/255)",
     )
     evaluate.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
@@ -329,8 +329,10 @@ def _conditions(options: argparse.Namespace):
     from automix_dist.evaluate import Conditions, fraction
     from automix_dist.robustness import STRENGTHS
 
+    if options.epsilon is not None and options.attack is None:
+        raise ConfigError(f"--epsilon {options.epsilon} is the attack's: add --attack fgsm or pgd, or leave it out")
     try:
-        epsilon = fraction(options.epsilon)
+        epsilon = fraction("8/255" if options.epsilon is None else options.epsilon)
     except ValueError as error:
         raise ConfigError(f"--epsilon {options.epsilon}: expected a number in (0, 1], such as 8/255") from error
     if options.encoder == "ensemble" and options.head == "mix":
@@ -445,7 +447,7 @@ def _list_checkpoints(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    if options.out and options.out.suffix == ".png":
+    if options.out and options.out.suffix != ".html":
         raise ConfigError(f"--out {options.out}: expected the page, a .html; the picture is put beside it as a .png")
 
     from automix_dist.report import write_picture, write_report
@@ -456,6 +458,9 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
+    if not 0 < options.seconds < math.inf:
+        raise ConfigError(f"--seconds {options.seconds:g}: expected a positive number of seconds")
+
     from automix_dist.watch import watch
 
     watch(options.run_folder, once=options.once, seconds=options.seconds)

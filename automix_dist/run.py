@@ -359,6 +359,7 @@ def evaluate(
             f"{path} has the model's classes in another order, so that its labels mean others: write it again with "
             f"automix prepare --classes {config.data.train}"
         )
+    showcase = None if cam_images is None else cam.Showcase(cam_images, len(classes))
     process = distributed.start(config.engine)
     saved = process.broadcast(saved)  # a training may have written another one meanwhile
     agree(process, {f"the index of {path}": manifest.index_checksum})
@@ -376,7 +377,6 @@ def evaluate(
         world_size=process.world_size,
         device=process.device,
     )
-    showcase = None if cam_images is None else cam.Showcase(cam_images, loader.num_classes)
     if showcase is not None:
         cam.check(model, loader.blank(), conditions.answer)
     values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
@@ -400,11 +400,16 @@ def evaluate(
 
 
 def _why_not_written(folder: Path) -> str | None:
-    """Make a folder and try it, so that nothing is computed for a page that cannot be kept."""
+    """Make a folder and try it, so that nothing is computed for a page that cannot be kept; a new one goes again, as
+    what follows may still be refused."""
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return None
+            pass
+        if is_new:
+            folder.rmdir()
+        return None
     except FileExistsError:
         return f"--out {str(folder)!r} is a file: expected a folder"
     except OSError as error:

@@ -159,6 +159,9 @@ def test_two_ranks_train_stop_together_resume_and_evaluate_exactly(settings, tmp
     assert records(output, "eval")[-1]["top1_query"] == one["top1_query"]
     refused = run("eval", output, "--out", settings, code=1)  # before anything is evaluated
     assert f"--out '{settings}' is a file: expected a folder" in refused.stderr and not refused.stdout
+    for refused in (["--cam", 0], ["--cam", 4, "--encoder", "ensemble"]):
+        run("eval", output, "--out", tmp_path / "page", *refused, code=2)
+        assert not (tmp_path / "page").exists()
     first, second = run_ranks(2, runs.evaluate, find_checkpoint(output))
     assert first == second and {key: first[key] for key in two} == two
 
@@ -325,7 +328,12 @@ def test_commands_on_a_run_that_is_not_there(tmp_path, capsys):
     assert "has no checkpoint" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.safetensors")
     assert "ends in .safetensors" in failing(capsys, "export", tmp_path / "empty", tmp_path / "x.pth")
     failing(capsys, "report", tmp_path / "nowhere")
-    assert "expected the page" in failing(capsys, "report", tmp_path / "nowhere", "--out", tmp_path / "x.png")
+    for name in ("x.png", "x.txt", "x"):
+        assert "expected the page, a .html" in failing(capsys, "report", tmp_path / "nowhere", "--out", tmp_path / name)
+    message = failing(capsys, "eval", tmp_path / "nowhere", "--epsilon", "4/255")
+    assert "--epsilon 4/255 is the attack's: add --attack fgsm or pgd" in message
+    for seconds in ("-1", "0", "nan"):
+        assert "expected a positive number" in failing(capsys, "watch", tmp_path / "nowhere", "--seconds", seconds)
     assert "is not a dump: expected RUN/dumps/STEP" in failing(capsys, "replay", tmp_path / "nowhere")
     refused = failing(capsys, "checkpoint", "list", tmp_path / "empty", "--step", "3")
     assert "list takes no --step: it belongs to verify, reshard, to-safetensors" in refused
