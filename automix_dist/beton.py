@@ -106,6 +106,13 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def looked_for_in(path: Path) -> str:
+    """For messages on a file that is not there: the directory that a relative path starts from."""
+    if path.is_absolute():
+        return ""
+    return f" (looked for in {Path.cwd()}; paths are relative to the directory that the command runs in)"
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a .beton file. Raises BetonError if there is none or it cannot be read."""
     file = manifest_path(path)
@@ -218,7 +225,7 @@ def load(path: Path) -> tuple[Manifest, Index]:
     """Manifest and index of a file, checked as `check` does. Raises BetonError."""
     path = Path(path)
     if not path.is_file():
-        raise BetonError(f"{path} does not exist; write it with automix prepare")
+        raise BetonError(f"{path} does not exist; write it with automix prepare{looked_for_in(path)}")
     manifest = read_manifest(path)
     size = path.stat().st_size
     if size != manifest.file_size:

@@ -54,9 +54,11 @@ RAND_AUGMENT_KEYS = {"m": "magnitude", "mstd": "std", "mmax": "most", "n": "coun
 @dataclass(frozen=True)
 class DataConfig:
     train: str = ""
-    """Path of the training set, a .beton file written by `automix prepare`."""
+    """Path of the training set, a .beton file written by `automix prepare`; relative to the directory that the
+    command runs in."""
     val: str = ""
-    """Path of the validation set, a .beton file written by `automix prepare`."""
+    """Path of the validation set, a .beton file written by `automix prepare`; relative to the directory that the
+    command runs in."""
     image_size: int = 224
     """Side in pixels of the square images that the networks see."""
     crop: Literal["resized", "padded", "none"] = "resized"

@@ -229,7 +229,7 @@ def _check(config: Config, resumed: Path | None) -> _Checked:
         if not Path(path).is_file():
             raise beton.BetonError(
                 f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
-                f"data.{key}), or set data.{key} to another file"
+                f"data.{key}), or set data.{key} to another file{beton.looked_for_in(Path(path))}"
             )
     world_size = distributed.launched_ranks()
     config.micro_batch_size(world_size)

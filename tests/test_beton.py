@@ -926,9 +926,12 @@ def test_the_manifest_of_another_file_is_refused(copy, mixed_file, photos, tmp_p
         beton.check(other)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(BetonError, match="does not exist; write it with automix prepare"):
+def test_missing_file(tmp_path, monkeypatch):
+    with pytest.raises(BetonError, match=r"does not exist; write it with automix prepare$"):
         beton.check(tmp_path / "x.beton")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BetonError, match=rf"automix prepare \(looked for in {tmp_path}; paths are relative to"):
+        beton.check(Path("x.beton"))
 
 
 @pytest.mark.parametrize("i", [0, 1], ids=["raw", "jpeg"])

@@ -249,6 +249,8 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
 
     missing = tmp_path / "no.beton"
     assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
+    message = failing(capsys, "train", settings, "data.train=data/no.beton")
+    assert f"(looked for in {Path.cwd()}; paths are relative to the directory that the command runs in)" in message
     message = failing(capsys, "train", settings, f"data.train={digits}")
     assert f"data.train = '{digits}' is a folder: expected a .beton file" in message
     torn = tmp_path / "torn.beton"
