@@ -1,11 +1,13 @@
 """timm models as AutoMix sees them: a feature map for the Mix Block and a pooled embedding for the heads."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,8 @@ STEMS = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
 
 STATE_KEYS = ("state_dict", "model")
 """Under which training programs keep the weights in a checkpoint: OpenMMLab's and timm's, torchvision's and DeiT's."""
+
+_LOADS_PRETRAINED = ContextVar("loads_pretrained", default=True)
 
 
 class Backbone(nn.Module):
@@ -115,6 +119,16 @@ class Backbone(nn.Module):
         return self.model.forward_head(last_map, pre_logits=True)
 
 
+@contextlib.contextmanager
+def pretrained_not_loaded() -> Iterator[None]:
+    """Meanwhile timm's pretrained weights need only be within reach, and are not loaded: a check must not download."""
+    token = _LOADS_PRETRAINED.set(False)
+    try:
+        yield
+    finally:
+        _LOADS_PRETRAINED.reset(token)
+
+
 def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0) -> nn.Module:
     """The timm model that a run trains: without a classifier (num_classes 0) inside AutoMix, with one for an export.
 
@@ -132,7 +146,8 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
     def build(pretrained: bool) -> nn.Module:
         return timm.create_model(config.backbone, pretrained=pretrained, num_classes=num_classes, **kwargs)
 
-    if kwargs or not config.pretrained:  # first without weights: what fails after that is to do with them
+    loads_pretrained = config.pretrained and _LOADS_PRETRAINED.get()
+    if kwargs or not loads_pretrained:  # first without weights: what fails after that is to do with them
         try:
             model = build(pretrained=False)
         except Exception as error:
@@ -143,7 +158,8 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
     if config.pretrained:
         try:
             _require_reachable(config)
-            model = build(pretrained=True)
+            if loads_pretrained:
+                model = build(pretrained=True)
         except RuntimeError as error:  # timm's and torch's; no network raises it
             raise ConfigError(
                 f"model.pretrained: timm has no weights that fit {config.backbone!r} with model.timm_kwargs = "
@@ -262,7 +278,10 @@ def _require_reachable(config: ModelConfig) -> None:
     """Ask once for pretrained weights that are not in the cache: without network timm would retry for a minute."""
     if config.timm_kwargs.get("pretrained_cfg_overlay"):  # which may name a file
         return
-    repository = getattr(timm.get_pretrained_cfg(config.backbone), "hf_hub_id", None)
+    known = timm.get_pretrained_cfg(config.backbone)
+    if not getattr(known, "has_weights", False) and "pretrained_cfg" not in config.timm_kwargs:
+        raise RuntimeError("no pretrained weights exist")
+    repository = getattr(known, "hf_hub_id", None)
     files = ("model.safetensors", "pytorch_model.bin")
     if repository and not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
         HfApi().model_info(repository, timeout=10)

@@ -231,7 +231,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
 
     doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
-    doctor.add_argument("config", nargs="?", help="check its data and output folder too")
+    doctor.add_argument("config", nargs="?", help="check its settings, model, data and output folder too")
     doctor.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )

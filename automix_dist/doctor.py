@@ -1,7 +1,8 @@
 """What this machine has and lacks for a training: one table, each problem with how to mend it.
 
-Nothing here trains, compiles or installs. Versions are read from the installed packages' metadata; torch is imported
-only where there is a GPU to ask it about, so that the doctor also works where half of the packages are missing.
+Nothing here trains, compiles, installs or downloads. Versions are read from the installed packages' metadata; torch is
+imported only where there is a GPU to ask it about, or a config to check, so that the doctor also works where half of
+the packages are missing.
 """
 
 import ctypes.util
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from automix_dist.config import Config
 from automix_dist.cores import cores_of_rank, usable_cores
+from automix_dist.errors import AutomixError
 from automix_dist.provenance import installed_version
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class Check:
 
 
 def diagnose(config: Config | None = None) -> list[Check]:
-    """Look at this machine and, if a config is given, at its data files and its output folder.
+    """Look at this machine and, if a config is given, at its output folder, its data files and all that `train` checks.
 
     Never raises for what it finds: everything that is missing is a check that warns or fails.
     """
@@ -61,7 +63,8 @@ def diagnose(config: Config | None = None) -> list[Check]:
     checks += [_shared_memory(), _open_files(), _host_name(), _cores()]
     checks.append(_disk(Path(config.output) if config else Path.cwd()))
     if config is not None:
-        checks += [_data_file(f"data.{key}", getattr(config.data, key)) for key in ("train", "val")]
+        data = [_data_file(f"data.{key}", getattr(config.data, key)) for key in ("train", "val")]
+        checks += [*data, _config(config, with_data=all(check.status == "ok" for check in data))]
     return checks
 
 
@@ -325,11 +328,35 @@ def _data_file(key: str, path: str) -> Check:
         return Check(key, "fail", f"{path} cannot be checked: {error}", "install the missing package")
     except OSError as error:
         return Check(key, "fail", str(error), "make it readable for this user")
-    except ValueError as error:
-        found, _, mend = str(error).partition("; ")
-        return Check(key, "fail", found, mend)
+    except AutomixError as error:
+        return _refused(key, error)
     numbers = f"{manifest.count:,} images, {len(manifest.classes):,} classes, checksum {manifest.checksum[:8]}"
     return Check(key, "ok", f"{path}: {numbers}")
+
+
+def _config(config: Config, with_data: bool) -> Check:
+    """What `train` checks before it begins, the model too; without whole data files, whose rows tell, all the rest."""
+    try:
+        from automix_dist.backbone import pretrained_not_loaded
+        from automix_dist.policy import with_policy_settings
+        from automix_dist.run_check import check_run, check_without_data, describe_model
+
+        config = with_policy_settings(config)
+        with pretrained_not_loaded():
+            model = check_run(config).model if with_data else check_without_data(config)
+        return Check("config", "ok", describe_model(config, model))
+    except AutomixError as error:
+        return _refused("config", error)
+    except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
+        return Check("config", "fail", f"cannot be checked: {error}", "install the missing package")
+    except Exception as error:  # a defect of ours must not cost the other rows
+        found = f"cannot be checked: {type(error).__name__}: {error}"
+        return Check("config", "fail", found, "unexpected; please report it with what `automix train` prints")
+
+
+def _refused(name: str, error: AutomixError) -> Check:
+    found, _, mend = str(error).partition("; ")
+    return Check(name, "fail", found, mend)
 
 
 def _apt(package: str) -> str:

@@ -1,4 +1,4 @@
-"""One training run: what can be wrong with it, its parts, and the training itself; and its evaluation."""
+"""One training run: its parts, and the training itself; and its evaluation."""
 
 import contextlib
 import dataclasses
@@ -9,31 +9,29 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from automix_dist import beton, cam, distributed, policy, provenance
+from automix_dist import beton, cam, distributed, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
-from automix_dist.backbone import create_backbone, foreign_normalisation, synchronize_batchnorm
+from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
 from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
-from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, from_dict, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
-from automix_dist.distributed import Process, autocast_dtype, resolve_device
-from automix_dist.engines import build_engine, deepspeed_settings, summary
+from automix_dist.distributed import Process, autocast_dtype
+from automix_dist.engines import build_engine, summary
 from automix_dist.errors import EXIT_STOPPED
 from automix_dist.evaluate import Conditions, evaluate_model, write_evaluation
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
+from automix_dist.run_check import Checked, check_run, describe_model, new_model, without_weights
 from automix_dist.run_folder import RunError, discard, open_folder, store_settings, try_saving
 from automix_dist.run_log import RunLog, has_saved, set_aside
-from automix_dist.sources import some
-from automix_dist.trackers import check_installed
 from automix_dist.trainer import Position, Trainer
 
 FIXED_ON_RESUME = (
@@ -57,16 +55,6 @@ FIXED_ON_RESUME = (
 Say = Callable[[str], None]
 
 
-class _Checked(NamedTuple):
-    """What is known of a run before it begins."""
-
-    train: beton.Manifest
-    val: beton.Manifest
-    model: nn.Module
-    weights_error: ConfigError | None
-    """The error to raise if there is no checkpoint to take the weights from."""
-
-
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> int:
     """One run, from the resolved config to its end; the exit code of `automix train`.
 
@@ -79,7 +67,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         AutomixError: in whatever form; the message is meant for the user.
     """
     run = Path(config.output)
-    checked = _check(config, run if resume else None)
+    checked = check_run(config, run if resume else None)
     process = distributed.start(config.engine)
     about = {
         "config": to_dict(config),
@@ -115,7 +103,7 @@ def _on_rank_0(process: Process, write: Callable[[], str | None]) -> None:
 
 
 def _train(
-    config: Config, process: Process, run: Path, checked: _Checked, about: dict[str, Any], resume: bool, overwrite: bool
+    config: Config, process: Process, run: Path, checked: Checked, about: dict[str, Any], resume: bool, overwrite: bool
 ) -> int:
     """Build the parts of a run and train. Until they are built, the folder keeps what it holds."""
 
@@ -130,8 +118,7 @@ def _train(
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
     model, backbone = checked.model, checked.model.query.backbone
     say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
-    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
-    say(f"{config.model.backbone}{feature}")
+    say(describe_model(config, model))
     if fused := describe_fused(backbone):
         say(fused)
     if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
@@ -209,76 +196,6 @@ def _train(
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""
     say(f"done: {position.step} steps{skipped}{best}; results in {run}")
     return 0
-
-
-def _check(config: Config, resumed: Path | None) -> _Checked:
-    """All that can be wrong with a config, before any process group, folder or file exists.
-
-    Constructing the model is a check of its own. A resumed run with checkpoints can do without the weights with which
-    it began.
-    """
-    check_installed(config.log)
-    for key in ("train", "val"):
-        path = getattr(config.data, key)
-        if not path:
-            raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
-        if Path(path).is_dir():
-            raise beton.BetonError(
-                f"data.{key} = {path!r} is a folder: expected a .beton file; `automix prepare {path} FILE` writes one"
-            )
-        if not Path(path).is_file():
-            raise beton.BetonError(
-                f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
-                f"data.{key}), or set data.{key} to another file{beton.looked_for_in(Path(path))}"
-            )
-    world_size = distributed.launched_ranks()
-    config.micro_batch_size(world_size)
-    train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
-    if config.batch_size > train.count:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
-            f"{config.data.train!r}: expected {train.count} or less"
-        )
-    if train.index_checksum == val.index_checksum:
-        raise ConfigError(
-            f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
-            f"validation images, with automix prepare --split val or from their own folder"
-        )
-    if train.classes != val.classes:
-        missing = [name for name in train.classes if name not in val.classes]
-        foreign = [name for name in val.classes if name not in train.classes]
-        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(foreign)} besides"] * bool(foreign)
-        raise ConfigError(
-            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
-            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
-        )
-
-    device = torch.device(resolve_device(config.engine))
-    for key in ("sync_batchnorm", "cuda_graph"):
-        if getattr(config.engine, key) and device.type == "cpu":
-            raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
-    if config.engine.name == "deepspeed" and provenance.installed_version("deepspeed") is None:
-        raise ConfigError(
-            "engine.name = 'deepspeed': the package deepspeed is not installed here; bash launch/install.sh installs "
-            "it, or set engine.name to ddp or fsdp2"
-        )
-    deepspeed_settings(config, world_size, device)
-
-    try:
-        return _Checked(train, val, new_model(config, len(train.classes), device), None)
-    except ConfigError as error:
-        if resumed is None or not committed_steps(resumed):
-            raise
-        return _Checked(train, val, new_model(_without_weights(config), len(train.classes), device), error)
-
-
-def new_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
-    """The model of the config's policy and backbone, on the CPU, to train on `device`."""
-    torch.manual_seed(config.seed)
-    other_sizes = [size for _, size in config.data.resolution_schedule]
-    backbone = create_backbone(config.model, policy.needed_feature(config), config.data.image_size, other_sizes)
-    torch.manual_seed(config.seed)
-    return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
 
 
 def agree(process: Process, settings: dict[str, Any]) -> None:
@@ -418,11 +335,6 @@ def _why_not_written(folder: Path) -> str | None:
 
 def restored_model(saved: Saved, config: Config, device: torch.device) -> nn.Module:
     """The model of a checkpoint, with its weights, on a device."""
-    model = new_model(_without_weights(config), len(saved.manifest["classes"]), device).to(device)
+    model = new_model(without_weights(config), len(saved.manifest["classes"]), device).to(device)
     model.load_state_dict(load_module_state(saved, ""))
     return model
-
-
-def _without_weights(config: Config) -> Config:
-    """A run's settings where all weights come from a checkpoint."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))

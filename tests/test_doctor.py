@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 
 from automix_dist import doctor
-from automix_dist.config import Config, DataConfig
+from automix_dist.cli import main
+from automix_dist.config import Config, DataConfig, load_config
 from automix_dist.doctor import Check, diagnose, print_table
 
 
@@ -272,6 +274,112 @@ def test_a_good_data_file(tmp_path):
     checksum = prepare.prepare("synthetic:20x8@5", tmp_path / "set.beton", workers=1, progress=False).checksum
     check = found("data.train", Config(data=DataConfig(train=str(tmp_path / "set.beton"))))
     assert (check.status, check.found) == ("ok", f"{tmp_path}/set.beton: 20 images, 5 classes, checksum {checksum[:8]}")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """Two files that belong together, and one with other classes."""
+    prepare = pytest.importorskip("automix_dist.prepare").prepare
+    folder = tmp_path_factory.mktemp("sets")
+    for name, source in (("train", "64x32@4"), ("val", "32x32@4"), ("other", "32x32@5")):
+        prepare(f"synthetic:{source}", folder / f"{name}.beton", workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def recipe(sets, tmp_path, monkeypatch) -> Path:
+    """A config that `automix train` takes."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    values = {"output": str(tmp_path / "run"), "batch_size": 32, "engine": {"name": "ddp", "device": "cpu"}}
+    values["data"] = {"train": str(sets / "train.beton"), "val": str(sets / "val.beton"), "image_size": 32}
+    values["model"] = {"backbone": "resnet18", "small_stem": True}
+    values["log"] = {"tensorboard": False}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_a_config_that_can_be_trained(recipe):
+    check = found("config", load_config(recipe))
+    assert check.status == "ok" and not check.mend
+    assert check.found.startswith("resnet18, 11,168,832 parameters: the Mix Block reads layer3 (automix.feature 3 of ")
+    check = found("config", load_config(recipe, ["policy.name=mixup"]))
+    assert (check.status, check.found) == ("ok", "resnet18, 11,168,832 parameters")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "part"),
+    [
+        ("model.backbone=resnet99", "model.backbone = 'resnet99' is not a timm model"),
+        ("automix.feature=77", "automix.feature = 77: resnet18 has 5 feature maps, 0 to 4"),
+        ("batch_size=5000", "batch_size = 5000 exceeds the 64 images of data.train"),
+        ("model.weights=nosuch.pth", "model.weights = 'nosuch.pth' cannot be read"),
+        ("data.train={sets}/other.beton", "--classes {sets}/other.beton"),
+        ("data.val={sets}/train.beton", "holds the images of data.train"),
+        ("policy.settings.alfa=1", "alfa"),
+        ("engine.accumulation_steps=3", "accumulation_steps"),
+    ],
+)
+def test_what_train_refuses_is_one_row(recipe, sets, mistake, part, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", str(recipe), mistake.format(sets=sets)])
+    table = capsys.readouterr()
+    assert caught.value.code == 1 and "Traceback" not in table.out + table.err
+    row = table.out.partition("FAIL  config ")[2]
+    assert part.format(sets=sets) in row and "Not ready to train: " in row
+    assert "ok    data.train " in table.out and "ok    data.val " in table.out
+
+
+def test_a_config_is_checked_without_its_data_and_its_packages_too(recipe, without, monkeypatch):
+    """The data's own rows tell of it, once."""
+    gone = load_config(recipe, ["data.val=none.beton"])
+    assert (found("data.val", gone).status, found("config", gone).status) == ("fail", "ok")
+    assert found("config", load_config(recipe, ["data.val=none.beton", "automix.feature=77"])).status == "fail"
+    without("deepspeed")
+    check = found("config", load_config(recipe, ["engine.name=deepspeed"]))
+    assert check.status == "fail" and check.mend.startswith("bash launch/install.sh")
+    monkeypatch.setitem(sys.modules, "automix_dist.run_check", None)
+    check = found("config", load_config(recipe))
+    assert check.status == "fail" and "run_check" in check.found and "install" in check.mend
+
+
+def test_a_defect_costs_no_row(recipe, monkeypatch):
+    from automix_dist import run_check
+
+    monkeypatch.setattr(run_check, "check_run", lambda config: 1 / 0)
+    check = found("config", load_config(recipe))
+    assert check.status == "fail" and "ZeroDivisionError" in check.found and "report" in check.mend
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_pretrained_weights_are_asked_for_and_not_loaded(recipe, reachable, monkeypatch):
+    import timm
+
+    from automix_dist import backbone
+
+    asked, build = [], timm.create_model
+
+    class Hub:
+        def model_info(self, repository: str, timeout: float) -> None:
+            asked.append(repository)
+            if not reachable:
+                raise ConnectionError("nobody is there")
+
+    def create(name: str, *, pretrained: bool, **kwargs):
+        assert not pretrained
+        return build(name, **kwargs)
+
+    monkeypatch.setattr(backbone, "HfApi", Hub)
+    monkeypatch.setattr(backbone, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(timm, "create_model", create)
+    teacher = ["policy.name=attentivemix", "policy.settings.teacher=resnet10t"]
+    for overrides in (["model.pretrained=true"], teacher):
+        check = found("config", load_config(recipe, overrides))
+        assert check.status == ("ok" if reachable else "fail")
+        assert reachable or "could not be downloaded (ConnectionError)" in check.found
+    assert asked == ["timm/resnet18.a1_in1k", "timm/resnet10t.c3_in1k"]
+    check = found("config", load_config(recipe, ["model.pretrained=true", "model.backbone=resnet200"]))
+    assert check.status == "fail" and "no pretrained weights exist" in check.found
 
 
 def test_table(capsys):

@@ -31,7 +31,7 @@ ROWS = {
     ],
     3: [
         "policies", "validate", "replay", "trainer", "report", "export", "doctor", "preflight", "cam", "evaluate",
-        "watch", "compare", "run_folder",
+        "watch", "compare", "run_folder", "run_check",
     ],
     4: [
         "run", "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.loader_candidates", "bench.loader_report",
@@ -50,9 +50,9 @@ SAME_ROW = {
     ("classifier", "automix"), ("captured_step", "automix"),
     ("momentum", "automix"), ("checkpoint", "engine_state"),
     ("trainer", "validate"), ("trainer", "replay"), ("engine_state", "engines"),
-    ("preflight", "doctor"), ("evaluate", "cam"), ("evaluate", "validate"), ("watch", "report"),
-    ("checkpoint", "engines"), ("batchnorm", "distributed"), ("mix_block", "convolutions"), ("cli", "run"),
-    ("__main__", "cli"), ("bench.throughput", "run"),
+    ("preflight", "doctor"), ("doctor", "run_check"), ("evaluate", "cam"), ("evaluate", "validate"),
+    ("watch", "report"), ("checkpoint", "engines"), ("batchnorm", "distributed"), ("mix_block", "convolutions"),
+    ("cli", "run"), ("__main__", "cli"), ("bench.throughput", "run"),
 }  # fmt: skip
 OWNERS = {
     "ffcv": {"ffcv_parts", "bench.loader_candidates"},

@@ -43,7 +43,7 @@ def test_two_ranks_are_measured_and_their_data_looked_at(tmp_path):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"train": "/none.beton", "val": "/none.beton"}}))
     (code, table), other = doctor([0, 1], 2, str(tmp_path / "c.yaml"), f"output={tmp_path}")
     assert code == 1 and "/none.beton does not exist" in table and "Not ready to train: data.train, data.val." in table
-    assert f"disk at {tmp_path}" in table
+    assert f"disk at {tmp_path}" in table and "ok    config " in table
     for name in ("ranks ", "clocks ", "matrix product ", "collectives ", "pairs in a host "):
         assert f"ok    {name}" in table, table
     assert "all-reduce" in table and "latency" in table and "median of 1" in table

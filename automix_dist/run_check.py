@@ -1,0 +1,129 @@
+"""What can be wrong with a run: found before any process group, folder or file exists, by `train` and by the doctor."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from automix_dist import beton, policy, provenance
+from automix_dist.backbone import create_backbone
+from automix_dist.checkpoint import committed_steps
+from automix_dist.classifier import build_model
+from automix_dist.config import Config, ConfigError
+from automix_dist.distributed import autocast_dtype, launched_ranks, resolve_device
+from automix_dist.engines import deepspeed_settings
+from automix_dist.sources import some
+from automix_dist.trackers import check_installed
+
+
+class Checked(NamedTuple):
+    """What is known of a run before it begins."""
+
+    train: beton.Manifest
+    val: beton.Manifest
+    model: nn.Module
+    weights_error: ConfigError | None
+    """The error to raise if there is no checkpoint to take the weights from."""
+
+
+def check_run(config: Config, resumed: Path | None = None) -> Checked:
+    """All that can be wrong with a config. Constructing the model is a check of its own.
+
+    A run that is resumed in the folder `resumed`, with checkpoints, can do without the weights with which it began.
+
+    Raises ConfigError or BetonError.
+    """
+    device = _check_settings(config)
+    train, val = _check_data(config)
+    try:
+        return Checked(train, val, new_model(config, len(train.classes), device), None)
+    except ConfigError as error:
+        if resumed is None or not committed_steps(resumed):
+            raise
+        return Checked(train, val, new_model(without_weights(config), len(train.classes), device), error)
+
+
+def check_without_data(config: Config) -> nn.Module:
+    """What of it needs no data files; the model, for some number of classes. Raises ConfigError."""
+    return new_model(config, 1000, _check_settings(config))
+
+
+def _check_settings(config: Config) -> torch.device:
+    """What needs neither data nor model; the kind of device to train on."""
+    check_installed(config.log)
+    world_size = launched_ranks()
+    config.micro_batch_size(world_size)
+    device = torch.device(resolve_device(config.engine))
+    for key in ("sync_batchnorm", "cuda_graph"):
+        if getattr(config.engine, key) and device.type == "cpu":
+            raise ConfigError(f"engine.{key} needs a GPU and there is none here: set it to false")
+    if config.engine.name == "deepspeed" and provenance.installed_version("deepspeed") is None:
+        raise ConfigError(
+            "engine.name = 'deepspeed': the package deepspeed is not installed here; bash launch/install.sh installs "
+            "it, or set engine.name to ddp or fsdp2"
+        )
+    deepspeed_settings(config, world_size, device)
+    return device
+
+
+def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
+    """The files of data.train and data.val, and whether they belong together."""
+    for key in ("train", "val"):
+        path = getattr(config.data, key)
+        if not path:
+            raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+        if Path(path).is_dir():
+            raise beton.BetonError(
+                f"data.{key} = {path!r} is a folder: expected a .beton file; `automix prepare {path} FILE` writes one"
+            )
+        if not Path(path).is_file():
+            raise beton.BetonError(
+                f"data.{key} = {path!r} does not exist: write it with automix prepare (a recipe has the line beside "
+                f"data.{key}), or set data.{key} to another file{beton.looked_for_in(Path(path))}"
+            )
+    train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
+    if config.batch_size > train.count:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
+            f"{config.data.train!r}: expected {train.count} or less"
+        )
+    if train.index_checksum == val.index_checksum:
+        raise ConfigError(
+            f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
+            f"validation images, with automix prepare --split val or from their own folder"
+        )
+    if train.classes != val.classes:
+        missing = [name for name in train.classes if name not in val.classes]
+        foreign = [name for name in val.classes if name not in train.classes]
+        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has the extra classes {some(foreign)}"] * bool(
+            foreign
+        )
+        raise ConfigError(
+            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
+            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
+        )
+    return train, val
+
+
+def new_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """The model of the config's policy and backbone, on the CPU, to train on `device`."""
+    torch.manual_seed(config.seed)
+    other_sizes = [size for _, size in config.data.resolution_schedule]
+    backbone = create_backbone(config.model, policy.needed_feature(config), config.data.image_size, other_sizes)
+    torch.manual_seed(config.seed)
+    return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
+
+
+def without_weights(config: Config) -> Config:
+    """A run's settings where all weights come from a checkpoint."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
+
+
+def describe_model(config: Config, model: nn.Module) -> str:
+    """The backbone, its size without the classifier, and which of its feature maps the Mix Block reads."""
+    backbone = model.query.backbone
+    count = sum(parameter.numel() for parameter in backbone.parameters())
+    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
+    return f"{config.model.backbone}, {count:,} parameters{feature}"
