@@ -63,7 +63,8 @@ class Manifest:
     """The source as given to `prepare`."""
     split: str
     options: dict[str, Any]
-    """Storage options: write_mode, max_resolution, quality, restart_markers, skip_broken."""
+    """What was chosen and how it is stored: holdout, per_class, write_mode, max_resolution, quality, restart_markers,
+    skip_broken."""
     count: int
     """Number of images."""
     classes: list[str]
@@ -121,7 +122,8 @@ def read_manifest(path: Path) -> Manifest:
         version = values["format_version"]
         if version != FORMAT_VERSION:
             raise BetonError(
-                f"{file} has format {version}, this version reads {FORMAT_VERSION}; run automix prepare again"
+                f"{file} has format {version}, this version reads {FORMAT_VERSION}; run automix prepare again, with "
+                "--overwrite"
             )
         for key in ("height_range", "width_range"):
             values[key] = tuple(values[key])
@@ -136,7 +138,7 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, BetonError):
             raise
-        raise BetonError(f"{file} is not a manifest ({error}); run automix prepare again") from error
+        raise BetonError(f"{file} is not a manifest ({error}); run automix prepare again, with --overwrite") from error
 
 
 def read_classes(path: Path) -> list[str]:

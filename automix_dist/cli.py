@@ -127,13 +127,22 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         metavar="FILE",
         help="take the class list of a .beton file, or of a text file with one name a line (default: the source's own)",
     )
+    prepare.add_argument(
+        "--holdout",
+        type=float,
+        metavar="SHARE",
+        help="of a source without splits: the share of each class that is for --split val, the rest for --split train",
+    )
     prepare.add_argument("--per-class", type=int, metavar="N", help="only the first N images of each class")
     prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
     prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
     prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
-    prepare.add_argument("--workers", type=int, default=0, help="threads (default: one per usable core)")
+    prepare.add_argument("--workers", type=int, default=0, help="threads; 0 = all cores (the default)")
     prepare.add_argument(
         "--skip-broken", action="store_true", help="leave unreadable and mislabelled images out, instead of failing"
+    )
+    prepare.add_argument(
+        "--overwrite", action="store_true", help="replace OUT even if it holds another source or other options"
     )
 
     train = command("train", _train, "train from a config")
@@ -251,12 +260,14 @@ def _prepare(options: argparse.Namespace) -> int:
         options.out,
         split=options.split,
         classes=beton.read_classes(options.classes) if options.classes else None,
+        holdout=options.holdout,
         per_class=options.per_class,
         write_mode=options.write_mode,
         max_resolution=options.max_resolution,
         quality=options.quality,
         workers=options.workers,
         skip_broken=options.skip_broken,
+        overwrite=options.overwrite,
         progress=True,
     )
     print(f"{options.out}: {manifest.count} images, {len(manifest.classes)} classes")

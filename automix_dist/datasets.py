@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import tarfile
 import zlib
 from abc import abstractmethod
@@ -84,7 +85,8 @@ class Dataset(Files):
         if path.exists():
             return path
         near = self._folder_that_has(*parts)
-        raise self.error(f"{path} is missing{f'; did you mean {self.kind}:{near}?' if near else similar(path)}")
+        meant = shlex.quote(f"{self.kind}:{near}")
+        raise self.error(f"{path} is missing{f'; did you mean {meant}?' if near else similar(path)}")
 
     def _folder_that_has(self, *parts: str) -> Path | None:
         """The folder above DIR or directly in it, if it has what DIR lacks."""
@@ -309,7 +311,7 @@ class ImageNet(Dataset, usage="imagenet:DIR"):
                 packed = [name for name in classes if (folder / f"{name}.tar").exists()]
                 hint = f"; {len(packed)} of the .tar files in it are not unpacked" if packed else ""
                 if present < set(classes) and present:
-                    hint += f"; for a subset of the classes use imagefolder:{self.root}"
+                    hint += f"; for a subset of the classes use {shlex.quote(f'imagefolder:{self.root}')}"
                 raise self.error(f"{folder} {_difference(present, set(classes))}{hint}")
             files, labels = [], []
             for name in classes:

@@ -42,8 +42,11 @@ from automix_dist.beton import (
     file_head,
     manifest_path,
     parse_index,
+    read_index,
+    read_manifest,
     word_sum,
 )
+from automix_dist.config import ConfigError
 from automix_dist.cores import usable_cores
 from automix_dist.jpeg import decodes, library, restart_interval
 from automix_dist.ordered_threads import in_order
@@ -83,6 +86,7 @@ def prepare(
     *,
     split: Split = "train",
     classes: list[str] | None = None,
+    holdout: float | None = None,
     per_class: int | None = None,
     write_mode: WriteMode = "raw",
     max_resolution: int | None = None,
@@ -90,22 +94,27 @@ def prepare(
     restart_markers: bool = True,
     workers: int = 0,
     skip_broken: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Write a source's images to a .beton file with a manifest beside it, and return the manifest.
 
     classes: the class list to number the images by, as of the training set; None = the source's own.
+    holdout: of a source without splits, the share of each class that is "val"; the rest is "train". Which images these
+    are depends on their names alone, so that two calls on the same images part them exactly.
     per_class: only the first so many images of each class, in the source's order; None = all.
     write_mode: "raw" pixels; "jpg"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least
     four times smaller. max_resolution: images with a longer side are reduced to it (antialiased bicubic).
     quality: of the JPEGs made here. restart_markers: in the JPEGs made here, so that training decodes crops faster.
     workers: threads, 0 = one for each core that this process may use.
     An image is read as torchvision reads it, `Image.open(...).convert("RGB")`: no EXIF rotation, first frame, alpha
-    dropped. A file that exists is replaced; where `out` is a link, the file that it leads to.
+    dropped. A file that holds the same source with the same options is replaced, with overwrite any; where `out` is a
+    link, the file that it leads to.
 
-    Raises BetonError for an unknown or missing source, for images that cannot be read or have an unknown class (all
-    are listed; with skip_broken they are left out and named in the manifest), where the system fails to read one that
-    is there, and for a file that cannot be written. Warns of what is unusual in the source, of classes of which no
+    Raises ConfigError for an option that cannot be used. Raises BetonError for an unknown or missing source, for images
+    that cannot be read or have an unknown class (all are listed; with skip_broken they are left out and named in the
+    manifest), where the system fails to read one that is there, for a file that cannot be written, and, unless with
+    overwrite, for one that holds something else. Warns of what is unusual in the source, of classes of which no
     image is left, and of images with more than 8 bits a pixel.
     """
     out = Path(out)
@@ -114,11 +123,11 @@ def prepare(
             raise BetonError(
                 f"{path} is a folder: expected the name of a file to write, such as {path / 'train.beton'}"
             )
-    _check_options(out, split, per_class, write_mode, max_resolution, quality, workers)
+    _check_options(out, split, holdout, per_class, write_mode, max_resolution, quality, workers)
     if write_mode != "raw":
         library()  # if the decoder is missing, that is not to be said of each image
     try:
-        images = open_source(source, split, classes)
+        images = open_source(source, split, classes, holdout)
     except SourceError as error:
         raise BetonError(str(error)) from error
     except OSError as error:
@@ -126,6 +135,7 @@ def prepare(
     for remark in images.remarks:
         warnings.warn(f"source {source!r}: {remark}", stacklevel=2)
     options = {
+        "holdout": holdout,
         "per_class": per_class,
         "write_mode": write_mode,
         "max_resolution": max_resolution,
@@ -139,6 +149,8 @@ def prepare(
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished) as file:
+            if not overwrite and place.exists():
+                _check_replaced(out, {"source": source, "split": split, **options}, images.classes)
             records, skipped = _write_file(file, images, options, workers or usable_cores(), progress)
             lost = np.setdiff1d(images.labels[images.labels >= 0], records["label"])
             if len(lost):
@@ -170,6 +182,7 @@ def prepare(
 def _check_options(
     out: Path,
     split: str,
+    holdout: float | None,
     per_class: int | None,
     write_mode: str,
     max_resolution: int | None,
@@ -177,19 +190,39 @@ def _check_options(
     workers: int,
 ) -> None:
     if out.suffix != ".beton":
-        raise BetonError(f"output {str(out)!r}: expected a name that ends in .beton")
+        raise ConfigError(f"output {str(out)!r}: expected a name that ends in .beton")
     if split not in ("train", "val"):
-        raise BetonError(f"split = {split!r}: expected train or val")
+        raise ConfigError(f"--split {split}: expected train or val")
+    if holdout is not None and not 0 < holdout < 1:
+        raise ConfigError(f"--holdout {holdout}: expected a share of the images between 0 and 1, such as 0.1")
     if per_class is not None and per_class < 1:
-        raise BetonError(f"images per class = {per_class}: expected 1 or more")
+        raise ConfigError(f"--per-class {per_class}: expected 1 or more")
     if write_mode not in ("raw", "jpg", "proportion", "smart"):
-        raise BetonError(f"write mode = {write_mode!r}: expected raw, jpg, proportion or smart")
+        raise ConfigError(f"--write-mode {write_mode}: expected raw, jpg, proportion or smart")
     if max_resolution is not None and not 1 <= max_resolution <= 65535:
-        raise BetonError(f"max resolution = {max_resolution}: expected 1 to 65535 pixels")
+        raise ConfigError(f"--max-resolution {max_resolution}: expected 1 to 65535 pixels")
     if not 1 <= quality <= 100:
-        raise BetonError(f"quality = {quality}: expected 1 to 100")
+        raise ConfigError(f"--quality {quality}: expected 1 to 100")
     if workers < 0:
-        raise BetonError(f"workers = {workers}: expected 0 (one per core) or a number of threads")
+        raise ConfigError(f"--workers {workers}: expected 0 (all cores) or a number of threads")
+
+
+def _check_replaced(out: Path, options: dict[str, Any], classes: list[str]) -> None:
+    """Raise BetonError unless the file at `out` holds the same source with the same options, or was left by a writing
+    that was interrupted before its manifest."""
+    instead = "give another name, or replace it with --overwrite"
+    if not manifest_path(out).exists():
+        try:
+            read_index(out)
+        except BetonError as error:
+            raise BetonError(f"{out} exists and is no whole file of automix prepare: {instead}") from error
+        return
+    manifest = read_manifest(out)
+    found = {"source": manifest.source, "split": manifest.split, **manifest.options}  # an option may be younger
+    changes = [f"{key}: {found.get(key)!r} -> {new!r}" for key, new in options.items() if found.get(key) != new]
+    changes += ["another class list"] * (manifest.classes != classes)
+    if changes:
+        raise BetonError(f"{out} holds another dataset already ({', '.join(changes)}): {instead}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shlex
 import signal
 import sys
 import tempfile
@@ -274,7 +275,7 @@ def evaluate(
     if renamed and sorted(manifest.classes) == sorted(classes):
         raise beton.BetonError(
             f"{path} has the model's classes in another order, so that its labels mean others: write it again with "
-            f"automix prepare --classes {config.data.train}"
+            f"automix prepare --overwrite --classes {shlex.quote(config.data.train)}"
         )
     showcase = None if cam_images is None else cam.Showcase(cam_images, len(classes))
     process = distributed.start(config.engine)

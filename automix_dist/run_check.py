@@ -1,6 +1,7 @@
 """What can be wrong with a run: found before any process group, folder or file exists, by `train` and by the doctor."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,10 +74,14 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
     for key in ("train", "val"):
         path = getattr(config.data, key)
         if not path:
-            raise ConfigError(f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`")
+            hint = " (of one folder of images: with --split val --holdout 0.1)" if key == "val" else ""
+            raise ConfigError(
+                f"data.{key} is not set: expected the path of a .beton file written by `automix prepare`{hint}"
+            )
         if Path(path).is_dir():
             raise beton.BetonError(
-                f"data.{key} = {path!r} is a folder: expected a .beton file; `automix prepare {path} FILE` writes one"
+                f"data.{key} = {path!r} is a folder: expected a .beton file; `automix prepare {shlex.quote(path)} "
+                "FILE.beton` writes one"
             )
         if not Path(path).is_file():
             raise beton.BetonError(
@@ -92,7 +97,15 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
     if train.index_checksum == val.index_checksum:
         raise ConfigError(
             f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "
-            f"validation images, with automix prepare --split val or from their own folder"
+            f"validation images, with automix prepare --split val or from their own folder; of one folder without "
+            f"splits, write both, with --split train --holdout 0.1 and --split val --holdout 0.1"
+        )
+    shares = [manifest.options.get("holdout") for manifest in (val, train)]
+    if train.source == val.source and shares[0] != shares[1]:
+        how = " and ".join("all of it" if share is None else f"with --holdout {share}" for share in shares)
+        raise ConfigError(
+            f"data.val = {config.data.val!r} and data.train = {config.data.train!r} share images: they were "
+            f"written from {train.source!r}, {how}: write both with the same --holdout"
         )
     if train.classes != val.classes:
         missing = [name for name in train.classes if name not in val.classes]
@@ -102,7 +115,8 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
         )
         raise ConfigError(
             f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
-            f"compared with data.train: write it again with automix prepare --classes {config.data.train}"
+            f"compared with data.train: write it again with automix prepare --overwrite --classes "
+            f"{shlex.quote(config.data.train)}"
         )
     return train, val
 

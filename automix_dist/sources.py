@@ -7,9 +7,11 @@ Nothing is downloaded.
 
 import difflib
 import glob
+import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import tarfile
 import textwrap
@@ -40,6 +42,9 @@ NO_IMAGES = (".txt", ".json", ".xml", ".csv", ".md", ".db", ".ini")
 
 MAX_CLASSES = 1 << 20
 """A class number from here on is taken for a mistake where a source does not say how many classes it has."""
+
+HOLDOUT_SALT = b"automix holdout\0"
+"""Goes before the keys that are hashed to choose held-out images; another one would choose others."""
 
 ROWS_IN_MEMORY = 1024
 """Parquet row groups are kept until they have more rows than this; two are kept always."""
@@ -74,6 +79,8 @@ class Source(ABC):
     """Class numbers that no image has: unusual, unless the class list is given."""
     ignored: list[str]
     """Files in the folders of classes that are taken for no images."""
+    has_splits: bool = True
+    """Whether the split chooses among the images; of those of a source without splits a share can be held out."""
 
     def __init_subclass__(cls, usage: str | None = None) -> None:
         if usage is not None:
@@ -92,6 +99,10 @@ class Source(ABC):
     @abstractmethod
     def name(self, i: int) -> str:
         """What to call image number i in messages; its path where it has one."""
+
+    def key(self, i: int) -> str:
+        """What tells image number i from the others, the same on every machine: by it images are held out."""
+        return str(i)
 
     def label(self, classes: list[str], labels: Iterable[int | str]) -> None:
         """Take over the classes and, as a number or a class name, the label of each image."""
@@ -145,12 +156,30 @@ SOURCES: dict[str, type[Source]] = {}
 """Every source by its kind."""
 
 
-def open_source(source: str, split: Split, classes: list[str] | None = None) -> Source:
+class Part(Source):
+    """Some of the images of another source."""
+
+    def __init__(self, whole: Source, chosen: list[int]) -> None:
+        self.whole, self.chosen = whole, chosen
+        self.classes, self.labels, self.remarks = whole.classes, whole.labels[chosen], whole.remarks
+        self.unknown = {place: whole.unknown[i] for place, i in enumerate(chosen) if i in whole.unknown}
+
+    def load(self, i: int) -> bytes | Image.Image:
+        return self.whole.load(self.chosen[i])
+
+    def name(self, i: int) -> str:
+        return self.whole.name(self.chosen[i])
+
+
+def open_source(source: str, split: Split, classes: list[str] | None = None, holdout: float | None = None) -> Source:
     """Open a source as written on the command line: `KIND:ARGUMENT`, or an existing folder with a subfolder per class.
 
-    `classes` is the class list to number the images by, in place of the source's own. Raises SourceError or OSError.
+    `classes` is the class list to number the images by, in place of the source's own. With `holdout`, that share of
+    each class of a source without splits is "val" and the rest "train". Raises SourceError or OSError.
     """
-    images = _find_source(source, split)
+    images = _find_source(source, split if holdout is None else "train")
+    if holdout is not None and images.has_splits:
+        raise SourceError(f"source {source!r} has splits of its own: leave --holdout out, --split chooses between them")
     if classes is not None:
         images.use_classes(classes)
     elif images.empty:
@@ -162,7 +191,30 @@ def open_source(source: str, split: Split, classes: list[str] | None = None) -> 
         images.remarks.append(f"of {len(images.classes)} class numbers these have no images: {some(images.unused)}")
     if images.ignored:
         images.remarks.append(f"{len(images.ignored)} other files are ignored, such as {images.ignored[0]}")
-    return images
+    return images if holdout is None else _part(images, split, holdout)
+
+
+def _part(images: Source, split: Split, share: float) -> Part:
+    """The held-out images, or the others: of each class those whose keys have the smallest hashes are held out, at
+    least one, but never all."""
+
+    def place(i: int) -> bytes:
+        return hashlib.sha256(HOLDOUT_SALT + os.fsencode(images.key(i))).digest()
+
+    members = defaultdict(list)
+    for i, label in enumerate(images.labels.tolist()):
+        members[label].append(i)
+    held = set()
+    for each in members.values():
+        count = min(max(1, round(share * len(each))), len(each) - 1)
+        held.update(sorted(each, key=place)[:count])
+    if not held:
+        raise SourceError(
+            f"source '{images.kind}:{images.argument}': no class has two images, of which one could be held out"
+        )
+    if single := [images.classes[label] for label, each in sorted(members.items()) if len(each) == 1 and label >= 0]:
+        images.remarks.append(f"classes with one image only, which is for training: {some(single)}")
+    return Part(images, [i for i in range(len(images.labels)) if (i in held) == (split == "val")])
 
 
 def _find_source(source: str, split: Split) -> Source:
@@ -333,7 +385,7 @@ class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
         try:
             import pyarrow.parquet  # optional, and slow to import
         except ImportError as error:
-            install = f"{sys.executable} -m pip install pyarrow"
+            install = f"{shlex.quote(sys.executable)} -m pip install pyarrow"
             raise SourceError(f"Parquet files need pyarrow, which is not installed: {install}") from error
         self._parquet = pyarrow.parquet
         self.files, every_split = find_shards(self, ".parquet", split)
@@ -435,7 +487,8 @@ class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
 
 
 def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], list[str]]:
-    """(files of the split, files of all splits) of a pattern or a folder. Raises SourceError."""
+    """(files of the split, files of all splits) of a pattern or a folder; notes where there are no splits. Raises
+    SourceError."""
     root = Path(source.argument)
     if not root.is_dir():
         patterns = [source.argument] if root.exists() else expand_braces(source.argument)
@@ -448,6 +501,7 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
         files = sorted({file for files in found.values() for file in files})
         if left_out := missing_shards(files):
             source.remarks.append(f"the pattern leaves out {len(left_out)} shards: {some(left_out)}")
+        source.has_splits = False
         return files, files
     files = sorted(os.path.join(place, name) for place, names in walk(root) for name in names if name.endswith(suffix))
     if not files:
@@ -463,6 +517,7 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
         split_of[file] = next((word for word in words if word in SPLIT_WORDS), None)
     present = set(split_of.values())
     if present == {None}:
+        source.has_splits = False
         return files, files
     wanted = next((name for name in SPLIT_NAMES[split] if name in present), None)
     if None in present or wanted is None:
@@ -561,9 +616,15 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
                 f"{some(splits)} are splits, not classes: call the folders train and val, or give one of them alone"
             )
         elif len(names) == 1 and any(name.lower() in SPLIT_WORDS for name in subfolders(root / names[0])):
-            raise self.error(f"its only folder has the splits; did you mean {self.kind}:{root / names[0]}?")
+            meant = shlex.quote(f"{self.kind}:{root / names[0]}")
+            raise self.error(f"its only folder has the splits; did you mean {meant}?")
         elif split == "val":
-            raise self.error("it has no folders train and val to choose from: leave --split val out to write all of it")
+            raise self.error(
+                "it has no folders train and val to choose from: leave --split val out to write all of it, or hold "
+                "out a share of each class: write --split train --holdout 0.1 and --split val --holdout 0.1"
+            )
+        else:
+            self.has_splits = False
         classes = subfolders(class_root)
         if not classes:
             raise SourceError(f"{class_root} has no subfolders; expected one per class, with the images inside")
@@ -582,6 +643,9 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         if not self.files and not self.empty:
             raise self.error(f"there are no images in {folder}")
         self.label(classes, labels)
+
+    def key(self, i: int) -> str:
+        return os.path.relpath(self.files[i], self.argument)
 
 
 def some(names: list[str]) -> str:

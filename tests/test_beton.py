@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from automix_dist import beton, prepare, sources
 from automix_dist.beton import BetonError
+from automix_dist.config import ConfigError
 from automix_dist.jpeg import DecoderError, library
 
 
@@ -262,8 +263,72 @@ def test_the_classes_of_a_folder_with_splits_are_those_of_train(tmp_path):
 
 
 def test_a_folder_without_splits_is_not_taken_for_validation(photos, tmp_path):
-    with pytest.raises(BetonError, match=r"no folders train and val to choose from.*--split val"):
+    with pytest.raises(BetonError, match=r"no folders train and val to choose from.*--split val --holdout"):
         write(photos, tmp_path / "x.beton", split="val")
+
+
+@pytest.fixture
+def collection(tmp_path) -> Path:
+    """A folder of classes with 1, 2, 10 and 17 images, of which each has its own pixels."""
+    counts = {"a": 1, "b": 2, "c": 10, "d": 17}
+    names = [f"{name}/{'' if i % 2 else 'deep/'}{i}.jpg" for name, count in counts.items() for i in range(count)]
+    return make_tree(tmp_path / "my photos", {name: jpeg(photo(i)) for i, name in enumerate(names)})
+
+
+def pictures(path: Path) -> list[bytes]:
+    return [stored(path, i) for i in range(len(beton.read_index(path).records))]
+
+
+@pytest.mark.filterwarnings("ignore:source")
+def test_a_share_of_each_class_is_held_out(collection, tmp_path, monkeypatch):
+    counts = {}
+    for split in ("train", "val"):
+        manifest = write(collection, tmp_path / f"{split}.beton", split=split, holdout=0.2, write_mode="jpg")
+        counts[split] = manifest.class_counts
+        assert (manifest.classes, manifest.split, manifest.options["holdout"]) == ([*"abcd"], split, 0.2)
+    assert counts == {"train": [1, 1, 8, 14], "val": [0, 1, 2, 3]}
+    train, val = (pictures(tmp_path / f"{split}.beton") for split in counts)
+    every = [path.read_bytes() for path in collection.rglob("*.jpg")]
+    assert sorted(train + val) == sorted(every) and len(set(every)) == 30
+
+    # By the names below the folder alone, not by where it lies, how it is given or what the images hold.
+    elsewhere = tmp_path / "other"
+    os.rename(collection, elsewhere)
+    (elsewhere / "c/1.jpg").write_bytes(jpeg(photo(99)))
+    monkeypatch.chdir(elsewhere)
+    held = sources.open_source(".", "val", holdout=0.2)
+    assert [os.path.normpath(held.name(i)) for i in range(6)] == [
+        "b/1.jpg", "c/deep/2.jpg", "c/deep/8.jpg", "d/15.jpg", "d/deep/12.jpg", "d/deep/4.jpg",
+    ]  # fmt: skip
+    assert held.remarks == ["classes with one image only, which is for training: 'a'"]
+
+
+def test_at_most_all_but_one_of_a_class_are_held_out(photos):
+    for share, expected in ((0.001, [1, 1]), (0.999, [5, 5])):
+        held = sources.open_source(str(photos), "val", holdout=share)
+        assert np.bincount(held.labels).tolist() == expected
+
+
+def test_a_share_of_shards_without_splits_is_held_out(tmp_path):
+    members = {
+        f"{i}.{kind}": data for i in range(8) for kind, data in (("jpg", jpeg(photo(i))), ("cls", b"%d" % (i % 2)))
+    }
+    make_shard(tmp_path / "s.tar", members | {"8.jpg": b"", "8.cls": b"x", "9.jpg": b"", "9.cls": b"x"})
+    parts = [sources.open_source(f"webdataset:{tmp_path}", split, holdout=0.25) for split in ("train", "val")]
+    assert [np.bincount(part.labels[part.labels >= 0]).tolist() for part in parts] == [[3, 3], [1, 1]]
+    assert [[*part.unknown.values()] for part in parts] == [["class 'x' is not one of the 2 classes"]] * 2
+    names = sorted(part.name(i) for part in parts for i in range(len(part.labels)))
+    assert names == [f"{tmp_path}/s.tar:{i}.jpg" for i in range(10)]
+
+
+def test_what_has_splits_or_too_few_images_for_a_holdout(tmp_path):
+    root = make_tree(tmp_path, {f"{name}/1.jpg": jpeg(photo(1)) for name in ("train/a", "val/a")})
+    make_shard(root / "train.tar", {"1.jpg": b"", "1.cls": b"0"})
+    for source in ("digits", "synthetic:4", root, f"webdataset:{root}"):
+        with pytest.raises(BetonError, match=r"has splits of its own: leave --holdout out"):
+            write(source, tmp_path / "x.beton", holdout=0.5)
+    with pytest.raises(BetonError, match=r"no class has two images"):
+        write(root / "train", tmp_path / "x.beton", holdout=0.5)
 
 
 def test_the_class_list_of_another_file(tmp_path):
@@ -316,7 +381,7 @@ def test_webdataset(tmp_path):
     }
     make_shard(tmp_path / "s-0.tar", members)
     for source in (f"webdataset:{tmp_path}", f"webdataset:{tmp_path}/s-*.tar"):
-        manifest = write(source, tmp_path / "x.beton", write_mode="jpg", workers=3)
+        manifest = write(source, tmp_path / "x.beton", write_mode="jpg", workers=3, overwrite=True)
         assert (manifest.count, manifest.classes, manifest.class_counts) == (5, ["0", "1", "2"], [1, 3, 1])
         assert [stored(tmp_path / "x.beton", i) for i in range(5)] == pictures
         assert beton.read_index(tmp_path / "x.beton").records["label"].tolist() == [1, 1, 1, 2, 0]
@@ -510,15 +575,17 @@ def test_an_image_larger_than_a_page(tmp_path):
     ("options", "message"),
     [
         ({"split": "test"}, "train or val"),
-        ({"per_class": 0}, "images per class = 0"),
+        ({"holdout": 1.0}, "--holdout 1.0: expected a share"),
+        ({"holdout": float("nan")}, "--holdout nan"),
+        ({"per_class": 0}, "--per-class 0"),
         ({"write_mode": "jpeg"}, "raw, jpg"),
         ({"max_resolution": 0}, "1 to 65535"),
         ({"quality": 0}, "1 to 100"),
-        ({"workers": -1}, "workers"),
+        ({"workers": -1}, "--workers -1"),
     ],
 )
 def test_bad_options(options, message, tmp_path):
-    with pytest.raises(BetonError, match=message):
+    with pytest.raises(ConfigError, match=message):
         write("digits", tmp_path / "x.beton", **options)
 
 
@@ -532,7 +599,7 @@ def test_a_missing_decoder_is_no_broken_image(tmp_path, monkeypatch):
 
 
 def test_output_must_be_a_beton_file(tmp_path):
-    with pytest.raises(BetonError, match=r"ends in \.beton"):
+    with pytest.raises(ConfigError, match=r"ends in \.beton"):
         write("digits", tmp_path / "digits")
 
 
@@ -559,9 +626,10 @@ def test_the_next_images_stand_in_for_unreadable_ones(tmp_path):
     manifest = write(root, out, per_class=1, skip_broken=True, write_mode="jpg")
     assert (manifest.class_counts, len(manifest.skipped)) == ([1, 1], 2)
     assert [stored(out, k) for k in range(2)] == [good["b/0.jpg"], good["a/2.jpg"]]
-    manifest = write(root, out, per_class=3, skip_broken=True, write_mode="jpg")
+    manifest = write(root, out, per_class=3, skip_broken=True, write_mode="jpg", overwrite=True)
     assert (manifest.class_counts, len(manifest.skipped)) == ([2, 3], 2)
     for workers in (1, 5):  # every second image of the file, not of the folder
+        out = tmp_path / f"{workers}.beton"
         manifest = write(root, out, per_class=2, skip_broken=True, write_mode="proportion", workers=workers)
         assert (manifest.count, manifest.jpeg_count) == (4, 2)
 
@@ -691,7 +759,7 @@ import sys
 from pathlib import Path
 from automix_dist import prepare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a shell's background job
-prepare.prepare("synthetic:100000x64@10", Path(sys.argv[1]), workers=1, progress=False)
+prepare.prepare("synthetic:100000x64@10", Path(sys.argv[1]), workers=1, overwrite=True, progress=False)
 """
 
 
@@ -749,6 +817,47 @@ except KeyboardInterrupt:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_dataset_is_replaced_only_if_told_to(photos, tmp_path):
+    out = tmp_path / "x.beton"
+    before = write(photos, out)
+    assert write(photos, out, workers=1) == before  # the same again
+    changes = [
+        ("digits", {}, "source: .* -> 'digits', another class list"),
+        (photos, {"holdout": 0.5}, "holdout: None -> 0.5"),
+        (photos, {"split": "val", "holdout": 0.5}, "split: 'train' -> 'val', holdout: None -> 0.5"),
+        (photos, {"per_class": 1, "write_mode": "jpg"}, "per_class: None -> 1, write_mode: 'raw' -> 'jpg'"),
+        (photos, {"classes": ["b", "a"]}, "another class list"),
+    ]
+    for source, options, change in changes:
+        with pytest.raises(BetonError, match=rf"x\.beton holds another dataset already \({change}\): .* --overwrite$"):
+            write(source, out, **options)
+    assert beton.verify(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
+    assert write(photos, out, write_mode="jpg", overwrite=True) == beton.verify(out) != before
+
+    older = json.loads(beton.manifest_path(out).read_text())
+    del older["options"]["holdout"]  # an option that its version did not know
+    beton.manifest_path(out).write_text(json.dumps(older))
+    write(photos, out, write_mode="jpg")
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "text", "manifest is text", "manifest of the future"])
+def test_what_cannot_be_told_is_replaced_only_if_told_to(copy, photos, damage):
+    DAMAGES[damage](copy)
+    if "manifest" not in damage:
+        beton.manifest_path(copy).unlink()
+    before = copy.read_bytes()
+    with pytest.raises(BetonError, match="--overwrite"):
+        write(photos, copy)
+    assert copy.read_bytes() == before
+    write(photos, copy, overwrite=True)
+
+
+def test_a_file_that_was_killed_before_its_manifest_is_written_again(copy):
+    beton.manifest_path(copy).unlink()
+    assert write("digits", copy) == beton.verify(copy)
+
+
 def test_killed_between_file_and_manifest(copy):
     beton.manifest_path(copy).unlink()
     with pytest.raises(BetonError, match=r"no manifest.*interrupted"):
@@ -787,7 +896,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_older_pair(tmp_path, monke
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BetonError, match="No space left on device"):
-        write("digits:4", out)
+        write("digits:4", out, overwrite=True)
     monkeypatch.undo()
     assert calls and beton.verify(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
@@ -800,7 +909,7 @@ def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, monkeypatc
     write("digits:3", small / "x.beton")
     lock, places = prepare._locked, []
     monkeypatch.setattr(prepare, "_locked", lambda path: places.append(path) or lock(path))
-    manifest = write("digits:4", small / "x.beton")
+    manifest = write("digits:4", small / "x.beton", overwrite=True)
     assert places == [large / "data.beton.partial"]
     assert [path.name for path in large.iterdir()] == ["data.beton"]
     assert (small / "x.beton").is_symlink() and beton.verify(small / "x.beton") == manifest
@@ -917,7 +1026,7 @@ def test_the_manifest_of_another_file_is_refused(copy, mixed_file, photos, tmp_p
     copy.write_bytes(other.read_bytes())
     with pytest.raises(BetonError, match="its manifest says"):
         beton.check(copy)
-    digits = write("digits", other)
+    digits = write("digits", other, overwrite=True)
     relabelled = bytearray(other.read_bytes())
     relabelled[24 + 2 * 1041 + 16] ^= 1  # the same size, another label
     other.write_bytes(relabelled)
@@ -957,6 +1066,7 @@ def test_manifest_tells_how_the_file_was_made(mixed_file, photos):
     assert manifest == beton.check(mixed_file) == beton.verify(mixed_file, progress=False)
     assert manifest.source == str(photos)
     assert manifest.options == {
+        "holdout": None,
         "per_class": None,
         "write_mode": "proportion",
         "max_resolution": None,

@@ -247,7 +247,8 @@ def test_mistakes_in_the_config_are_one_line(settings, capsys):
 def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
     from automix_dist.prepare import prepare  # here: other files take fixtures from this one without the JPEG decoder
 
-    missing = tmp_path / "no.beton"
+    missing, folder = tmp_path / "no.beton", tmp_path / "a folder"
+    folder.mkdir()
     assert f"data.val = '{missing}' does not exist: write" in failing(capsys, "train", settings, f"data.val={missing}")
     message = failing(capsys, "train", settings, "data.train=data/no.beton")
     assert f"(looked for in {Path.cwd()}; paths are relative to the directory that the command runs in)" in message
@@ -259,6 +260,14 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
     assert "torn.beton" in failing(capsys, "train", settings, f"data.train={torn}")
     assert "torn.beton" in failing(capsys, "verify", torn)
     assert "holds the images of data.train" in failing(capsys, "train", settings, f"data.val={digits / 'train.beton'}")
+    part = tmp_path / "part of it.beton"
+    shutil.copy(digits / "val.beton", part)
+    manifest = json.loads((digits / "val.beton.json").read_text())
+    manifest["options"]["holdout"] = 0.1
+    part.with_name("part of it.beton.json").write_text(json.dumps(manifest))
+    message = failing(capsys, "train", settings, f"data.val={part}")
+    assert "written from 'digits', with --holdout 0.1 and all of it: write both" in message
+    assert "automix prepare '" in failing(capsys, "train", settings, f"data.val={folder}")
     classes = [*"9876543210", "ten"]
     prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
     message = failing(capsys, "train", settings, f"data.val={tmp_path / 'other.beton'}")
@@ -407,6 +416,16 @@ def test_settings_written_as_options(arguments, command, said, capsys):
         main(arguments.split())
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and errors.startswith(f"usage: automix {command} ") and said in errors
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["x", "x.beton --workers -4", "x.beton --quality 900", "x.beton --max-resolution 0", "x.beton --holdout 10"],
+)
+def test_options_of_prepare_that_cannot_be_used_are_wrong_usage(wrong, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare", "digits", *wrong.split()])
+    assert caught.value.code == 2 and wrong.removeprefix("x.beton ") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

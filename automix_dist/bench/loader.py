@@ -196,7 +196,7 @@ def make_data(folder: Path, storage: str, images: int, workers: int) -> dict:
         except beton.BetonError:
             prepare(
                 f"synthetic:{images}", path, write_mode=kind, max_resolution=int(size), quality=QUALITY,
-                restart_markers=path == file, progress=False,
+                restart_markers=path == file, overwrite=True, progress=False,
             )  # fmt: skip
     data = {"beton": str(file), "plain": str(plain), "bytes": file.stat().st_size}
     if kind == "raw":
@@ -294,7 +294,7 @@ def measure_memory(folder: Path, tree: Path, limit_mib: int, workers: int) -> di
                 size -= 3 * image.width * image.height
             number += 1
         print(f"memory: writing {number} raw images", file=sys.stderr, flush=True)
-        prepare(str(links), file, write_mode="raw", progress=False)
+        prepare(str(links), file, write_mode="raw", overwrite=True, progress=False)
     with open(file, "rb") as opened:  # what is in the page cache already would count as somebody else's
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     print("memory: streaming", file=sys.stderr, flush=True)

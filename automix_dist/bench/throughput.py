@@ -248,7 +248,7 @@ def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
             options = {"split": split, "write_mode": kind, "max_resolution": int(size), "progress": False}
-            prepare(f"synthetic:{count}@1000", file, **options)
+            prepare(f"synthetic:{count}@1000", file, overwrite=True, **options)
     return files[0], files[1]
 
 
