@@ -191,8 +191,13 @@ class ModelConfig:
 
     def __post_init__(self):
         _require(bool(self.backbone), "model.backbone", self.backbone, "the name of a timm model")
-        named = not self.module or all(part.isidentifier() for part in self.module.split("."))
-        _require(named, "model.module", self.module, "a module's name as `import` takes it: my_models for my_models.py")
+        importable = not self.module.endswith(".py") and all(part.isidentifier() for part in self.module.split("."))
+        _require(
+            not self.module or importable,
+            "model.module",
+            self.module,
+            "a module's name as `import` takes it: my_models for my_models.py",
+        )
         _require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "a rate in [0, 1)")
         if self.pretrained and self.weights:
             raise ConfigError("model.pretrained and model.weights both ask for starting weights: set one of them")

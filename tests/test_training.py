@@ -322,7 +322,7 @@ def test_print_config_is_a_config(settings, tmp_path):
     (tmp_path / "printed.yaml").write_text(printed)
     again = run("train", tmp_path / "printed.yaml", "--print-config").stdout
     assert again == printed and yaml.safe_load(printed)["seed"] == 7
-    other = run("train", settings, "--print-config", "model.backbone=resnet18")
+    other = run("train", settings, "--print-config", "model.backbone=resnet34")
     assert other.stderr.startswith(f"model.timm_kwargs of {settings} left out, as model.backbone is another one: {{")
     assert yaml.safe_load(other.stdout)["model"]["timm_kwargs"] == {}
 
