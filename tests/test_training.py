@@ -263,10 +263,11 @@ def test_data_that_cannot_be_used(settings, digits, tmp_path, capsys):
     part = tmp_path / "part of it.beton"
     shutil.copy(digits / "val.beton", part)
     manifest = json.loads((digits / "val.beton.json").read_text())
+    manifest["source"] = json.loads((digits / "train.beton.json").read_text())["source"]
     manifest["options"]["holdout"] = 0.1
     part.with_name("part of it.beton.json").write_text(json.dumps(manifest))
     message = failing(capsys, "train", settings, f"data.val={part}")
-    assert "written from 'digits', with --holdout 0.1 and all of it: write both" in message
+    assert f"written from {manifest['source']!r}, with --holdout 0.1 and all of it: write both" in message
     assert "automix prepare '" in failing(capsys, "train", settings, f"data.val={folder}")
     classes = [*"9876543210", "ten"]
     prepare("digits", tmp_path / "other.beton", split="val", classes=classes, progress=False)
