@@ -328,7 +328,7 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
         compare(write(tmp_path, settings=[*settings, "epochs=2"]), ["false"], said.append)
 
     write(tmp_path, settings=settings)
-    run("prepare", "digits:20", tmp_path / "train.beton", "--write-mode", "raw")
+    run("prepare", "digits:20", tmp_path / "train.beton", "--write-mode", "raw", "--overwrite")
     with pytest.raises(ConfigError, match=r"none_seed0 was made with other images than data.train"):
         compare(file, ["false"], said.append)
 
