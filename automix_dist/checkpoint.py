@@ -621,8 +621,8 @@ def _sha256(path: Path) -> str:
 
 
 def _not_read(path: Path, error: OSError) -> CheckpointError:
-    """What is missing stays so; another error of the file system may pass."""
-    kind = CheckpointError if isinstance(error, FileNotFoundError) else UnreadableError
+    """What is missing, or a folder where a file should be, stays so; another error of the file system may pass."""
+    kind = CheckpointError if isinstance(error, FileNotFoundError | IsADirectoryError) else UnreadableError
     return kind(f"{path}: {_reason(error)}")
 
 

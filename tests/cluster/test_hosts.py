@@ -276,7 +276,7 @@ def test_one_node_without_the_data_ends_the_job_and_is_named(hosts, two, setting
 def test_the_doctor_looks_at_all_nodes_and_the_network_between_them(hosts, settings, digits, tmp_path, on_n2):
     """First all is well; then n2 lacks the data, and sends to n3 as if through a slow cable."""
     (tmp_path / "hostfile").write_text("n1 slots=1\nn2 slots=1\nn3 slots=1\n")
-    doctor = [DEEPSPEED, "--hostfile", tmp_path / "hostfile", "--doctor", settings]
+    doctor = [DEEPSPEED, "--hostfile", tmp_path / "hostfile", "--doctor", settings, "batch_size=48"]
     output = launch(hosts, *doctor)
     assert "all 3 on 3 host(s) reached 10.77.0.1:" in output and "ok    collectives" in output
     assert "Ready to train" in output
