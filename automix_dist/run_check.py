@@ -110,11 +110,10 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
     if train.classes != val.classes:
         missing = [name for name in train.classes if name not in val.classes]
         foreign = [name for name in val.classes if name not in train.classes]
-        differences = [f"lacks {some(missing)}"] * bool(missing) + [f"has the extra classes {some(foreign)}"] * bool(
-            foreign
-        )
+        lists = (("lacks", missing), ("has the extra classes", foreign))
+        differences = " and ".join(f"{what} {some(names)}" for what, names in lists if names) or "has another order"
         raise ConfigError(
-            f"the class list of data.val = {config.data.val!r} {' and '.join(differences) or 'has another order'}, "
+            f"the class list of data.val = {config.data.val!r} {differences}, "
             f"compared with data.train: write it again with automix prepare --overwrite --classes "
             f"{shlex.quote(config.data.train)}"
         )
