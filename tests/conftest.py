@@ -1,6 +1,7 @@
 """What all tests share: options, and skipping GPU tests with a reason."""
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ranks import ROOT, run
 import automix_dist  # noqa: F401 - in a checkout that is not installed it makes automix_kernels known
 
 TESTS = Path(__file__).parent
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's children ignore it, and so would the runs that it is sent to
 
 
 @pytest.fixture(scope="session")

@@ -44,6 +44,7 @@ def build(folder: Path, caches: Path) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more processes take longer to start than what there is to compile
     }
 
 

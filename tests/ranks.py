@@ -24,9 +24,10 @@ ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 # DeepSpeed settles on its accelerator when it is imported, in the server.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "deepspeed", "timm", "accelerate", "automix_dist.run", "automix_dist.augment"]
-)
+_CONTEXT.set_forkserver_preload([
+    "torch", "torch._dynamo", "deepspeed", "timm", "accelerate", "automix_dist.run", "automix_dist.augment",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which ZeRO imports at its start, and Inductor with it
+])  # fmt: skip
 
 
 def own_process(target: Callable, *arguments: Any) -> multiprocessing.Process:
