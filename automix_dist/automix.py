@@ -22,6 +22,7 @@ from automix_dist.convolutions import surrounding_autocast
 from automix_dist.draws import Draws, MixDraw, draw_step, gallery_pairs, on_device
 from automix_dist.fused_batchnorm import FusedBatchNorm2d
 from automix_dist.loss import class_loss, mixed_loss
+from automix_dist.loss_scale import scaled
 from automix_dist.mix_block import MixBlock, mask_loss
 
 
@@ -147,6 +148,9 @@ class AutoMix(nn.Module):
     """
 
     Losses = Losses
+    loss_scale: Tensor | None = None
+    """By what the caller of `total.backward()` multiplies the loss for float16: `immediate_backward` does so too, and
+    takes it out again."""
 
     def __init__(
         self,
@@ -287,14 +291,14 @@ class AutoMix(nn.Module):
             return loss
         parameters = [p for p in part.parameters() if p.requires_grad]
         with torch.autocast(loss.device.type, enabled=False):  # as in a backward pass outside of the model
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            gradients = torch.autograd.grad(scaled(loss, self.loss_scale), parameters, allow_unused=True)
         torch.clear_autocast_cache()  # its casts of the weights hang on the graph that was just freed
         # Without those that the loss does not reach: ZeRO 3 has not gathered them, and autograd notes an empty shape.
         reached = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]
         gradients, parameters = [g for g, _ in reached], [p for _, p in reached]
         # Holding these graph nodes keeps the shapes of the gathered weights.
         nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters]
-        return _Differentiated(loss.detach(), gradients, parameters, nodes)
+        return _Differentiated(loss.detach(), gradients, parameters, nodes, self.loss_scale)
 
     def _normalized(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return kernels.normalize(images, self.mean, self.std, dtype, implementation=self.implementation)
@@ -356,6 +360,8 @@ class _Differentiated(NamedTuple):
     gradients: list[Tensor]
     parameters: list[nn.Parameter]
     nodes: list[Any]
+    scale: Tensor | None
+    """Which the gradients have been multiplied by."""
 
 
 def sum_losses(early: "list[Tensor | _Differentiated]", last: Tensor) -> Tensor:
@@ -366,27 +372,29 @@ def sum_losses(early: "list[Tensor | _Differentiated]", last: Tensor) -> Tensor:
     """
     for each in early:
         if isinstance(each, _Differentiated):
-            each = HeldGradients.apply(each.loss, each.gradients, *each.parameters)
+            each = HeldGradients.apply(each.loss, each.gradients, each.scale, *each.parameters)
         last = last + each
     return last
 
 
 class HeldGradients(torch.autograd.Function):
-    """A loss value whose backward pass hands out gradients computed earlier, scaled by the incoming one."""
+    """A loss value whose backward pass hands out gradients computed earlier, of the loss times `scale`, if there is
+    one: multiplied by the incoming gradient, and without that scale."""
 
     @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients, ctx.parameters = gradients, parameters
+    def forward(ctx, loss: Tensor, gradients: list[Tensor], scale: Tensor | None, *parameters: Tensor) -> Tensor:
+        ctx.gradients, ctx.scale, ctx.parameters = gradients, scale, parameters
         return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, scale: Tensor):
+    def backward(ctx, incoming: Tensor):
         # ZeRO 3 has released the gathered weights, and autograd gives a gradient its weight's shape of this moment.
         sharded = [p for p in ctx.parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
         if sharded:
             sharded[0].all_gather(sharded)
-        return None, None, *torch._foreach_mul(ctx.gradients, scale)
+        factor = incoming if ctx.scale is None else incoming / ctx.scale
+        return None, None, None, *torch._foreach_mul(ctx.gradients, factor)
 
 
 def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:

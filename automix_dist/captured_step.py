@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from automix_dist.automix import HeldGradients
 from automix_dist.config import ConfigError
+from automix_dist.loss_scale import scaled
 
 WARM_UP = 3
 """Passes before the recording: libraries choose their algorithms, and Triton and Inductor compile."""
@@ -129,7 +130,7 @@ class CapturedStep:
         recording.replay()
         losses, gradients = recording.outputs
         total, *parts = losses.clone().unbind()
-        return self.model.Losses(HeldGradients.apply(total, gradients, *parameters), *parts)
+        return self.model.Losses(HeldGradients.apply(total, gradients, self.model.loss_scale, *parameters), *parts)
 
     def _capture(self, tensors: Sequence[Tensor], decided: tuple, tree: pytree.TreeSpec) -> _Captured:
         inputs = [*(tensor.clone() for tensor in tensors), tensors[0].new_zeros((), dtype=torch.float32)]
@@ -142,7 +143,8 @@ class CapturedStep:
         def step() -> tuple[Tensor, list[Tensor]]:
             losses = self.plain(images, labels, draws, weight)
             aliases = [p for p in self.model.parameters() if p.requires_grad]
-            gradients = torch.autograd.grad(losses.total, aliases, allow_unused=True)
+            total = scaled(losses.total, self.model.loss_scale)
+            gradients = torch.autograd.grad(total, aliases, allow_unused=True)
             reached[:] = [p for p, g in zip(trained, gradients, strict=True) if g is not None]
             return torch.stack([each.detach().float() for each in losses]), [g for g in gradients if g is not None]
 

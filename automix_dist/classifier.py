@@ -56,6 +56,8 @@ class Classifier(nn.Module):
     """
 
     Losses = Losses
+    loss_scale: Tensor | None = None
+    """As AutoMix has it, for steps that are recorded."""
 
     def __init__(
         self,

@@ -127,7 +127,7 @@ def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
     if engine.precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[engine.precision]
+    return getattr(torch, engine.precision)
 
 
 def _threads() -> int:

@@ -187,7 +187,10 @@ def _torch_on_gpu() -> Check:
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
         return Check("torch on the GPU", "fail", f"torch cannot be imported: {error}", "install torch again")
     if torch.cuda.is_available():
-        return Check("torch on the GPU", "ok", f"CUDA {torch.version.cuda or torch.version.hip}")
+        found = f"CUDA {torch.version.cuda or torch.version.hip}"
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            found += "; no bfloat16, so that runs are in float32 unless they have engine.precision=float16"
+        return Check("torch on the GPU", "ok", found)
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
     from automix_dist.distributed import why_no_gpu

@@ -52,9 +52,10 @@ def persistent_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def optimizer_scalars(engine: Engine) -> dict[str, float]:
-    """Optimizer state that is one number for all parameters, by key: AdamW's step count."""
+    """State of the optimizer that is one number for all parameters, by key: AdamW's step count, the loss scale."""
     steps = [float(state["step"]) for state in engine.optimizer.state.values() if torch.is_tensor(state.get("step"))]
-    return {"step": steps[-1]} if steps else {}
+    scale = engine.loss_scale.state() if engine.loss_scale else {}
+    return {"step": steps[-1], **scale} if steps else scale
 
 
 def after_loading(engine: Engine) -> None:

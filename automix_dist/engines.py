@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from automix_dist.config import Config, ConfigError
 from automix_dist.distributed import Process, autocast_dtype
+from automix_dist.loss_scale import INITIAL, LossScale
 
 
 class Engine:
@@ -43,6 +44,10 @@ class Engine:
         self.process = process
         self.accumulation_steps = config.engine.accumulation_steps
         self.clip_norm = config.optimizer.clip_norm
+        in_float16 = autocast_dtype(config.engine, process.device) == torch.float16
+        self.loss_scale = LossScale(process.device) if in_float16 else None
+        # The model needs it for what it differentiates itself.
+        module.loss_scale = self.loss_scale.value if in_float16 else None
         self._micro_step = 0
 
     def __call__(self, *arguments: Any) -> Any:
@@ -51,7 +56,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of loss / accumulation_steps; with the last micro batch reduce them over ranks."""
         # A loss that is not finite makes every gradient so, on all ranks, and the step is skipped.
-        gate = torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        gate = torch.where(loss.detach().isfinite(), self.loss_scale.value if self.loss_scale else 1.0, math.nan)
         self._micro_step = self._micro_step % self.accumulation_steps + 1
         self._backward(loss * gate)
 
@@ -69,13 +74,18 @@ class Engine:
         square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self.process.device)
         if self.sharded:
             self.process.sum(square)
-        norm = square.sqrt()
+        scale = self.loss_scale.value if self.loss_scale else None
+        norm = square.sqrt() / scale if self.loss_scale else square.sqrt()
         skipped = (~norm.isfinite()).float()
-        scale = ((norm + 1e-6) / self.clip_norm).clamp(min=1) if self.clip_norm else None
+        if self.clip_norm:
+            excess = ((norm + 1e-6) / self.clip_norm).clamp(min=1)
+            scale = excess * scale if self.loss_scale else excess
         # Where the optimizer is offloaded, its gradients and its step are on the host.
         self.optimizer.found_inf = skipped.to(gradients[0].device)
         self.optimizer.grad_scale = scale if scale is None else scale.to(gradients[0].device)
         self._step()
+        if self.loss_scale:
+            self.loss_scale.update(skipped)
         return skipped
 
     def create_optimizer_state(self, scalars: dict[str, float] | None = None) -> None:
@@ -85,6 +95,8 @@ class Engine:
         Args:
             scalars: state that is one number, from `engine_state.optimizer_scalars` of a saving run; zeros if absent.
         """
+        if self.loss_scale:
+            self.loss_scale.load(scalars or {})
         tensors, numbers = {
             "SGD": (["momentum_buffer"], []),
             "AdamW": (["exp_avg", "exp_avg_sq"], ["step"]),
@@ -421,7 +433,7 @@ def describe(config: Config, world_size: int, device: torch.device) -> list[str]
         f"{config.batch_size} per optimizer step",
         f"clipping: {f'gradient norm over all ranks at {optimizer.clip_norm:g}' if optimizer.clip_norm else 'none'}",
         "precision: weights, BatchNorm statistics, gradients and optimizer state float32; forward passes "
-        f"{autocast_name(config, device)}",
+        f"{autocast_name(config, device)}{_loss_scaling(config, device)}",
         f"non-finite steps: skipped and counted; the run stops after at least {engine.max_skipped_steps} in a row",
     ]
     bucket = engine.bucket_size * 4 / 2**20
@@ -455,4 +467,10 @@ def _when_reduced(config: Config) -> str:
 
 
 def autocast_name(config: Config, device: torch.device) -> str:
-    return {torch.bfloat16: "bfloat16", torch.float32: "float32"}[autocast_dtype(config.engine, device)]
+    return str(autocast_dtype(config.engine, device)).removeprefix("torch.")
+
+
+def _loss_scaling(config: Config, device: torch.device) -> str:
+    if autocast_dtype(config.engine, device) != torch.float16:
+        return ""
+    return f"; losses times a power of two, {INITIAL:.0f} at first, that halves whenever something overflows"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved, find_ch
 from automix_dist.config import CheckpointConfig, Config
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
+from automix_dist.loss_scale import BACKOFF, scaled
 
 DUMPS = "dumps"
 
@@ -89,6 +91,9 @@ def replay(model: nn.Module, config: Config, saved: Saved, rank: int, say: Calla
         kept = sorted(int(each.stem.removeprefix("batches_")) for each in folder.glob("batches_*.safetensors"))
         raise CheckpointError(f"{path} cannot be read ({error}); the dump has batches of ranks {kept}") from error
     model.train()
+    if "loss_scale" in saved.manifest["optimizer_scalars"]:  # of after the step, which has lowered it
+        scale = saved.manifest["optimizer_scalars"]["loss_scale"] / BACKOFF
+        model.loss_scale = torch.tensor(scale, device=tensors["labels/0"].device)
     found: list[str] = []
     handles = [m.register_forward_hook(_report_output(name, found)) for name, m in model.named_modules() if name]
     for micro_step in range(config.engine.accumulation_steps):
@@ -97,7 +102,7 @@ def replay(model: nn.Module, config: Config, saved: Saved, rank: int, say: Calla
         draws = model.draw(images, **where, train_generator=saved.manifest["step_values"]["train_generator"])
         seed_torch(**where)
         losses = model(images, labels, draws, saved.manifest["step_values"]["mask_loss_weight"])
-        losses.total.backward()
+        scaled(losses.total, model.loss_scale).backward()
         say(f"step {step}, rank {rank}, micro batch {micro_step}: " + _values(losses._asdict()))
     for handle in handles:
         handle.remove()

@@ -222,6 +222,7 @@ _CHARTS = (  # title, unit, whether its training values scatter, which keys; the
     ("Learning rate", "", False, lambda key: bool(re.search(r"(^|_)lr$", key))),
     ("Momentum", "", False, lambda key: key == "momentum"),
     ("Mask loss weight", "", False, lambda key: key == "mask_loss_weight"),
+    ("Loss scale", "", False, lambda key: key == "loss_scale"),
     ("Throughput", "images/s", True, lambda key: key == "images_per_second"),
     ("Peak memory", "GiB", False, lambda key: key == "memory_gib"),
 )

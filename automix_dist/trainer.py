@@ -294,6 +294,8 @@ class Trainer:
         scheduled = {"lr": values.lr}
         if not isinstance(self.model, Classifier):
             scheduled = {k: v for k, v in values._asdict().items() if k != "train_generator"}
+        if self.engine.loss_scale:
+            scheduled["loss_scale"] = float(self.engine.loss_scale.value)
         self.log.train(self.position.step, epoch, named | scheduled | {"skipped_steps": skipped})
 
     def _check_skipped(self) -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from automix_kernels import api as kernels
-from engine_steps import ENGINES, assert_same, train_plain, train_with_engine
+from engine_steps import ENGINES, assert_same, engine_steps, start_engine, train_plain, whole_parameters
 from ranks import run_ranks
 from tiny import CLASSES, SIZE, TinyBackbone, micro_batch, tiny_config, tiny_model
 from torch import nn
@@ -162,17 +162,11 @@ def test_graphs_of_another_size_make_room_and_too_many_are_refused(monkeypatch):
 
 def train_recorded(config, folder):
     """As train_with_engine, recorded: what `automix train` does with engine.cuda_graph, but for the GPU."""
-    import test_data_parallel
-
-    build = test_data_parallel.build_engine
-
-    def build_and_record(model, *arguments):
-        engine = build(model, *arguments)
-        CapturedStep(model, lambda: Tape)
-        return engine
-
-    test_data_parallel.build_engine = build_and_record
-    return train_with_engine(config, folder, 4)
+    process, model, engine = start_engine(config)
+    CapturedStep(model, lambda: Tape)
+    engine_steps(config, process, model, engine, 0, 4)
+    assert Tape.made > 0
+    return whole_parameters(engine, folder, process, config)
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])

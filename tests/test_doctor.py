@@ -160,6 +160,17 @@ def test_a_gpu_that_torch_cannot_use(bare_path):
     assert check.status == "fail" and "engine.device=cpu" in check.mend
 
 
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_gpu_without_bfloat16(has_bfloat16, bare_path, monkeypatch):
+    import torch
+
+    program(bare_path, "nvidia-smi", "echo 'Tesla T4, 15360 MiB, 580.1'")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    check = found("torch on the GPU")
+    assert check.status == "ok" and ("engine.precision=float16" in check.found) != has_bfloat16
+
+
 def test_gpus_with_memory_errors_or_held_down_clocks(bare_path):
     rows = "0, 0, Not Active, 1980\\n1, 3, Active, 1980\\n2, [N/A], [N/A], 1755"
     program(

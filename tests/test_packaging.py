@@ -23,7 +23,7 @@ ROWS = {
     1: [
         "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm", "fused_batchnorm",
         "activation_checkpointing", "beton", "prepare", "random_streams", "resize", "augment", "rand_augment",
-        "profiling", "page",
+        "profiling", "page", "loss_scale",
     ],
     2: [
         "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",

@@ -1,0 +1,37 @@
+"""The scale of losses whose backward passes run in float16 (arXiv 1710.03740, section 3.2; engine.precision=float16).
+
+float16 knows nothing below 6e-8: gradients of activations would vanish. They are computed times a power of two, which
+the optimizer divides by in float32. It halves when something overflows, in a step that is skipped, and doubles after
+many steps in which nothing did. It lives on the device, and nobody waits for it.
+"""
+
+import torch
+from torch import Tensor
+
+INITIAL, BACKOFF, GROWTH, GROWTH_INTERVAL = 2.0**16, 0.5, 2.0, 2000
+"""As torch.amp.GradScaler has them."""
+
+
+def scaled(loss: Tensor, scale: Tensor | None) -> Tensor:
+    """The loss to differentiate: times the scale, if there is one."""
+    return loss if scale is None else loss * scale
+
+
+class LossScale:
+    def __init__(self, device: torch.device):
+        self.value = torch.full((), INITIAL, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        """Since the value last changed."""
+
+    def update(self, skipped: Tensor) -> None:
+        """After a step, whose `skipped` is a float32 scalar on the device: 1 if it was skipped, else 0."""
+        torch._amp_update_scale_(self.value, self._good_steps, skipped, GROWTH, BACKOFF, GROWTH_INTERVAL)
+
+    def state(self) -> dict[str, float]:
+        """Plain numbers, for a checkpoint."""
+        return {"loss_scale": float(self.value), "loss_scale_good_steps": float(self._good_steps)}
+
+    def load(self, state: dict[str, float]) -> None:
+        """What `state` gave; without it, as that of a run in another precision, the scale stays as it is."""
+        self.value.fill_(state.get("loss_scale", self.value))
+        self._good_steps.fill_(int(state.get("loss_scale_good_steps", 0)))
