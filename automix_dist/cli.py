@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import automix_dist
-from automix_dist.config import Config, ConfigError, keys_named, load_config, to_yaml
+from automix_dist.config import Config, ConfigError
+from automix_dist.config_file import keys_named, load_config, to_yaml
 from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean
 
 
@@ -323,7 +324,7 @@ def _load_config(options: argparse.Namespace) -> Config:
 
 def _replay(options: argparse.Namespace) -> int:
     from automix_dist import distributed
-    from automix_dist.config import from_dict
+    from automix_dist.config_file import from_dict
     from automix_dist.replay import find_dump, replay
     from automix_dist.run import restored_model
 

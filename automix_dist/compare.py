@@ -33,7 +33,8 @@ from scipy import stats
 from automix_dist.backbone import create_backbone
 from automix_dist.beton import read_manifest
 from automix_dist.classifier import build_model
-from automix_dist.config import Config, ConfigError, flatten, load_config, parse_yaml, to_dict
+from automix_dist.config import Config, ConfigError, flatten, to_dict
+from automix_dist.config_file import load_config, parse_yaml
 from automix_dist.distributed import for_this_machine
 from automix_dist.errors import EXIT_STOPPED, AutomixError
 from automix_dist.page import percent_or_nothing, table, ticks, write_page

@@ -20,8 +20,8 @@ from automix_dist.cam import Showcase, Views
 from automix_dist.config import ConfigError
 from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
+from automix_dist.gallery import IMAGE_COLOR, PARTNER_COLOR
 from automix_dist.page import figures, mask_uri, percent_or_nothing, picture_uri, reliability, table, write_page
-from automix_dist.run_log import IMAGE_COLOR, PARTNER_COLOR
 from automix_dist.validate import top_hits
 from automix_dist.whole_file import write_whole
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from automix_dist.backbone import STEMS, create_timm_model, layer_kwargs
 from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
-from automix_dist.config import Config, DataConfig, from_dict
+from automix_dist.config import Config, DataConfig
+from automix_dist.config_file import from_dict
 
 
 def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"], head: Literal["one", "mix"]) -> str:

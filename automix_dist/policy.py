@@ -15,15 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from automix_dist.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    AutoMixConfig,
-    Config,
-    ConfigError,
-    PolicyConfig,
-    build_section,
-)
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, Config, ConfigError, PolicyConfig
+from automix_dist.config_file import build_section
 from automix_dist.draws import on_device
 
 

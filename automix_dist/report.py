@@ -24,19 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from automix_dist.config import Config, flatten, to_dict
 from automix_dist.errors import AutomixError
+from automix_dist.gallery import GALLERY_ARRAYS, SWEEP_ARRAYS, gallery_files, gallery_step, mask_colors
 from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style_sheet, table, ticks
-from automix_dist.run_log import (
-    GALLERY_ARRAYS,
-    METRICS,
-    SWEEP_ARRAYS,
-    accuracy_name,
-    gallery_files,
-    gallery_step,
-    is_finished,
-    mask_colors,
-    percent,
-    read_metrics,
-)
+from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics
 from automix_dist.whole_file import whole_file, write_whole
 
 MAX_POINTS = 1500  # of a curve; more records are averaged in groups, which a screen cannot tell apart
@@ -59,7 +49,7 @@ class _Run:
     environment: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     frames: list[dict[str, Any]] = field(default_factory=list)
-    """The gallery: step and arrays, see `run_log.write_gallery`."""
+    """The gallery: step and arrays, see `gallery.write_gallery`."""
     notes: list[str] = field(default_factory=list)
     """One sentence for each thing that is missing or broken."""
 

@@ -20,7 +20,8 @@ from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
 from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
-from automix_dist.config import Config, ConfigError, flatten, from_dict, to_dict
+from automix_dist.config import Config, ConfigError, flatten, to_dict
+from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process, autocast_dtype
 from automix_dist.engines import build_engine, summary

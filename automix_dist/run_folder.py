@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from automix_dist.checkpoint import committed_steps, step_folder
-from automix_dist.config import Config, to_yaml
+from automix_dist.config import Config
+from automix_dist.config_file import to_yaml
 from automix_dist.distributed import Process
 from automix_dist.errors import AutomixError
 from automix_dist.run_log import METRICS

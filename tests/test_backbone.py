@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone, foreign_normalisation
 from automix_dist.checkpoint import Saved, verify
-from automix_dist.config import ConfigError, DataConfig, from_dict, to_dict
+from automix_dist.config import ConfigError, DataConfig, to_dict
+from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
 from automix_dist.export import export_encoder, transform_code

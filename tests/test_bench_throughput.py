@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from automix_dist.bench import throughput as bench
-from automix_dist.config import ConfigError, load_config
+from automix_dist.config import ConfigError
+from automix_dist.config_file import load_config
 from automix_dist.data import Batch
 
 CONFIG = "configs/imagenet/automix_resnet18_100ep.yaml"

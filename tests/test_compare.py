@@ -17,7 +17,8 @@ from scipy import stats
 
 from automix_dist import compare as compare_module
 from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize, write_table
-from automix_dist.config import POLICIES, ConfigError, load_config, to_yaml
+from automix_dist.config import POLICIES, ConfigError
+from automix_dist.config_file import load_config, to_yaml
 from automix_dist.policy import with_policy_settings
 
 ROOT = Path(__file__).parent.parent

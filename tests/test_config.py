@@ -2,7 +2,8 @@
 
 import pytest
 
-from automix_dist.config import Config, ConfigError, from_dict, load_config, to_dict, to_yaml
+from automix_dist.config import Config, ConfigError, to_dict
+from automix_dist.config_file import from_dict, load_config, to_yaml
 
 
 def test_defaults_are_valid_and_survive_yaml(tmp_path):

@@ -14,7 +14,8 @@ import yaml
 
 from automix_dist import doctor
 from automix_dist.cli import main
-from automix_dist.config import Config, DataConfig, load_config
+from automix_dist.config import Config, DataConfig
+from automix_dist.config_file import load_config
 from automix_dist.doctor import Check, diagnose, print_table
 
 

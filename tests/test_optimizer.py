@@ -11,7 +11,8 @@ from torch import nn
 
 from automix_dist.backbone import create_backbone
 from automix_dist.classifier import build_model
-from automix_dist.config import ConfigError, from_dict
+from automix_dist.config import ConfigError
+from automix_dist.config_file import from_dict
 from automix_dist.optimizer import build_optimizer
 
 BACKBONES = {

@@ -17,13 +17,14 @@ ROOT = Path(__file__).parent.parent
 # An import may only point to a lower row (docs/architecture.md).
 ROWS = {
     0: [
-        "errors", "config", "cores", "schedules", "draws", "provenance", "run_log", "trackers", "rank_log", "progress",
-        "sources", "datasets", "jpeg", "robustness", "whole_file", "ordered_threads", "ffcv_parts", "compiled_loops",
+        "errors", "config", "config_file", "cores", "schedules", "draws", "sampling", "provenance", "gallery",
+        "run_log", "trackers", "rank_log", "progress", "sources", "datasets", "jpeg", "robustness", "whole_file",
+        "ordered_threads", "ffcv_parts", "compiled_loops",
     ],
     1: [
-        "backbone", "convolutions", "mix_block", "loss", "policy", "distributed", "batchnorm", "fused_batchnorm",
-        "activation_checkpointing", "beton", "prepare", "random_streams", "resize", "augment", "rand_augment",
-        "profiling", "page", "loss_scale",
+        "backbone", "convolutions", "mix_block", "loss", "loss_scale", "policy", "distributed", "batchnorm",
+        "fused_batchnorm", "activation_checkpointing", "beton", "prepare", "random_streams", "resize", "augment",
+        "rand_augment", "profiling", "page",
     ],
     2: [
         "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",
@@ -41,7 +42,8 @@ ROWS = {
 }  # fmt: skip
 # Files in one row that stand on each other, in this order.
 SAME_ROW = {
-    ("config", "errors"), ("sources", "errors"), ("jpeg", "errors"),
+    ("config", "errors"), ("config_file", "config"), ("config_file", "errors"), ("gallery", "whole_file"),
+    ("run_log", "gallery"), ("sources", "errors"), ("jpeg", "errors"),
     ("schedules", "config"), ("draws", "config"), ("run_log", "trackers"), ("trackers", "config"),
     ("trackers", "whole_file"), ("trackers", "provenance"), ("run_log", "whole_file"),
     ("datasets", "sources"), ("prepare", "beton"),

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from automix_dist import report, run_log
-from automix_dist.config import Config, OptimizerConfig, to_yaml
+from automix_dist.config import Config, OptimizerConfig
+from automix_dist.config_file import to_yaml
+from automix_dist.gallery import write_gallery
 from automix_dist.report import ReportError, write_picture, write_report
 
 STEPS, STEPS_PER_EPOCH = 120, 20
@@ -76,7 +78,7 @@ def make_run(folder: Path, *, steps: int = STEPS, finished: bool = True, classes
             top = {"top1_query": 1 - loss, "top5_query": 1.0, "top1_momentum": 0.9 - loss, "top5_momentum": 1.0}
             record("eval", step, epoch=step // STEPS_PER_EPOCH, **top, loss_query=loss)
             record("checkpoint", step, seconds=0.125)
-            run_log.write_gallery(folder, step, **gallery_arrays(step / steps / 2))
+            write_gallery(folder, step, **gallery_arrays(step / steps / 2))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "config.yaml").write_text(to_yaml(Config(epochs=6, optimizer=OptimizerConfig(lr=0.5))))
     environment = {"python": "3.11", "versions": {"torch": "2.15.0"}, "gpus": [], "classes": list(classes)}
@@ -410,7 +412,7 @@ def test_long_runs_make_small_pages(tmp_path):
         for step in range(1, 20_001):
             file.write(json.dumps({"kind": "train", "step": step, "loss": float(step)}) + "\n")
     for step in range(100):
-        run_log.write_gallery(tmp_path, step, **gallery_arrays(step / 100, pairs=2, side=8))
+        write_gallery(tmp_path, step, **gallery_arrays(step / 100, pairs=2, side=8))
     data = data_of(write_report(tmp_path))
     (curve,) = data["charts"][0]["series"]
     assert len(curve["x"]) == len(curve["y"]) <= report.MAX_POINTS
@@ -423,7 +425,7 @@ def test_long_runs_make_small_pages(tmp_path):
 
 def test_photographs_are_made_small(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    run_log.write_gallery(tmp_path, 1, **gallery_arrays(0.5, pairs=2, side=224))
+    write_gallery(tmp_path, 1, **gallery_arrays(0.5, pairs=2, side=224))
     gallery = data_of(write_report(tmp_path))["gallery"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) for uri in gallery["pictures"]]
     assert {picture.size for picture in pictures} == {(160, 160)}

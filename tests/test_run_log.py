@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-from automix_dist import run_log
+from automix_dist import gallery, run_log
 from automix_dist.run_log import RunLog
 from automix_dist.whole_file import whole_file
 
@@ -130,7 +130,7 @@ def test_resume_leaves_no_gap_and_no_double(tmp_path):
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(2, 41, 2))
     assert [r["step"] for r in records if r["kind"] == "eval"] == [10, 20, 30, 40]
     assert [r["step"] for r in records if r["kind"] == "start"] == [0, 20, 30]
-    assert [run_log.gallery_step(path) for path in run_log.gallery_files(tmp_path)] == [10, 20, 30, 40]
+    assert [gallery.gallery_step(path) for path in gallery.gallery_files(tmp_path)] == [10, 20, 30, 40]
 
     board = events(tmp_path)
     assert [event.step for event in board.Scalars("train/loss")] == list(range(2, 41, 2))
@@ -147,7 +147,7 @@ def test_what_a_lost_run_has_logged_is_kept(tmp_path):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     run_log.set_aside(tmp_path)
     train(tmp_path, 0, 10)
-    assert len(run_log.gallery_files(tmp_path)) == 1
+    assert len(gallery.gallery_files(tmp_path)) == 1
     assert next(tmp_path.glob("lost_*_metrics.jsonl")).read_bytes() == before
     assert len(list(next(tmp_path.glob("lost_*_gallery")).iterdir())) == 2
 
@@ -157,7 +157,7 @@ def test_a_new_training_starts_from_nothing(tmp_path):
     train(tmp_path, 0, 10)
     assert [r["step"] for r in read_strictly(tmp_path) if r["kind"] == "train"] == [2, 4, 6, 8, 10]
     assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [2, 4, 6, 8, 10]
-    assert len(run_log.gallery_files(tmp_path)) == 1
+    assert len(gallery.gallery_files(tmp_path)) == 1
 
 
 def test_numbers_that_are_not_finite_stay_json_and_are_seen(tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_a_step_costs_next_to_nothing(tmp_path):
 
 def test_gallery_file_holds_what_it_was_given(tmp_path):
     arrays = gallery_arrays()
-    path = run_log.write_gallery(tmp_path, 7, **arrays)
+    path = gallery.write_gallery(tmp_path, 7, **arrays)
     assert path == tmp_path / "gallery" / "step_00000007.npz"
     with np.load(path, allow_pickle=False) as stored:
         assert stored["masks"].dtype == np.float16
@@ -344,8 +344,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_mask_colors_run_from_the_image_over_white_to_the_partner():
-    colors = run_log.mask_colors(np.array([-1, 0, 0.5, 1, 2, np.nan], np.float16))
-    image, partner = run_log.IMAGE_COLOR, run_log.PARTNER_COLOR
+    colors = gallery.mask_colors(np.array([-1, 0, 0.5, 1, 2, np.nan], np.float16))
+    image, partner = gallery.IMAGE_COLOR, gallery.PARTNER_COLOR
     assert colors.tolist() == [[*image], [*image], [255, 255, 255], [*partner], [*partner], [*image]]
 
 

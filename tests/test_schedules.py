@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from automix_dist.config import AutoMixConfig, load_config
+from automix_dist.config import AutoMixConfig
+from automix_dist.config_file import load_config
 from automix_dist.draws import draw_step, seed_torch
 from automix_dist.schedules import Schedule
 

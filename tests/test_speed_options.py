@@ -19,7 +19,8 @@ from automix_dist.batchnorm import RunningStatistics
 from automix_dist.bench import step_ways
 from automix_dist.bench.step import counted_flops
 from automix_dist.classifier import build_model
-from automix_dist.config import ConfigError, from_dict
+from automix_dist.config import ConfigError
+from automix_dist.config_file import from_dict
 from automix_dist.convolutions import PaddedConv2d, pad_stems
 from automix_dist.draws import draw_step
 from automix_dist.fused_batchnorm import FusedBatchNorm2d, describe_fused, fuse_batchnorms

@@ -23,8 +23,9 @@ from wandb.proto import wandb_internal_pb2
 
 from automix_dist import run as runs
 from automix_dist import trackers
-from automix_dist.config import ConfigError, from_dict, load_config
-from automix_dist.run_log import gallery_picture
+from automix_dist.config import ConfigError
+from automix_dist.config_file import from_dict, load_config
+from automix_dist.gallery import gallery_picture
 
 BOTH = ("wandb", "mlflow")
 LOCAL = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

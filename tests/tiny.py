@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from automix_dist.automix import AutoMix
-from automix_dist.config import Config, from_dict
+from automix_dist.config import Config
+from automix_dist.config_file import from_dict
 from automix_dist.draws import draw_step
 
 CLASSES, SIZE = 5, 16

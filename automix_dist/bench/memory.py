@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
 from automix_dist.bench import check_counts, results_folder, write_results
-from automix_dist.config import from_dict
+from automix_dist.config_file import from_dict
 from automix_dist.draws import draw_step
 
 DEFAULT = [

@@ -39,7 +39,8 @@ from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
 from automix_dist.bench import ENGINES, check_counts, describe_machine, results_folder, write_results
-from automix_dist.config import Config, EngineConfig, from_dict
+from automix_dist.config import Config, EngineConfig
+from automix_dist.config_file import from_dict
 from automix_dist.distributed import Process
 from automix_dist.draws import draw_step
 from automix_dist.engines import build_engine

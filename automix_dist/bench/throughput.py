@@ -27,7 +27,8 @@ import torch
 from automix_dist import beton, data, policy, trainer
 from automix_dist.bench import Clock, check_counts, describe_machine, replaced, results_folder, write_results
 from automix_dist.checkpoint import Checkpoints
-from automix_dist.config import Config, ConfigError, load_config
+from automix_dist.config import Config, ConfigError
+from automix_dist.config_file import load_config
 from automix_dist.prepare import prepare
 from automix_dist.run import train
 

@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from automix_dist import policy
-from automix_dist.config import ConfigError, PolicyConfig, build_section
+from automix_dist.config import ConfigError, PolicyConfig
+from automix_dist.config_file import build_section
 from automix_dist.policy import Draw, Mix, load, require
 
 
