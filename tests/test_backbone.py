@@ -190,6 +190,7 @@ def saved_model(config, model, folder) -> Saved:
     engine = SimpleNamespace(
         module=model,
         name="zero0",
+        loss_scale=None,
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad]),
     )
     process = SimpleNamespace(

@@ -322,7 +322,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, help=f"images per step (default: by network; on a CPU {CPU_BATCH})")
     parser.add_argument("--image-size", type=int, help="side of the images (default: the network's)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16; on a CPU float32")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16; on a CPU float32"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each way (default: 7)")
     parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn (default: 3)")
     parser.add_argument(

@@ -130,6 +130,8 @@ class Vanilla(nn.Module):
     class Losses(NamedTuple):
         total: Tensor
 
+    loss_scale = None
+
     def __init__(self, network: nn.Module, case: Case):
         super().__init__()
         self.network, self.case = network, case
