@@ -116,6 +116,20 @@ def test_attacks_lower_the_attacked_answer(model):
     assert hit["pgd"] <= hit["fgsm"] < clean["top1_momentum"]
 
 
+def test_fgsm_by_a_plain_loop(model):
+    """Pixels move on the [0, 1] scale, and are normalised before and after."""
+    loader, (mean, std) = Loader(), (each[:, None, None] for each in (model.mean, model.std))
+    pixels = (loader.images.permute(0, 3, 1, 2) / 255).requires_grad_()
+    model.eval()
+    answer = model((pixels - mean) / std).momentum
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(answer, loader.labels), pixels)
+    moved = (pixels + 0.02 * gradient.sign()).clamp(0, 1)
+    right = (model((moved - mean) / std).momentum.argmax(dim=1) == loader.labels).sum().item()
+    asked = Conditions(answer="momentum", attack="fgsm", epsilon=0.02)
+    result = evaluate_model(model, loader, Alone(), asked, COLOR)["conditions"]["fgsm"]
+    assert result["top1_momentum"] * IMAGES == pytest.approx(right, abs=1.01)  # a sign may hang on a rounding
+
+
 def on_ranks(count: int) -> dict:
     process = distributed.start(EngineConfig(device="cpu"))
     torch.manual_seed(3)

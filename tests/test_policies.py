@@ -395,6 +395,11 @@ def test_alignmix_moves_one_map_onto_the_other():
         expected = maps if partner_moves else maps[[1, 0]]
         torch.testing.assert_close(mixed.view_as(maps), expected, atol=1e-3, rtol=1e-3)
         assert torch.equal(lam, this.lam)
+    encoder.backbone.last_map = lambda images: images  # or images are mixed as by mixup
+    images, this = torch.randn(2, 3, 8, 8), this._replace(extra={"align": False, "partner_moves": False})
+    mixed, lam = make("alignmix")(encoder, images, this)
+    torch.testing.assert_close(mixed.view_as(images), 0.3 * images + 0.7 * images[[1, 0]])
+    assert torch.equal(lam, this.lam)
 
 
 @pytest.mark.parametrize("cells", [None, 3])
@@ -717,6 +722,7 @@ def test_adautomix_step_is_the_published_one(samples, step):
         (losses.cosine, cosine),
         (losses.clean, clean),
         (losses.mixed, mixed),
+        (losses.mask_area, 1 - masks(one)[:, 0].mean()),
     ):
         torch.testing.assert_close(got, expected.detach(), atol=1e-5, rtol=1e-5)
     objective = -0.3 * generator + 0.7 * cosine if step == 0 else generator
@@ -728,15 +734,25 @@ def test_adautomix_step_is_the_published_one(samples, step):
     assert all(p.grad is None for p in model.momentum.parameters())
 
 
+def test_adautomix_without_its_branch_trains_the_classifier_alone():
+    model, (images, labels) = ad_model()
+    losses = model(images, labels, model.draw(images, seed=0, step=0, train_generator=False))
+    losses.total.backward()
+    assert losses.generator == losses.cosine == 0
+    torch.testing.assert_close(losses.total, losses.clean + losses.mixed)
+    assert not any(p.grad.any() for p in model.mix_block.parameters())
+
+
 def test_adautomix_classifier_sees_plain_mixes_at_the_margin_or_as_published():
     model, (images, _) = ad_model(samples=3)
     x, this = torch.randn(8, 3, SIZE, SIZE), multi_draw(3, 8)
     features = torch.randn(8, 12, 4, 4)
     plain = this.lam.T[:, :, None, None].expand(8, 3, SIZE, SIZE)
-    lam = torch.tensor([0.02, 0.49, 0.49])[:, None].expand(3, 8)
-    edge = this._replace(lam=lam)
     assert not torch.allclose(model._classifier_masks(features, this, x), plain)
-    assert torch.allclose(model._classifier_masks(features, edge, x), lam.T[:, :, None, None].expand(8, 3, SIZE, SIZE))
+    for first in (0.02, 0.98):
+        lam = torch.tensor([first, (1 - first) / 2, (1 - first) / 2])[:, None].expand(3, 8)
+        expected = lam.T[:, :, None, None].expand(8, 3, SIZE, SIZE)
+        assert torch.allclose(model._classifier_masks(features, this._replace(lam=lam), x), expected)
     model.settings = adautomix.Settings(margin_as_published=True)
     assert torch.allclose(model._classifier_masks(features, this, x), plain)
     model.settings = adautomix.Settings(samples=3, random_samples=True)
@@ -787,11 +803,32 @@ def test_learned_policies_train_all_that_should_learn(name, immediate, dtype):
         assert [tuple(each.shape) for each in model(images)] == [(8, CLASSES)] * 4
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("adautomix", {"samples": 1, "adversarial": 1.1, "interval": 0, "linear_share": -0.1}),
+        ("alignmix", {"alpha": 0, "epsilon": 0, "iterations": 0}),
+        ("attentivemix", {"teacher_size": 0, "cells": 0}),
+        ("fmix", {"decay": -1}),
+        ("gridmixup", {"holes": [0, 3], "crop_aspect": [2.0, 1.0], "crop_area": [0.5, 1.1]}),
+        ("manifoldmix", {"layers": []}),
+        ("puzzlemix", {"blocks": [1], "levels": 1, "beta": -1, "gamma": 1.1, "eta": -1, "move_cost": 0,
+                       "move_pixels": 0}),
+        ("resizemix", {"scale": [0.1, 1.1]}),
+        ("samix", {"lam_curve": -1, "value_dropout": 1.0}),
+        ("smoothmix", {"sigma": [0.0, 0.1]}),
+        ("switch", {"policies": [], "shares": [1.0]}),
+    ],
+)  # fmt: skip
+def test_settings_of_a_policy_that_cannot_be_used_are_named(name, wrong):
+    for key, value in wrong.items():
+        with pytest.raises(ConfigError, match=rf"policy\.settings\.{key} = .*: expected"):
+            policy.load(PolicyConfig(name, {key: value}))
+
+
 def test_learned_policies_refuse_settings_that_mean_nothing_to_them():
     with pytest.raises(ConfigError, match=r"automix.lam_concat = True: policy samix needs False"):
         build_model(tiny_config(policy={"name": "samix"}), TinyBackbone(), CLASSES, torch.float32)
-    with pytest.raises(ConfigError, match=r"policy.settings.samples = 1"):
-        policy.load(PolicyConfig("adautomix", {"samples": 1}))
     for key, value in (("feature_source", "query"), ("generator_share", 0.5), ("generator_every", 2)):
         with pytest.raises(ConfigError, match=rf"automix\.{key} = .* no meaning for policy adautomix: set it to"):
             build_model(

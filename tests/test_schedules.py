@@ -8,7 +8,7 @@ import torch
 
 from automix_dist.config import AutoMixConfig
 from automix_dist.config_file import load_config
-from automix_dist.draws import draw_step, seed_torch
+from automix_dist.draws import draw_step, gallery_pairs, seed_torch
 from automix_dist.schedules import Schedule
 
 
@@ -71,6 +71,10 @@ def test_learning_rate_per_step_with_warmup():
 def test_mix_block_follows_the_main_rate_unless_it_has_its_own():
     s = schedule("optimizer.update=step", "optimizer.warmup_epochs=5")
     assert s.at(10).mix_lr == s.at(10).lr
+    for own, start, end in (("mix_lr=0.3", 0.3, 0.01), ("mix_min_lr=0.05", 0.2, 0.05)):
+        s = schedule("optimizer.update=step", "optimizer.lr=0.2", "optimizer.min_lr=0.01", f"optimizer.{own}")
+        assert s.at(0).mix_lr == start
+        assert s.at(s.total_steps // 2).mix_lr == pytest.approx((start + end) / 2)
 
 
 def test_draws_are_a_function_of_seed_step_micro_step_and_rank():
@@ -84,6 +88,23 @@ def test_draws_are_a_function_of_seed_step_micro_step_and_rank():
     different = [draw(seed=2), draw(step=3), draw(micro_step=1), draw(rank=1)]
     partners = {str(each[1]) for each in [draw(), *different]}
     assert len(partners) == 5
+
+
+def test_draws_never_change():
+    """Old runs are resumed by new versions."""
+    config = AutoMixConfig(upsampling=("nearest", "bilinear"), mask_adjust=0.5, switch_off=0.8)
+    draws = draw_step(config, 5, seed=3, step=5, micro_step=1, rank=2)
+    assert draws.lam.shape == (2, 5) and draws.lam[:, 4].tolist() == pytest.approx([0.3938990235, 0.6815586686])
+    assert draws.partner.tolist() == [[3, 0, 2, 1, 4], [0, 2, 4, 3, 1]]
+    assert draws[2:] == (("bilinear", "bilinear"), True, True)
+    seed_torch(seed=3, step=5, micro_step=1, rank=2)
+    assert torch.initial_seed() == 7316082550301443845
+
+
+def test_a_gallery_s_pairs_and_the_sweep_over_its_first():
+    lam, partner = gallery_pairs(7, 3)
+    assert lam.tolist() == pytest.approx([0.1, 0.1 + 0.8 / 3, 0.9 - 0.8 / 3, 0.9, 0.0, 0.5, 1.0])
+    assert partner.tolist() == [1, 2, 3, 0, 1, 1, 1]
 
 
 def test_draws_have_the_method_s_distribution():
