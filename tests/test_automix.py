@@ -5,7 +5,7 @@ import torch
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 from torch import nn
 
-from automix_dist.automix import AutoMix, Losses, adjust_mask
+from automix_dist.automix import AutoMix, Losses, Mixes, adjust_mask
 from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.classifier import build_model
@@ -318,3 +318,29 @@ def test_immediate_backward_holds_one_set_of_activations():
     print(f"of vanilla's activations: together {together / one:.2f}, immediate {immediate / one:.2f}")
     assert together > 2.3 * one
     assert immediate < 1.4 * one
+
+
+def test_heads_begin_small():
+    """As the published ones: normal with a standard deviation of 0.01, and biases of zero."""
+    model = AutoMix(TinyBackbone(), 1000)
+    for head in (model.query.head_one, model.query.head_mix, model.momentum.head_one, model.momentum.head_mix):
+        assert head.weight.std().item() == pytest.approx(0.01, rel=0.05) and abs(head.weight.mean()) < 1e-3
+        assert not head.bias.any()
+
+
+@pytest.mark.parametrize("clean_images", ["encoder", "head"])
+def test_no_graph_is_made_where_none_is_wanted(clean_images):
+    model = tiny_model(tiny_config(automix={"clean_images": clean_images}))
+    images, _ = micro_batch(0, 0, 4)
+    for mode in (True, False):
+        with torch.no_grad():
+            assert not any(each.requires_grad for each in model.train(mode)(images))
+    assert model(images).query.requires_grad
+
+
+def test_mixes_become_pixels_again():
+    images, _ = micro_batch(0, 0, 4)
+    model = tiny_model(tiny_config())
+    normalized = (images.permute(0, 3, 1, 2) / 255 - model.mean[:, None, None]) / model.std[:, None, None]
+    nothing = torch.zeros(4)
+    assert torch.equal(Mixes(nothing, normalized, nothing, nothing).pixels(model.mean, model.std), images)

@@ -63,7 +63,7 @@ def session(settings, folder: Path, kills: list[int | None]) -> bool:
         process.start()
     multiprocessing.connection.wait([process.sentinel for process in ranks], timeout=120)
     for process in ranks:
-        process.join(timeout=5 if any(kills) else 120)
+        process.join(timeout=3 if any(kills) else 120)
         process.kill()  # as a launcher does with those who wait for a rank that is gone
         process.join()
     outcomes = [results.get(timeout=10) for process in ranks if process.exitcode == 0]
