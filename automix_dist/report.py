@@ -207,7 +207,7 @@ def _check_gallery(arrays: dict[str, np.ndarray]) -> None:
 _CHARTS = (  # title, unit, whether its training values scatter, which keys; the first that matches takes a key
     ("Top-1 accuracy", "percent", True, lambda key: accuracy_name(key) == "top-1"),
     ("Top-5 accuracy", "percent", True, lambda key: accuracy_name(key) == "top-5"),
-    ("Losses", "", True, lambda key: bool(re.search(r"^loss|_loss$", key))),
+    ("Losses", "", True, lambda key: bool(re.search(r"^loss(?!_scale$)|_loss$", key))),
     ("Mask area", "percent", True, lambda key: key.startswith("mask_area")),
     ("Learning rate", "", False, lambda key: bool(re.search(r"(^|_)lr$", key))),
     ("Momentum", "", False, lambda key: key == "momentum"),

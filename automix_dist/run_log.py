@@ -181,12 +181,12 @@ class RunLog:
     def _record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         values = {key: float(value) for key, value in values.items()}
         self._append({"kind": kind, "step": step, "epoch": epoch, "time": _now(), **values})
-        for key, value in values.items():
-            if math.isfinite(value):
-                self._nonfinite.discard(key)
-            elif key not in self._nonfinite:
-                self._nonfinite.add(key)
-                self.message(f"step {step}: {key} is {value}")
+        bad = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
+        news = [key for key in bad if key not in self._nonfinite]
+        self._nonfinite = (self._nonfinite - values.keys()) | bad.keys()
+        for value in sorted({bad[key] for key in news}):
+            keys = [key for key in news if bad[key] == value]
+            self.message(f"step {step}: {', '.join(keys)} {'is' if len(keys) == 1 else 'are'} {value}")
         # Trackers have no way to show a NaN that is seen at a distance; the report and the console tell of it.
         finite = {f"{kind}/{key}": value for key, value in values.items() if math.isfinite(value)}
         self._track(lambda tracker: tracker.log(finite, step))

@@ -72,7 +72,7 @@ def make_run(folder: Path, *, steps: int = STEPS, finished: bool = True, classes
         loss = math.exp(-step / 50)
         losses = {"loss": 3 * loss, "loss_clean": loss, "loss_mixed": loss, "loss_generator": loss, "loss_mask": 0.01}
         rates = {"lr": 0.1 * loss, "mix_lr": 0.2 * loss, "momentum": 0.999, "mask_loss_weight": 0.1, "mask_area": 0.5}
-        meters = {"images_per_second": 800.0 + step % 7, "memory_gib": 1.25, "a_new_key": 7.0}
+        meters = {"images_per_second": 800.0 + step % 7, "memory_gib": 1.25, "loss_scale": 2.0**16, "a_new_key": 7.0}
         record("train", step, epoch=step // STEPS_PER_EPOCH, top1_train=1 - loss, **losses, **rates, **meters)
         if step % STEPS_PER_EPOCH == 0:
             top = {"top1_query": 1 - loss, "top5_query": 1.0, "top1_momentum": 0.9 - loss, "top5_momentum": 1.0}
@@ -204,6 +204,7 @@ def test_page_in_a_browser(run, browser):
         "Learning rate",
         "Momentum",
         "Mask loss weight",
+        "Loss scale",
         "Throughput",
         "Peak memory",
         "A new key",
@@ -211,7 +212,7 @@ def test_page_in_a_browser(run, browser):
     curves = browser.run(
         "return [...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('path:not(.raw)').length)"
     )
-    assert curves == [3, 2, 6, 1, 2, 1, 1, 1, 1, 1]
+    assert curves == [3, 2, 6, 1, 2, 1, 1, 1, 1, 1, 1]
     assert not browser.run("return document.querySelector('.plot').innerHTML.includes('NaN')")
     assert browser.run("return document.querySelector('.numbers').innerText").split("\n")[1].startswith("90.93")
     assert_quiet(browser)
@@ -375,7 +376,7 @@ def test_a_run_without_evaluation_is_shown_in_the_browser(tmp_path, browser):
     assert "No evaluation has been recorded yet" in text
     browser.view(1200, 1600)
     browser.open(run / "report.html")
-    assert browser.run("return document.querySelectorAll('.chart').length") == 9
+    assert browser.run("return document.querySelectorAll('.chart').length") == 10
     assert_quiet(browser)
 
 
