@@ -396,7 +396,7 @@ class EngineConfig:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU that computes with it (compute
     capability 8.0 or higher), float32 elsewhere. float16, with a loss scale that follows what it can hold, is for older
-    GPUs (V100, T4); on a CPU it is for tests alone."""
+    GPUs (T4, RTX 20); on a CPU it is for tests alone."""
     immediate_backward: bool = True
     """Differentiate each of the three losses as soon as it is known: one set of activations lives at a time instead of
     three. The gradients are the same, up to the order in which they are summed."""
