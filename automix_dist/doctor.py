@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from automix_dist.config import Config
+from automix_dist.config import Config, EngineConfig
 from automix_dist.cores import cores_of_rank, usable_cores
 from automix_dist.errors import AutomixError
 from automix_dist.provenance import installed_version
@@ -186,15 +186,15 @@ def _torch_on_gpu() -> Check:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
         return Check("torch on the GPU", "fail", f"torch cannot be imported: {error}", "install torch again")
+    from automix_dist.distributed import autocast_dtype, why_no_gpu
+
     if torch.cuda.is_available():
         found = f"CUDA {torch.version.cuda or torch.version.hip}"
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
+        if autocast_dtype(EngineConfig(), torch.device("cuda")) == torch.float32:
             found += "; no bfloat16, so that runs are in float32 unless they have engine.precision=float16"
         return Check("torch on the GPU", "ok", found)
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return Check("torch on the GPU", "warn", "CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
-    from automix_dist.distributed import why_no_gpu
-
     reason, remedy = why_no_gpu()
     return Check("torch on the GPU", "fail", reason, f"{remedy}, or train with engine.device=cpu")
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from automix_dist.config import Config, ConfigError
 from automix_dist.distributed import Process, autocast_dtype
-from automix_dist.loss_scale import INITIAL, LossScale
+from automix_dist.loss_scale import INITIAL, LossScale, scaled
 
 
 class Engine:
@@ -56,9 +56,9 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of loss / accumulation_steps; with the last micro batch reduce them over ranks."""
         # A loss that is not finite makes every gradient so, on all ranks, and the step is skipped.
-        gate = torch.where(loss.detach().isfinite(), self.loss_scale.value if self.loss_scale else 1.0, math.nan)
+        gate = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         self._micro_step = self._micro_step % self.accumulation_steps + 1
-        self._backward(loss * gate)
+        self._backward(scaled(loss * gate, self.module.loss_scale))
 
     def step(self) -> Tensor | None:
         """After the last micro batch: clip and step.
@@ -74,12 +74,11 @@ class Engine:
         square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self.process.device)
         if self.sharded:
             self.process.sum(square)
-        scale = self.loss_scale.value if self.loss_scale else None
-        norm = square.sqrt() / scale if self.loss_scale else square.sqrt()
+        scale = self.module.loss_scale
+        norm = square.sqrt() if scale is None else square.sqrt() / scale
         skipped = (~norm.isfinite()).float()
         if self.clip_norm:
-            excess = ((norm + 1e-6) / self.clip_norm).clamp(min=1)
-            scale = excess * scale if self.loss_scale else excess
+            scale = scaled(((norm + 1e-6) / self.clip_norm).clamp(min=1), scale)
         # Where the optimizer is offloaded, its gradients and its step are on the host.
         self.optimizer.found_inf = skipped.to(gradients[0].device)
         self.optimizer.grad_scale = scale if scale is None else scale.to(gradients[0].device)

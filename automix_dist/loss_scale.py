@@ -12,9 +12,9 @@ INITIAL, BACKOFF, GROWTH, GROWTH_INTERVAL = 2.0**16, 0.5, 2.0, 2000
 """As torch.amp.GradScaler has them."""
 
 
-def scaled(loss: Tensor, scale: Tensor | None) -> Tensor:
-    """The loss to differentiate: times the scale, if there is one."""
-    return loss if scale is None else loss * scale
+def scaled(number: Tensor, scale: Tensor | None) -> Tensor:
+    """A loss to differentiate, or another number: times the scale, if there is one."""
+    return number if scale is None else number * scale
 
 
 class LossScale:
@@ -33,5 +33,6 @@ class LossScale:
 
     def load(self, state: dict[str, float]) -> None:
         """What `state` gave; without it, as that of a run in another precision, the scale stays as it is."""
-        self.value.fill_(state.get("loss_scale", self.value))
-        self._good_steps.fill_(int(state.get("loss_scale_good_steps", 0)))
+        if "loss_scale" in state:
+            self.value.fill_(state["loss_scale"])
+            self._good_steps.fill_(int(state["loss_scale_good_steps"]))
