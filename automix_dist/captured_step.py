@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from automix_dist.automix import HeldGradients
 from automix_dist.config import ConfigError
+from automix_dist.errors import first_line
 from automix_dist.loss_scale import scaled
 
 WARM_UP = 3
@@ -66,7 +67,7 @@ class CudaGraphs:
             torch.cuda.set_stream(current)
             generator = torch.cuda.default_generators[current.device_index]
             generator.graphsafe_set_state(generator.clone_state())
-            why = f"{type(reason).__name__}: {reason}".splitlines()[0]
+            why = f"{type(reason).__name__}: {first_line(reason)}"
             raise ConfigError(
                 f"engine.cuda_graph: the step cannot be recorded ({why}): set engine.cuda_graph=false"
             ) from reason

@@ -34,7 +34,7 @@ from automix_dist.config import CheckpointConfig
 from automix_dist.distributed import Process
 from automix_dist.engine_state import Piece, after_loading, optimizer_scalars, pieces
 from automix_dist.engines import Engine
-from automix_dist.errors import AutomixError
+from automix_dist.errors import AutomixError, first_line
 from automix_dist.whole_file import sync
 
 FORMAT = 1
@@ -128,7 +128,7 @@ class Checkpoints:
                 error, size = self._write(tensors, slices, manifest)
                 self._lost = False
             except RuntimeError as problem:
-                error = str(problem).splitlines()[0]
+                error = first_line(problem)
             finally:
                 self._written = not error
                 seconds = time.perf_counter() - began

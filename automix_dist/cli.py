@@ -18,7 +18,7 @@ from typing import NoReturn
 import automix_dist
 from automix_dist.config import Config, ConfigError
 from automix_dist.config_file import keys_named, load_config, to_yaml
-from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean
+from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean, first_line
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -57,7 +57,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, AutomixError):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, told by name: explaining an error imports nothing
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         return (
             f"out of GPU memory: raise engine.accumulation_steps, or lower batch_size (eval: --batch-size) ({reason})"
         )

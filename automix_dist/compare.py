@@ -30,17 +30,15 @@ import torch
 import yaml
 from scipy import stats
 
-from automix_dist.backbone import create_backbone
 from automix_dist.beton import read_manifest
-from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.config_file import load_config, parse_yaml
 from automix_dist.distributed import for_this_machine
-from automix_dist.errors import EXIT_STOPPED, AutomixError
+from automix_dist.errors import EXIT_STOPPED, AutomixError, first_line, some
 from automix_dist.page import percent_or_nothing, table, ticks, write_page
-from automix_dist.policy import needed_feature, with_policy_settings
+from automix_dist.policy import with_policy_settings
+from automix_dist.run_check import new_model
 from automix_dist.run_log import METRICS, is_finished, read_metrics
-from automix_dist.sources import some
 from automix_dist.whole_file import write_whole
 
 BUDGET = {"epochs", "batch_size", "eval_every_epochs", "model", "data"}
@@ -84,7 +82,7 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
     try:
         values = parse_yaml(path.read_text("utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read comparison {path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot read comparison {path}: {first_line(error)}") from error
     known = {"base": str, "output": str, "seeds": list, "metric": str, "settings": list, "policies": dict}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected the keys {', '.join(known)}")
@@ -152,8 +150,7 @@ def _check_models(comparison: Comparison, path: Path) -> None:
     for name in comparison.policies:
         config = for_this_machine(load_config(comparison.base, comparison.overrides(name, comparison.seeds[0])))
         try:
-            backbone = create_backbone(config.model, needed_feature(config), config.data.image_size)
-            model = build_model(config, backbone, 2, torch.float32).eval()
+            model = new_model(config, 2, torch.device("cpu")).eval()
         except ConfigError as error:
             raise ConfigError(f"{path}: policies.{name}: {error}") from error
         size = config.data.image_size
@@ -432,7 +429,7 @@ def _difference(aspect: str, made: dict[str, dict[str, Any]]) -> str:
         return ""
     groups = [(value, [run for run, each in made.items() if each.get(aspect) == value]) for value in values]
     listed = "; ".join(f"{value}: {some(runs)}" for value, runs in groups)
-    return f"the runs differ in their {MUST_AGREE[aspect]}, not in their policies only ({listed})."
+    return f"the runs differ in their {MUST_AGREE[aspect]} as well as in policy ({listed})."
 
 
 def _in_words(environment: dict[str, list[Any]]) -> str:

@@ -97,11 +97,10 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         others = [p.name for p in path.parent.glob("*.yaml") if p.resolve() not in readers]
-        near = difflib.get_close_matches(path.name, others if isinstance(error, FileNotFoundError) else [], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        beside = {name: path.parent / name for name in others if isinstance(error, FileNotFoundError)}
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         asked = f" (the base of {readers[-1]})" if readers else ""
-        raise ConfigError(f"cannot read config {path}{asked}: {reason}{hint}") from error
+        raise ConfigError(f"cannot read config {path}{asked}: {reason}{did_you_mean(path.name, beside)}") from error
     try:
         values = parse_yaml(text) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date or a number, and is none
@@ -109,6 +108,8 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, got {type(values).__name__}")
     base = values.pop("base", None)
+    if base is not None and "policies" in values:
+        raise ConfigError(f"{path} is a comparison of several policies, not a config: automix compare {path}")
     if base is None:
         return values
     return _over(_read_yaml(path.parent / str(base), (*readers, path.resolve())), values)
@@ -169,10 +170,7 @@ def keys_named(name: str) -> list[str]:
 
 def _unknown_key(key: str, known: list[str]) -> ConfigError:
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)]
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(key, known) or did_you_mean(key.rsplit(".", 1)[-1], by_leaf)
     if key in known:  # with the dot in it
         section, _, leaf = key.rpartition(".")
         hint = f"; in a file write it below its section, {section}: {{{leaf}: ...}}"

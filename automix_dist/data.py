@@ -32,8 +32,10 @@ from automix_dist.errors import AutomixError
 from automix_dist.sampling import epoch_order, quasi_random_order, rank_batches, repeated
 
 STALL_SECONDS = 300.0
-LOOK_SECONDS = 2.0
 """A batch that takes longer than this (compilation included) is reported as a stall."""
+
+LOOK_SECONDS = 2.0
+"""How often somebody who waits for a batch looks at the clock: the time of a suspended job is not the loader's."""
 
 EXIT_SECONDS = 10.0
 """How long the end of a loader, or of the process, waits for the batch in the making."""

@@ -21,6 +21,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from automix_dist.errors import some
 from automix_dist.sources import IMAGE_SUFFIXES, Files, Source, Split, similar, subfolders, whole_number
 
 
@@ -323,7 +324,7 @@ class ImageNet(Dataset, usage="imagenet:DIR"):
         odd = [f"{name} has {counts[name]}" for name in classes if not fewest <= counts[name] <= most]
         if odd:
             usual = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-            self.remarks.append(f"{len(odd)} classes do not have {usual} images: {_some(odd)}")
+            self.remarks.append(f"{len(odd)} classes do not have {usual} images: {some(odd, most=20)}")
         return classes, files, labels
 
     def _flat_val(self, folder: Path) -> tuple[list[str], list[int | str]]:
@@ -334,7 +335,7 @@ class ImageNet(Dataset, usage="imagenet:DIR"):
         truth = self._ground_truth()
         missing = sorted(truth.keys() - {Path(name).stem for name in names})
         if missing:
-            self.remarks.append(f"{len(missing)} images are missing in {folder}: {_some(missing)}")
+            self.remarks.append(f"{len(missing)} images are missing in {folder}: {some(missing, most=20)}")
         return [str(folder / name) for name in names], [truth.get(Path(name).stem, "unknown") for name in names]
 
     def _ground_truth(self) -> dict[str, str]:
@@ -378,13 +379,9 @@ def _devkit_truth(meta: bytes, numbers: bytes) -> dict[str, str]:
 def _difference(present: set[str], expected: set[str]) -> str:
     """How a list of class folders differs from the one expected."""
     missing, extra = sorted(expected - present), sorted(present - expected)
-    parts = [f"lacks {len(missing)} of {len(expected)} class folders: {_some(missing)}"] if missing else []
-    parts += [f"has {len(extra)} folders that are no classes of the dataset: {_some(extra)}"] if extra else []
+    parts = [f"lacks {len(missing)} of {len(expected)} class folders: {some(missing, most=20)}"] if missing else []
+    parts += [f"has {len(extra)} folders that are no classes of the dataset: {some(extra, most=20)}"] if extra else []
     return " and ".join(parts)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f", ... and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 @cache

@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Literal
 from automix_dist.config import Config, EngineConfig
 from automix_dist.cores import cores_of_rank, usable_cores
 from automix_dist.errors import AutomixError
-from automix_dist.provenance import installed_version
+from automix_dist.provenance import PACKAGES, installed_version
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-PACKAGES = ("torch", "torchvision", "triton", "deepspeed", "ffcv", "accelerate", "timm", "numpy")
 CHECKOUT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 SHM_NEEDED = 1 * GIB  # NCCL and gloo between the ranks of a host, and the loader of a large set
@@ -51,7 +50,7 @@ class Check:
     """ok; warn: a training runs, but may be slow or break later; fail: a training cannot run."""
     found: str
     mend: str = ""
-    """What to do about it; empty if nothing."""
+    """What to do about it; empty if nothing, or if `found` says it."""
 
 
 def diagnose(config: Config | None = None) -> list[Check]:
@@ -332,7 +331,7 @@ def _data_file(key: str, path: str) -> Check:
     except OSError as error:
         return Check(key, "fail", str(error), "make it readable for this user")
     except AutomixError as error:
-        return _refused(key, error)
+        return Check(key, "fail", str(error))
     numbers = f"{manifest.count:,} images, {len(manifest.classes):,} classes, checksum {manifest.checksum[:8]}"
     return Check(key, "ok", f"{path}: {numbers}")
 
@@ -349,17 +348,12 @@ def _config(config: Config, with_data: bool) -> Check:
             model = check_run(config).model if with_data else check_without_data(config)
         return Check("config", "ok", describe_model(config, model))
     except AutomixError as error:
-        return _refused("config", error)
+        return Check("config", "fail", str(error))
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
         return Check("config", "fail", f"cannot be checked: {error}", "install the missing package")
     except Exception as error:  # a defect of ours must not cost the other rows
         found = f"cannot be checked: {type(error).__name__}: {error}"
         return Check("config", "fail", found, "unexpected; please report it with what `automix train` prints")
-
-
-def _refused(name: str, error: AutomixError) -> Check:
-    found, _, mend = str(error).partition("; ")
-    return Check(name, "fail", found, mend)
 
 
 def _apt(package: str) -> str:

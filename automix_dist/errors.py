@@ -1,7 +1,7 @@
 """How the command ends: its exit codes, and what those errors have in common that a user can do something about."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -16,7 +16,20 @@ class AutomixError(Exception):
     """
 
 
-def did_you_mean(name: str, known: Iterable[str], most: int = 1) -> str:
-    """The end of a message on a name that is not known: what was meant, perhaps; or nothing."""
-    near = difflib.get_close_matches(name, known, n=most)
+def did_you_mean(name: str, known: Iterable[str] | Mapping[str, object], most: int = 1) -> str:
+    """The end of a message on a name that is not known: what was meant, perhaps; or nothing. A mapping gives, for each
+    name that is known, what to show for it."""
+    shown = known if isinstance(known, Mapping) else {each: each for each in known}
+    near = [str(shown[each]) for each in difflib.get_close_matches(name, shown, n=most)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, for a message that quotes it; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of a list of names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(repr, names[:most]))}{more}"

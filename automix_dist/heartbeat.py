@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from automix_dist.config import EngineConfig
 from automix_dist.distributed import Process
-from automix_dist.errors import AutomixError
+from automix_dist.errors import AutomixError, first_line
 from automix_dist.rank_log import RankLog
 
 BEAT_SECONDS = 2.0
@@ -150,7 +150,7 @@ class Heartbeat:
         if self._suspended:
             why = f"after {self._suspension()}"
         reason = (
-            f"{_name(self._beat)} lost contact with another rank in {_place(self._beat)}, {why} ({_first_line(error)})"
+            f"{_name(self._beat)} lost contact with another rank in {_place(self._beat)}, {why} ({first_line(error)})"
         )
         self._tell_others(reason)
         raise PeerError(reason) from error
@@ -167,7 +167,7 @@ class Heartbeat:
             self._suspect = self._progress.patient = True
             return
         self._leave()
-        self._tell_others(f"{_name(self._beat)} failed in {_place(self._beat)}: {_first_line(error)}")
+        self._tell_others(f"{_name(self._beat)} failed in {_place(self._beat)}: {first_line(error)}")
 
     def _leave(self) -> None:
         """The last beat."""
@@ -440,10 +440,6 @@ def _names(beats: Sequence[Beat]) -> str:
 def _place(beat: Beat) -> str:
     phase = f"{beat.phase}, writing to its disk" if beat.writing else beat.phase
     return f"step {beat.step}, {phase}{f' at {beat.where}' if beat.where else ''}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _where(thread: int) -> str:

@@ -5,7 +5,6 @@ Each file there has a frozen dataclass `Settings`, and one of two classes (docs/
     Model   a whole model that learns how to mix: AutoMix and its descendants
 """
 
-import difflib
 import importlib
 from dataclasses import asdict, dataclass, fields, replace
 from types import ModuleType
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, Config, ConfigError, PolicyConfig
 from automix_dist.config_file import build_section
 from automix_dist.draws import on_device
+from automix_dist.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,7 @@ def load(config: PolicyConfig) -> tuple[ModuleType, Any]:
     shared = {each.name: f"automix.{each.name}" for each in fields(AutoMixConfig)} if hasattr(module, "Model") else {}
     for key in config.settings:
         if key not in known:
-            near = difflib.get_close_matches(str(key), shared | known, n=1)
-            hint = f"; did you mean {(shared | known)[near[0]]}?" if near else ""
+            hint = did_you_mean(str(key), shared | known)
             has = ", ".join(known) or "no settings of its own"
             raise ConfigError(f"unknown key policy.settings.{key}{hint} (policy {config.name} has {has})")
     return module, build_section(module.Settings, config.settings, "policy.settings")

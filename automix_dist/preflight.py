@@ -29,7 +29,7 @@ from automix_dist import distributed
 from automix_dist.config import Config, EngineConfig
 from automix_dist.distributed import Process
 from automix_dist.doctor import PACKAGES, Check, diagnose, print_table
-from automix_dist.errors import AutomixError
+from automix_dist.errors import AutomixError, first_line
 
 PAYLOAD = {"cuda": 64 << 20, "cpu": 8 << 20}  # bytes
 MATMUL = {"cuda": 8192, "cpu": 768}
@@ -72,7 +72,7 @@ def run(config: Config | None, seconds: float) -> int:
     try:
         code = _look(config, seconds)
     except dist.DistError as error:
-        raise PreflightError(f"the store of rank 0 is gone: read what rank 0 printed ({_first_line(error)})") from error
+        raise PreflightError(f"the store of rank 0 is gone: read what rank 0 printed ({first_line(error)})") from error
     if dist.is_initialized():  # a collective has failed or hangs: to leave in good order would wait for it
         sys.stdout.flush()
         os._exit(code)
@@ -138,7 +138,7 @@ def _meet(seat: Seat, seconds: float) -> dist.Store:
         raise PreflightError(
             f"rank {seat.rank} on {seat.host} cannot {'open' if opens else 'reach'} the master's port within "
             f"{seconds:.0f} s: MASTER_ADDR = {seat.master} ({address}), MASTER_PORT = {seat.port}; is rank 0 there, "
-            f"the way to it free, and the port open in the firewall? ({_first_line(error)})"
+            f"the way to it free, and the port open in the firewall? ({first_line(error)})"
         ) from error
     return dist.PrefixStore("preflight", store)
 
@@ -177,12 +177,8 @@ def _report_network(store: dist.Store, seat: Seat, seconds: float) -> None:
     except TimeoutError:
         result = {"error": f"hangs: not measured within {3 * seconds:.0f} s"}
     except Exception as error:
-        result = {"error": _first_line(error)}
+        result = {"error": first_line(error)}
     store.set(f"network/{seat.rank}", json.dumps(result))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _appears(store: dist.Store, key: str, seconds: float) -> bool:

@@ -48,9 +48,10 @@ from automix_dist.beton import (
 )
 from automix_dist.config import ConfigError
 from automix_dist.cores import usable_cores
+from automix_dist.errors import some
 from automix_dist.jpeg import decodes, library, restart_interval
 from automix_dist.ordered_threads import in_order
-from automix_dist.sources import Source, SourceError, Split, open_source, some
+from automix_dist.sources import Source, SourceError, Split, open_source
 from automix_dist.whole_file import sync
 
 SMART_RATIO = 4

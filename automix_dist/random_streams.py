@@ -4,12 +4,10 @@ matter which thread asks for them, when, or after what."""
 import numpy as np
 
 from automix_dist.compiled_loops import compiled, uint64_at
+from automix_dist.sampling import GOLDEN_GAMMA
 
 CROP, FLIP, JITTER, ERASE, POLICY = 1, 2, 3, 4, 5
 """The operations' own streams."""
-
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""What splitmix64 counts by: 2^64 over the golden ratio, made odd."""
 
 
 @compiled()

@@ -15,7 +15,7 @@ from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError
 from automix_dist.distributed import autocast_dtype, launched_ranks, resolve_device
 from automix_dist.engines import deepspeed_settings
-from automix_dist.sources import some
+from automix_dist.errors import some
 from automix_dist.trackers import check_installed
 
 

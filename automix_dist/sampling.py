@@ -3,7 +3,7 @@
 import numpy as np
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""What splitmix64 counts by. random_streams.py has both for compiled code, and is slow to import."""
+"""What splitmix64 counts by: 2^64 over the golden ratio, made odd."""
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -5,7 +5,6 @@ with, and nothing else needs to know of it. Image files are handed over as the b
 Nothing is downloaded.
 """
 
-import difflib
 import glob
 import hashlib
 import json
@@ -26,7 +25,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from automix_dist.errors import AutomixError, did_you_mean
+from automix_dist.errors import AutomixError, did_you_mean, some
 
 Split = Literal["train", "val"]
 
@@ -223,7 +222,7 @@ def _find_source(source: str, split: Split) -> Source:
         return SOURCES[kind](os.path.expanduser(argument), split)  # a shell expands ~ at the start of a word only
     if source and Path(source).is_dir():
         return ImageFolder(source, split)
-    hint = did_you_mean(kind.lower(), SOURCES)
+    hint = did_you_mean(kind.lower(), SOURCES.keys())
     usages = ", ".join(each.usage for each in SOURCES.values())
     raise SourceError(f"source {source!r}: expected an existing folder or one of {usages}{hint}")
 
@@ -570,9 +569,7 @@ def similar(path: Path) -> str:
         path = path.parent
     if not path.parent.is_dir():
         return ""
-    names = {entry.name.lower(): entry.name for entry in os.scandir(path.parent)}
-    near = difflib.get_close_matches(path.name.lower(), names, n=1)
-    return f"; did you mean {path.parent / names[near[0]]}?" if near else ""
+    return did_you_mean(path.name.lower(), {entry.name.lower(): entry.path for entry in os.scandir(path.parent)})
 
 
 class Files(Source):
@@ -646,11 +643,6 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
 
     def key(self, i: int) -> str:
         return os.path.relpath(self.files[i], self.argument)
-
-
-def some(names: list[str]) -> str:
-    """The first of a list of names, and how many more there are."""
-    return f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -282,9 +282,9 @@ def test_the_table_tells_what_the_runs_were_made_with_and_where_they_differ(tmp_
     with pytest.raises(CompareError):
         compare(tmp_path / "compare.yaml", ["false"], said.append)
     for text in (
-        "device, not in their policies only (CPU: 'none_seed0', 'none_seed1'; H9: 'mixup_seed0').",
-        "precision, not in their policies only (bfloat16: 'mixup_seed0'; float32: 'none_seed0').",
-        "number of ranks, not in their policies only (1: 'none_seed0'; 2: 'mixup_seed0').",
+        "device as well as in policy (CPU: 'none_seed0', 'none_seed1'; H9: 'mixup_seed0').",
+        "precision as well as in policy (bfloat16: 'mixup_seed0'; float32: 'none_seed0').",
+        "number of ranks as well as in policy (1: 'none_seed0'; 2: 'mixup_seed0').",
     ):
         assert f"warning: the runs differ in their {text}" in said
         assert f"Warning: the runs differ in their {text}" in (tmp_path / "out" / "compare.md").read_text()

@@ -15,47 +15,6 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 
 # An import may only point to a lower row (docs/architecture.md).
-ROWS = {
-    0: [
-        "errors", "config", "config_file", "cores", "schedules", "draws", "sampling", "provenance", "gallery",
-        "run_log", "trackers", "rank_log", "progress", "sources", "datasets", "jpeg", "robustness", "whole_file",
-        "ordered_threads", "ffcv_parts", "compiled_loops",
-    ],
-    1: [
-        "backbone", "convolutions", "mix_block", "loss", "loss_scale", "policy", "distributed", "batchnorm",
-        "fused_batchnorm", "activation_checkpointing", "beton", "prepare", "random_streams", "resize", "augment",
-        "rand_augment", "profiling", "page",
-    ],
-    2: [
-        "automix", "captured_step", "classifier", "momentum", "data", "optimizer", "engines", "engine_state",
-        "checkpoint", "heartbeat",
-    ],
-    3: [
-        "policies", "validate", "replay", "trainer", "report", "export", "doctor", "preflight", "cam", "evaluate",
-        "watch", "compare", "run_folder", "run_check",
-    ],
-    4: [
-        "run", "cli", "__main__", "bench.checkpoint", "bench.loader", "bench.loader_candidates", "bench.loader_report",
-        "bench.memory", "bench.published", "bench.scaling", "bench.step", "bench.step_report", "bench.step_ways",
-        "bench.throughput",
-    ],
-}  # fmt: skip
-# Files in one row that stand on each other, in this order.
-SAME_ROW = {
-    ("config", "errors"), ("config_file", "config"), ("config_file", "errors"), ("gallery", "whole_file"),
-    ("run_log", "gallery"), ("sources", "errors"), ("jpeg", "errors"),
-    ("schedules", "config"), ("draws", "config"), ("run_log", "trackers"), ("trackers", "config"),
-    ("trackers", "whole_file"), ("trackers", "provenance"), ("run_log", "whole_file"),
-    ("datasets", "sources"), ("prepare", "beton"),
-    ("augment", "random_streams"), ("augment", "resize"), ("rand_augment", "augment"),
-    ("rand_augment", "random_streams"), ("rand_augment", "resize"),
-    ("classifier", "automix"), ("captured_step", "automix"),
-    ("momentum", "automix"), ("checkpoint", "engine_state"),
-    ("trainer", "validate"), ("trainer", "replay"), ("engine_state", "engines"),
-    ("preflight", "doctor"), ("doctor", "run_check"), ("evaluate", "cam"), ("evaluate", "validate"),
-    ("watch", "report"), ("checkpoint", "engines"), ("batchnorm", "distributed"), ("mix_block", "convolutions"),
-    ("cli", "run"), ("__main__", "cli"), ("bench.throughput", "run"),
-}  # fmt: skip
 OWNERS = {
     "ffcv": {"ffcv_parts", "bench.loader_candidates"},
     "timm": {"backbone", "fused_batchnorm"},
@@ -82,23 +41,28 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def place(name: str) -> str:
-    """A file's name in ROWS: the policies have one for all, so that a new one needs no line here."""
-    return "policies" if name.startswith("policies.") else name
+    """A file's name in the list of docs/architecture.md, where the files of a folder have one together."""
+    return name.split(".")[0]
 
 
-def test_every_file_has_a_row():
-    assert {name for row in ROWS.values() for name in row} == {place(name) for name in modules()}
+def listed() -> list[str]:
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("## Files, in order")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in section.splitlines() if line.startswith("|")][2:]
+    return [name.strip().replace("\\", "") for row in rows for name in row.split(",")]
 
 
-def test_imports_point_downwards():
-    row_of = {name: row for row, names in ROWS.items() for name in names}
+def test_every_file_is_listed_once():
+    assert sorted(listed()) == sorted({place(name) for name in modules()})
+
+
+def test_files_import_only_what_stands_before_them():
+    order = listed()
     for name, tree in modules().items():
         for target in imported(tree):
-            parts, own = target.split("."), place(name)
-            if parts[0] != "automix_dist" or len(parts) < 2 or parts[1] not in row_of or parts[1] == own == "policies":
-                continue
-            downwards = row_of[parts[1]] < row_of[own] or (own, parts[1]) in SAME_ROW
-            assert downwards, f"{name}.py (row {row_of[own]}) imports {parts[1]}.py (row {row_of[parts[1]]})"
+            package, _, rest = target.partition(".")
+            used = place(rest)
+            if package == "automix_dist" and used in order and used != place(name):
+                assert order.index(used) < order.index(place(name)), f"{name}.py imports {used}.py, listed after it"
 
 
 @pytest.mark.parametrize("library", OWNERS)

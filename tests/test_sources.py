@@ -389,16 +389,16 @@ def test_imagenet_with_wrong_class_folders(tree):
     with pytest.raises(SourceError, match=re.escape(f"did you mean imagenet:{root}?")):
         open_source(f"imagenet:{root / 'train'}", "train")
     (root / "train/n01440764").rename(root / "n01440764")
-    with pytest.raises(SourceError, match=rf"n01440764; for a subset of the classes use imagefolder:{root};"):
+    with pytest.raises(SourceError, match=rf"'n01440764'; for a subset of the classes use imagefolder:{root};"):
         open_source(f"imagenet:{root}", "train")
     (root / "n01440764").rename(root / "train/n99999999")
     (root / "val/n15075141").rename(root / "val/tench")
     with pytest.raises(
         SourceError,
-        match=r"train lacks 1 of 1000 class folders: n01440764 and has 1 folders that are no .*: n99999999",
+        match=r"train lacks 1 of 1000 class folders: 'n01440764' and has 1 folders that are no .*: 'n99999999'",
     ):
         open_source(f"imagenet:{root}", "train")
-    with pytest.raises(SourceError, match=r"val lacks 1 of 1000 class folders: n15075141 and has 1 .*: tench"):
+    with pytest.raises(SourceError, match=r"val lacks 1 of 1000 class folders: 'n15075141' and has 1 .*: 'tench'"):
         open_source(f"imagenet:{root}", "val")
     shutil.rmtree(root / "train")
     make_tree(root, {f"train/{wnid}.tar": b"" for wnid in datasets.imagenet_classes()})
@@ -412,10 +412,10 @@ def test_imagenet_says_which_counts_differ(tree):
         (root / f"val/n01440764/more_{i}.JPEG").write_bytes(PICTURES[0])
     (root / "val/n01443537/ILSVRC2012_val_00000001.JPEG").unlink()
     some, total = open_source(f"imagenet:{root}", "val").remarks
-    assert some.startswith("999 classes do not have 50 images: n01443537 has 0, n01484850 has 1, ")
+    assert some.startswith("999 classes do not have 50 images: 'n01443537 has 0', 'n01484850 has 1', ")
     assert total == "1,048 val images where 50,000 were published"
     some, total = open_source(f"imagenet:{root}", "train").remarks
-    assert some.startswith("1000 classes do not have 732 to 1300 images: n01440764 has 1")
+    assert some.startswith("1000 classes do not have 732 to 1300 images: 'n01440764 has 1'")
 
 
 TRUTH = {1: "n01443537", 2: "n15075141", 3: "n01440764"}
@@ -477,7 +477,7 @@ def test_flat_imagenet_val_with_kaggles_table(tmp_path, place):
     (tmp_path / place / "ILSVRC2012_val_00000001.JPEG").rename(tmp_path / place / "ILSVRC2012_val_00000009.JPEG")
     source = open_source(f"imagenet:{tmp_path}", "val")
     assert source.unknown == {2: "class 'unknown' is not one of the 1000 classes"}
-    assert source.remarks[0] == f"1 images are missing in {tmp_path / place}: ILSVRC2012_val_00000001"
+    assert source.remarks[0] == f"1 images are missing in {tmp_path / place}: 'ILSVRC2012_val_00000001'"
 
 
 @pytest.mark.parametrize(

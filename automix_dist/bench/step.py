@@ -37,6 +37,7 @@ from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.bench.step_report import bars_svg, compare, fastest, markdown, targets
 from automix_dist.bench.step_ways import NETWORKS, WAYS, Case, Trained, Way, policy
 from automix_dist.config import ConfigError
+from automix_dist.errors import first_line
 
 CPU_BATCH = 4
 NOT_REACHED = "not reached"
@@ -241,7 +242,7 @@ def _noting(row: Row) -> Iterator[None]:
     except torch.OutOfMemoryError:
         row.note = "failed: out of memory"
     except Exception as error:  # a benchmark of many alternatives: one that fails is a result
-        row.note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        row.note = f"failed: {type(error).__name__}: {first_line(error)[:160]}"
 
 
 def _summarize(row: Row, times: list[float], device: torch.device) -> None:

@@ -60,4 +60,4 @@ def saliency(gray: Tensor) -> Tensor:
 def _square(size: int, half: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and last (excluded) pixel of the surroundings of each pixel along one side."""
     at = torch.arange(size, device=device)
-    return (at - half + 1).clamp(0, size - 1), (at + half + 1).clamp(0, size - 1)
+    return (at - half + 1).clamp(0, size), (at + half + 1).clamp(0, size)
