@@ -17,13 +17,11 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors.torch import load_file
 from timm.models import group_parameters
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from automix_dist.config import ConfigError, DataConfig, ModelConfig
 from automix_dist.errors import did_you_mean
-
-STEMS = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
-"""First convolution and pooling in timm's ResNets, and in those with pre-activation."""
 
 STATE_KEYS = ("state_dict", "model")
 """Under which training programs keep the weights in a checkpoint: OpenMMLab's and timm's, torchvision's and DeiT's."""
@@ -170,7 +168,7 @@ def create_timm_model(config: ModelConfig, image_size: int, num_classes: int = 0
                 f"model.pretrained: no weights for {config.backbone!r} in timm's cache, and they could not be "
                 f"downloaded ({type(error).__name__}); set model.weights to a file with a timm state dict"
             ) from error
-    if config.small_stem and "convnext" not in config.backbone:
+    if config.small_stem:
         _shrink_stem(model, config.backbone)
     if config.weights:
         _load_weights(model, Path(config.weights))
@@ -203,8 +201,6 @@ def layer_kwargs(config: ModelConfig, image_size: int) -> dict[str, Any]:
     pretrained_config = timm.get_pretrained_cfg(config.backbone)
     if pretrained_config is not None and pretrained_config.fixed_input_size:
         kwargs.setdefault("img_size", image_size)
-    if config.small_stem and "convnext" in config.backbone:
-        kwargs.setdefault("patch_size", 1)
     return kwargs
 
 
@@ -287,18 +283,32 @@ def _require_reachable(config: ModelConfig) -> None:
         HfApi().model_info(repository, timeout=10)
 
 
-def _shrink_stem(model: nn.Module, name: str) -> None:
-    """Replace a ResNet's stem (7x7 stride 2, max-pool) by the CIFAR one: 3x3 stride 1, no pooling."""
+def stem_of(model: nn.Module) -> tuple[str, str | None] | None:
+    """The names of the first convolution and, if there is one, of the pooling behind it, in a stem that can be made
+    small: of a ResNet, one with pre-activation, or a ConvNeXt. None for any other model."""
+    if isinstance(model, ConvNeXt):
+        return ("stem.0", None) if len(model.stem) == 2 else None
     modules = dict(model.named_modules())
-    for conv_name, pool_name in STEMS:
-        conv = modules.get(conv_name)
-        if isinstance(conv, nn.Conv2d) and pool_name in modules:
-            small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
-            nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
-            model.set_submodule(conv_name, small)
-            model.set_submodule(pool_name, nn.Identity())
-            return
-    raise ConfigError(f"model.small_stem: {name} has no stem that can be made small (ResNets and ConvNeXts have)")
+    pairs = (("conv1", "maxpool"), ("stem.conv", "stem.pool"))
+    return next((each for each in pairs if isinstance(modules.get(each[0]), nn.Conv2d) and each[1] in modules), None)
+
+
+def _shrink_stem(model: nn.Module, name: str) -> None:
+    """Replace the stem (a ResNet's 7x7 stride 2 and max-pool, a ConvNeXt's 4x4 patches) by a 3x3 of stride 1, as
+    OpenMixup's ResNet_CIFAR and ConvNeXt_CIFAR have it."""
+    stem = stem_of(model)
+    if stem is None:
+        raise ConfigError(f"model.small_stem: {name} has no stem that can be made small (ResNets and ConvNeXts have)")
+    conv_name, pool_name = stem
+    conv = model.get_submodule(conv_name)
+    small = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    if pool_name is None:
+        nn.init.trunc_normal_(small.weight, std=0.02)
+        nn.init.zeros_(small.bias)
+    else:
+        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+        model.set_submodule(pool_name, nn.Identity())
+    model.set_submodule(conv_name, small)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

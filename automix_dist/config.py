@@ -176,7 +176,7 @@ class ModelConfig:
     """Start from this file, a timm state dict of the backbone as .safetensors, or written by torch.save (.pth; also
     inside a checkpoint); its classifier is not used."""
     small_stem: bool = False
-    """Stem for small images: stride 1 and no max-pooling (ResNets), patch size 1 (ConvNeXts)."""
+    """Stem for small images, for ResNets and ConvNeXts: one 3x3 convolution of stride 1, no max-pooling."""
     drop_path: float = 0.0
     """Stochastic depth rate, for backbones that have it."""
     timm_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from automix_dist.backbone import STEMS, create_timm_model, layer_kwargs
+from automix_dist.backbone import create_timm_model, layer_kwargs, stem_of
 from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
 from automix_dist.config import Config, DataConfig
 from automix_dist.config_file import from_dict
@@ -75,12 +75,13 @@ def loading_code(path: Path, config: Config, kwargs: dict, model: nn.Module) -> 
     if config.model.module:
         lines.append(f"import {config.model.module}")
     lines += ["", f"model = timm.create_model({config.model.backbone!r}{arguments})"]
-    modules = dict(model.named_modules())
-    for conv_name, pool_name in STEMS if config.model.small_stem else ():
-        if pool_name in modules:
-            conv = modules[conv_name]
-            sizes = f"{conv.in_channels}, {conv.out_channels}, 3, padding=1, bias={conv.bias is not None}"
-            lines += [f"model.{conv_name} = torch.nn.Conv2d({sizes})", f"model.{pool_name} = torch.nn.Identity()"]
+    if config.model.small_stem:
+        conv_name, pool_name = stem_of(model)
+        conv = model.get_submodule(conv_name)
+        sizes = f"{conv.in_channels}, {conv.out_channels}, 3, padding=1, bias={conv.bias is not None}"
+        lines.append(f"model.set_submodule({conv_name!r}, torch.nn.Conv2d({sizes}))")
+        if pool_name is not None:
+            lines.append(f"model.set_submodule({pool_name!r}, torch.nn.Identity())")
     lines += [
         f"model.load_state_dict(load_file({str(path)!r}))",
         "model.eval()",

@@ -79,7 +79,9 @@ def test_a_recipe_opens_with_what_one_wants_to_know(path):
         gpus = re.search(r"launch/torchrun\.sh --ranks-per-node (\d+) ", head)
         config, ranks = load_config(path), int(gpus[1]) if gpus else 1
         images, parts = config.micro_batch_size(ranks), ranks * config.engine.accumulation_steps
-        if gpus:  # BatchNorm and lambda are each micro batch's own: their number is part of the recipe
+        if config.engine.sync_batchnorm:  # over all ranks: their number alone is part of the recipe
+            assert f"{ranks} GPUs with {images} images each" in head and "and no other number" in head
+        elif gpus:  # BatchNorm and lambda are each micro batch's own: their number is part of the recipe
             assert f"{images} images each; ranks x engine.accumulation_steps = {parts} trains the same recipe." in head
 
 
