@@ -17,7 +17,7 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, LossConfig
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, ConfigError, LossConfig
 from automix_dist.convolutions import surrounding_autocast
 from automix_dist.draws import Draws, MixDraw, draw_step, gallery_pairs, on_device
 from automix_dist.fused_batchnorm import FusedBatchNorm2d
@@ -175,6 +175,7 @@ class AutoMix(nn.Module):
         self.joint_query = joint_query
         self.autocast = autocast
         self.implementation = implementation
+        self.check_settings()
         self.query = Encoder(backbone, num_classes, clean_head_only=self.config.clean_images == "head")
         self.momentum = copy.deepcopy(self.query).requires_grad_(False)
         self.mix_block = self.make_mix_block(backbone.feature_channels)
@@ -182,6 +183,20 @@ class AutoMix(nn.Module):
             _normalize_halves(self.query)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def check_settings(self) -> None:
+        """Raise ConfigError for settings that the method cannot use."""
+        if self.implementation == "triton" and (why := self.outside_kernels()):
+            raise ConfigError(
+                f"engine.kernels = 'triton', but with {why} the Mix Block runs in part in plain PyTorch: "
+                "set engine.kernels=auto to allow that"
+            )
+
+    def outside_kernels(self) -> str | None:
+        """The setting through which a part of the mixing is plain PyTorch; None if the kernels can do all of it."""
+        if self.config.norm != "none":
+            return f"automix.norm = {self.config.norm!r}"
+        return f"automix.mask_adjust = {self.config.mask_adjust}" if self.config.mask_adjust else None
 
     def make_mix_block(self, channels: int) -> nn.Module:
         """The Mix Block for a feature map of so many channels."""

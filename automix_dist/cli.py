@@ -22,7 +22,8 @@ from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_m
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run one command and exit: 0 done, 2 wrong usage or config, 1 failed, 75 stopped by a signal after saving."""
+    """Run one command and exit: 0 done, 2 wrong usage or config, 1 failed, 75 stopped by a signal after
+    saving, 130 by Ctrl-C where there is nothing to save."""
     options = _parse(arguments)
     # OpenMP's threads spin while they wait; on cores that are shared with anything, long spinning costs tenfold.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -582,16 +582,6 @@ class Config:
                 "engine.joint_query reads clean and mixed images together, but automix.feature_source = 'query' needs "
                 "the clean ones first: set one of them back"
             )
-        for key, differs in (
-            ("policy.name", self.policy.name in ("samix", "adautomix")),
-            ("automix.norm", self.policy.name == "automix" and self.automix.norm != "none"),
-            ("automix.mask_adjust", self.policy.name == "automix" and self.automix.mask_adjust > 0),
-        ):
-            if self.engine.kernels == "triton" and differs:
-                raise ConfigError(
-                    f"engine.kernels = 'triton', but with {key} = {flatten(to_dict(self))[key]!r} the Mix Block runs "
-                    "in part in plain PyTorch: set engine.kernels=auto to allow that"
-                )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Images per rank and forward pass.

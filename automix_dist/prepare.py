@@ -89,7 +89,7 @@ def prepare(
     classes: list[str] | None = None,
     holdout: float | None = None,
     per_class: int | None = None,
-    write_mode: WriteMode = "raw",
+    write_mode: WriteMode = "jpg",
     max_resolution: int | None = None,
     quality: int = 90,
     restart_markers: bool = True,

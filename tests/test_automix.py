@@ -9,7 +9,7 @@ from automix_dist.automix import AutoMix, Losses, Mixes, adjust_mask
 from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.classifier import build_model
-from automix_dist.config import AutoMixConfig
+from automix_dist.config import AutoMixConfig, ConfigError
 from automix_dist.draws import Draws, MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
 from automix_dist.momentum import MomentumUpdate
@@ -344,3 +344,18 @@ def test_mixes_become_pixels_again():
     normalized = (images.permute(0, 3, 1, 2) / 255 - model.mean[:, None, None]) / model.std[:, None, None]
     nothing = torch.zeros(4)
     assert torch.equal(Mixes(nothing, normalized, nothing, nothing).pixels(model.mean, model.std), images)
+
+
+@pytest.mark.parametrize("key", ["automix.norm", "automix.mask_adjust", "policy.name"])
+def test_kernels_that_cannot_do_it_all_are_refused_where_they_are_asked_for(key):
+    settings = {
+        "automix.norm": [{"automix": {"norm": "layer"}}],
+        "automix.mask_adjust": [{"automix": {"mask_adjust": 0.5}}],
+        "policy.name": [
+            {"policy": {"name": name}, "automix": {"lam_concat": False}} for name in ("samix", "adautomix")
+        ],
+    }
+    for each in settings[key]:
+        build_model(tiny_config(**each), TinyBackbone(), CLASSES)
+        with pytest.raises(ConfigError, match=rf"engine.kernels = 'triton', but with {key} = .* in plain PyTorch"):
+            build_model(tiny_config(**each, engine={"kernels": "triton", "device": "auto"}), TinyBackbone(), CLASSES)

@@ -27,7 +27,7 @@ from automix_dist.jpeg import DecoderError, library
 
 
 def write(source, out, **options) -> beton.Manifest:
-    return prepare.prepare(str(source), out, progress=False, **options)
+    return prepare.prepare(str(source), out, **{"write_mode": "raw", "progress": False} | options)
 
 
 def stored(path: Path, i: int) -> bytes:

@@ -84,11 +84,6 @@ def test_combinations_that_cannot_be():
         load_config(None, ["optimizer.name=adamw", "optimizer.mix_momentum=0.9"])
     with pytest.raises(ConfigError, match=r"kernels.*cpu"):
         load_config(None, ["engine.kernels=triton", "engine.device=cpu"])
-    for plain in ("automix.norm=layer", "automix.mask_adjust=0.5", "policy.name=samix", "policy.name=adautomix"):
-        key = plain.partition("=")[0]
-        with pytest.raises(ConfigError, match=rf"engine.kernels = 'triton', but with {key} = .* in plain PyTorch"):
-            load_config(None, ["engine.kernels=triton", plain])
-        load_config(None, ["engine.kernels=auto", plain])
     with pytest.raises(ConfigError, match=r"pretrained and model\.weights"):
         load_config(None, ["model.pretrained=true", "model.weights=x.safetensors"])
 

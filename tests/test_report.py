@@ -487,5 +487,6 @@ def test_any_metrics_file_makes_a_page(tmp_path_factory, records, seed):
     text = "".join(json.dumps(record) + "\n" for record in records)
     cut = random.Random(seed).randint(0, len(text))
     (folder / "metrics.jsonl").write_bytes((text[:cut] + "\n" + text).encode(errors="surrogateescape"))
-    data_of(write_report(folder))
-    write_picture(folder)
+    assert all(chart["series"] for chart in data_of(write_report(folder))["charts"])  # and all of it is JSON
+    with Image.open(write_picture(folder)) as picture:
+        picture.verify()

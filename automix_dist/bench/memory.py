@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import check_counts, results_folder, write_results
+from automix_dist.bench import check_counts, describe_machine, results_folder, write_results
 from automix_dist.config_file import from_dict
 from automix_dist.draws import draw_step
 
@@ -44,8 +44,10 @@ def run(arguments: list[str]) -> int:
     text = table(rows)
     print(text)
     if options.out:
-        raw = {"torch": torch.__version__, "batch_size": options.batch_size, "dtype": "float32", "rows": rows}
-        write_results(options.out, "memory", raw, f"{__doc__.strip()}\n\nPyTorch {torch.__version__}.\n\n{text}\n")
+        machine = describe_machine()
+        result = {"machine": machine, "batch_size": options.batch_size, "dtype": "float32", "rows": rows}
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        write_results(options.out, "memory", result, f"{__doc__.strip()}\n\n{versions}; {machine['date']}.\n\n{text}\n")
     return 0
 
 

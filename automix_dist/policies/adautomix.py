@@ -1,8 +1,8 @@
 """AdAutoMix (arXiv 2312.11954): masks for two or three images, learned against the classifier in every other step.
 
 In those steps the Mix Block maximises the mixed loss of the momentum encoder and minimises the cosine between its
-answers to the mix and to the images in it. There is no mask loss. Of the section `automix` it reads alpha, feature,
-reduction, lam_concat, norm, upsampling, lam_margin, switch_off, no_repeat and momentum*.
+answers to the mix and to the images in it. There is no mask loss, and the settings of one are ignored; of the section
+`automix` those of UNUSED are refused.
 
 The published code asks the momentum encoder anew for each image in a mix; here these answers are those of the pass that
 makes the features, in another order. Its BatchNorm statistics thus see two batches per step instead of four or five,
@@ -49,6 +49,9 @@ class Settings:
         require(0 <= self.linear_share <= 1, "linear_share", self.linear_share, "a weight in [0, 1]")
 
 
+UNUSED = ("feature_source", "feature_pass", "generator_share", "generator_every", "mask_adjust")
+
+
 class MultiDraw(NamedTuple):
     """How one mixed batch is made of S images each."""
 
@@ -91,14 +94,20 @@ class Model(AutoMix):
 
     Losses = Losses
 
-    def make_mix_block(self, channels: int) -> nn.Module:
+    def check_settings(self) -> None:
+        super().check_settings()
+        self.settings = self.settings or Settings()
         if self.joint_query:
             raise ConfigError("engine.joint_query has no meaning for policy adautomix: set it to false")
-        for key, only in (("feature_source", "momentum"), ("generator_share", 1), ("generator_every", 1)):
-            value = getattr(self.config, key)
+        for key in UNUSED:
+            value, only = getattr(self.config, key), getattr(AutoMixConfig(), key)
             if value != only:
                 raise ConfigError(f"automix.{key} = {value!r} has no meaning for policy adautomix: set it to {only}")
-        self.settings = self.settings or Settings()
+
+    def outside_kernels(self) -> str:
+        return "policy.name = 'adautomix'"
+
+    def make_mix_block(self, channels: int) -> nn.Module:
         return AdaptiveMask(channels, self.config)
 
     def draw(self, images: Tensor, *, train_generator: bool = True, **where: int) -> Draws:

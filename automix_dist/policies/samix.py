@@ -33,13 +33,19 @@ class Settings:
 class Model(AutoMix):
     """SAMix; the arguments are AutoMix's, with this file's Settings as `settings`."""
 
-    def make_mix_block(self, channels: int) -> nn.Module:
+    def check_settings(self) -> None:
+        super().check_settings()
         for key, needed in (("lam_concat", False), ("norm", "none")):
             value = getattr(self.config, key)
             if value != needed:
                 raise ConfigError(
                     f"automix.{key} = {value!r}: policy samix needs {needed!r}; set it, or take one of its recipes"
                 )
+
+    def outside_kernels(self) -> str:
+        return "policy.name = 'samix'"
+
+    def make_mix_block(self, channels: int) -> nn.Module:
         return SAMixBlock(channels, self.config, self.settings or Settings())
 
 
