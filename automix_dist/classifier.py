@@ -8,14 +8,12 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.activation_checkpointing import check_not_inside_blocks
 from automix_dist.automix import Encoder, Mixes, lay_out, set_up_compiler
-from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, Config, ConfigError, LossConfig
-from automix_dist.convolutions import lay_out_weights, pad_stems, surrounding_autocast
+from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, LossConfig
+from automix_dist.convolutions import surrounding_autocast
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
-from automix_dist.fused_batchnorm import fuse_batchnorms
 from automix_dist.loss import class_loss, mixed_loss
-from automix_dist.policy import Draw, Policy, load
+from automix_dist.policy import Draw, Policy
 
 
 class Losses(NamedTuple):
@@ -140,47 +138,3 @@ class Classifier(nn.Module):
     @property
     def has_average(self) -> bool:
         return hasattr(self, "momentum")
-
-
-def build_model(
-    config: Config, backbone: nn.Module, num_classes: int, autocast: torch.dtype | None = None
-) -> nn.Module:
-    """The model of a run's policy, on the CPU: a Classifier, AutoMix, or one of its descendants.
-
-    `autocast` is the dtype of its forward passes; float32 = no autocast, None = the caller's.
-
-    Raises ConfigError for settings that the policy cannot use, alone or with this backbone.
-    """
-    module, settings = load(config.policy)
-    if config.engine.padded_stem:
-        pad_stems(backbone)
-    if config.engine.fused_batchnorm:
-        fuse_batchnorms(backbone, config.engine.kernels)
-    common = {
-        "loss": config.loss,
-        "mean": config.data.mean,
-        "std": config.data.std,
-        "autocast": autocast,
-        "implementation": config.engine.kernels,
-    }
-    if hasattr(module, "Policy"):
-        if config.engine.joint_query:
-            raise ConfigError(f"engine.joint_query has no meaning for policy {config.policy.name}: set it to false")
-        policy = module.Policy(settings, config.data.mean, config.data.std)
-        model = Classifier(backbone, num_classes, policy, average=config.policy.average > 0, **common)
-        if config.engine.activation_checkpointing:
-            check_not_inside_blocks(backbone, policy.changed_layers(backbone))
-    elif config.policy.average:
-        raise ConfigError(f"policy.average: {config.policy.name} has a momentum encoder; set policy.average=0")
-    else:
-        model = module.Model(
-            backbone,
-            num_classes,
-            config.automix,
-            settings,
-            immediate_backward=config.engine.immediate_backward,
-            joint_query=config.engine.joint_query,
-            **common,
-        )
-    lay_out_weights(model)
-    return model

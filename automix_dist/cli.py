@@ -326,8 +326,8 @@ def _load_config(options: argparse.Namespace) -> Config:
 def _replay(options: argparse.Namespace) -> int:
     from automix_dist import distributed
     from automix_dist.config_file import from_dict
+    from automix_dist.model import restored_model
     from automix_dist.replay import find_dump, replay
-    from automix_dist.run import restored_model
 
     saved = find_dump(options.dump)
     config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
@@ -370,8 +370,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
 
     from automix_dist.checkpoint import find_checkpoint
-    from automix_dist.evaluate import summary
-    from automix_dist.run import evaluate
+    from automix_dist.evaluate import evaluate, summary
 
     saved = find_checkpoint(options.run_folder, options.step, options.best)
     evaluate(

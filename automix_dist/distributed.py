@@ -2,7 +2,9 @@
 
 import contextlib
 import glob
+import hashlib
 import ipaddress
+import json
 import math
 import os
 import re
@@ -63,6 +65,18 @@ class Process:
         values = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def agree(self, settings: dict[str, Any]) -> None:
+        """Raise ConfigError unless all ranks have the same settings: they may have read different files."""
+        text = json.dumps(settings, sort_keys=True, default=str)
+        if len(set(self.gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+            return
+        first, *others = self.gather(settings)
+        for rank, other in enumerate(others, 1):
+            for key in sorted(first.keys() | other.keys()):
+                if first.get(key) != other.get(key):
+                    values = f"{other.get(key)!r} and rank 0 {first.get(key)!r}"
+                    raise ConfigError(f"rank {rank} has {key} = {values}: give all nodes the same config and data")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in place."""

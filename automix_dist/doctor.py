@@ -340,8 +340,9 @@ def _config(config: Config, with_data: bool) -> Check:
     """What `train` checks before it begins, the model too; without whole data files, whose rows tell, all the rest."""
     try:
         from automix_dist.backbone import pretrained_not_loaded
+        from automix_dist.model import describe_model
         from automix_dist.policy import with_policy_settings
-        from automix_dist.run_check import check_run, check_without_data, describe_model
+        from automix_dist.run_check import check_run, check_without_data
 
         config = with_policy_settings(config)
         with pretrained_not_loaded():

@@ -1,29 +1,32 @@
 """Beyond the accuracies of validate.py: how sure a trained model is, what it confuses, and how much is left when images
 become harder."""
 
-import json
 import math
+import shlex
 import statistics
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist import robustness
-from automix_dist.cam import Showcase, Views
+from automix_dist import beton, cam, distributed, robustness
+from automix_dist.cam import Showcase
+from automix_dist.checkpoint import Saved
 from automix_dist.config import ConfigError
+from automix_dist.config_file import from_dict
 from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
-from automix_dist.gallery import IMAGE_COLOR, PARTNER_COLOR
-from automix_dist.page import figures, mask_uri, percent_or_nothing, picture_uri, reliability, table, write_page
+from automix_dist.evaluation_page import write_evaluation
+from automix_dist.model import restored_model
+from automix_dist.run_folder import on_rank_0
 from automix_dist.validate import top_hits
-from automix_dist.whole_file import write_whole
 
 BINS = 15
 """Of confidence, equally wide, as in arXiv 1706.04599."""
@@ -114,6 +117,103 @@ class Counts:
 
 
 @torch.no_grad()
+def evaluate(
+    saved: Saved,
+    conditions: Conditions | None = None,
+    *,
+    data: str | None = None,
+    batch_size: int | None = None,
+    cam_images: int | None = None,
+    out: Path | None = None,
+    tell: Callable[[dict[str, Any]], object] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint's model, as `automix eval` does; called by all ranks together.
+
+    Args:
+        saved: as `checkpoint.find_checkpoint` finds it; rank 0's counts.
+        conditions: what to evaluate besides the images as they are, and whose details to tell.
+        data: another .beton file than the run's validation set.
+        batch_size: images per rank and batch; without it the run's.
+        cam_images: show Grad-CAM of so many images on the page in `out`.
+        out: a folder, in which rank 0 writes eval.json and eval.html.
+        tell: called by rank 0 with the result, before that is written: a full disk must not cost it.
+
+    Returns:
+        "step", "data", "images" and what `evaluate_model` returns; on all ranks.
+
+    Raises:
+        AutomixError: in whatever form; what can be wrong is found before the evaluation.
+        OSError: if the page cannot be written after all.
+    """
+    conditions = conditions or Conditions()
+    config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
+    path = Path(data or config.data.val)
+    manifest, classes = beton.check(path), saved.manifest["classes"]
+    if len(manifest.classes) != len(classes):
+        raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
+    renamed = manifest.classes != classes
+    if renamed and sorted(manifest.classes) == sorted(classes):
+        raise beton.BetonError(
+            f"{path} has the model's classes in another order, so that its labels mean others: write it again with "
+            f"automix prepare --overwrite --classes {shlex.quote(config.data.train)}"
+        )
+    showcase = None if cam_images is None else cam.Showcase(cam_images, len(classes))
+    process = distributed.start(config.engine)
+    saved = process.broadcast(saved)  # a training may have written another one meanwhile
+    process.agree({f"the index of {path}": manifest.index_checksum})
+    if out is not None:
+        on_rank_0(process, lambda: _why_not_written(out))
+    model = restored_model(saved, config, process.device)
+    if renamed and process.is_main:
+        print(f"warning: {path} has other class names than the run; classes are matched by number", file=sys.stderr)
+    ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
+    loader = EvalLoader(
+        str(path),
+        config.data,
+        batch_size=batch_size or config.eval_batch_size or max(1, config.batch_size // ranks),
+        rank=process.rank,
+        world_size=process.world_size,
+        device=process.device,
+    )
+    if showcase is not None:
+        cam.check(model, loader.blank(), conditions.answer)
+    values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
+    loader.close()
+    result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
+    if renamed:
+        result["classes_matched_by"] = "number"
+    chosen = None if showcase is None else showcase.gather(process)
+    if showcase is not None and chosen is None and process.is_main:
+        print("no Grad-CAM: the classes that --cam chose have no images; a larger number chooses more", file=sys.stderr)
+    views = None if chosen is None else cam.look(model, chosen, conditions.answer)
+    process.barrier()
+    if tell is not None and process.is_main:
+        tell(result)
+    if out is not None and process.is_main:
+        run = saved.folder.parent.parent.resolve().name
+        title = f"{run}, step {saved.step:,}, {path.name}"
+        print(write_evaluation(result, out, title, views), file=sys.stderr)
+    distributed.finish()
+    return result
+
+
+def _why_not_written(folder: Path) -> str | None:
+    """Make a folder and try it, so that nothing is computed for a page that cannot be kept; a new one goes again, as
+    what follows may still be refused."""
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if is_new:
+            folder.rmdir()
+        return None
+    except FileExistsError:
+        return f"--out {str(folder)!r} is a file: expected a folder"
+    except OSError as error:
+        return f"cannot write to --out {str(folder)!r}: {error.strerror}"
+
+
 def evaluate_model(
     model: nn.Module,
     loader: EvalLoader,
@@ -258,89 +358,3 @@ def _accuracies(name: str, counts: Counts, total: int) -> dict[str, float]:
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """The part of a result that is short for any number of classes."""
     return {key: value for key, value in result.items() if key not in ("classes", "confusion", "calibration")}
-
-
-def write_evaluation(result: dict[str, Any], folder: Path, title: str, views: Views | None = None) -> Path:
-    """Write folder/eval.json and folder/eval.html, with Grad-CAM where there are views; returns the page's path.
-
-    Raises OSError.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "eval.json", json.dumps(result, indent=1))
-    answer = result["answer"]
-    answers = [key.removeprefix("top1_") for key in result if key.startswith("top1_")]
-    keys = ("top1", "top5", "ece", "loss")
-    rows = [(name, *(_number(key, result[f"{key}_{name}"]) for key in keys)) for name in answers]
-    head = ("Answer", "Top-1", "Top-5", "ECE", "Loss")
-    sections = {"Accuracy": table(rows, head, "figures")}
-    if result["conditions"]:
-        top1 = {name: [values[f"top1_{each}"] for each in answers] for name, values in result["conditions"].items()}
-        rows = [(name, *map(percent_or_nothing, values)) for name, values in top1.items()]
-        sections["Top-1 under harder conditions"] = table(rows, ("Condition", *answers), "figures")
-    sections[f"Reliability of {answer}"] = reliability(result["calibration"])
-    if views is not None:
-        sections |= _cam_sections(views, [row["name"] for row in result["classes"]], answer)
-    order = sorted(result["classes"], key=lambda row: -1 if row["recall"] is None else row["recall"])
-    rows = [
-        (row["name"], f"{row['images']:,}", percent_or_nothing(row["recall"]), percent_or_nothing(row["precision"]))
-        for row in order
-    ]
-    sections[f"Classes of {answer}, the worst first"] = table(
-        rows, ("Class", "Images", "Recall", "Precision"), "figures"
-    )
-    if result["confusion"]:
-        names = [row["name"] for row in result["classes"]]
-        rows = [(name, *map(str, line)) for name, line in zip(names, result["confusion"], strict=True)]
-        sections["Confusions: true classes in rows, guesses in columns"] = table(rows, ("", *names), "figures")
-    return write_page(folder / "eval.html", "Evaluation", title, sections)
-
-
-def _number(key: str, value: float) -> str:
-    return f"{value:.4f}" if key == "loss" else percent_or_nothing(value)
-
-
-def _cam_sections(views: Views, classes: list[str], answer: str) -> dict[str, str]:
-    """Cards of images with what made `answer` say its guess, and of mixes with what speaks for each of two classes."""
-    images, labels = views.batch.images.cpu().numpy(), views.batch.labels.tolist()
-    of_guess, of_label = (each.cpu().numpy() for each in (views.of_guess, views.of_label))
-    cards = []
-    for i, guess in enumerate(views.guess.tolist()):
-        said = f"guess: {classes[guess]}, {_share(views.confidence[i].item())}"
-        card = [(picture_uri(images[i]), classes[labels[i]]), (_overlay(images[i], of_guess[i], PARTNER_COLOR), said)]
-        if guess != labels[i]:
-            card.append((_overlay(images[i], of_label[i], IMAGE_COLOR), f"true: {classes[labels[i]]}"))
-        cards.append(card)
-    hint = "Coloured: what speaks for the guess, in orange; where it is wrong, what speaks for the true class, in blue."
-    small = images.shape[1]
-    sections = {f"Grad-CAM of {answer}": f'<p class="hint">{hint}</p>{figures(cards, small)}'}
-    if views.mixes is None:
-        return sections
-    mixed, masks, of_own, of_partner = (
-        each.cpu().numpy() for each in (views.mixed, views.mixes.mask, views.of_own, views.of_partner)
-    )
-    lam, partner = views.mixes.lam.tolist(), views.mixes.partner.tolist()
-    cards = []
-    for i, label in enumerate(labels):
-        own, other = classes[label], classes[labels[partner[i]]]
-        cards.append(
-            [
-                (picture_uri(mixed[i]), f"{_share(lam[i])} {own}, {_share(1 - lam[i])} {other}"),
-                (mask_uri(masks[i]), "mask"),
-                (_overlay(mixed[i], of_own[i], IMAGE_COLOR), f"for {own}"),
-                (_overlay(mixed[i], of_partner[i], PARTNER_COLOR), f"for {other}"),
-            ]
-        )
-    hint = "A mask is orange where it takes the partner. Coloured: what speaks for each of the two classes."
-    sections["Grad-CAM of mixed pairs"] = f'<p class="hint">{hint}</p>{figures(cards, small)}'
-    return sections
-
-
-def _share(value: float) -> str:
-    return f"{round(100 * value)} %"
-
-
-def _overlay(image: np.ndarray, weights: np.ndarray, color: tuple[int, int, int]) -> str:
-    """The image in grey, uint8 [H, W, 3], under a colour as strong as the weights [H, W] in [0, 1]; as a data URI."""
-    strength = 0.8 * np.nan_to_num(weights)[..., None]
-    gray = image.mean(axis=2, keepdims=True)
-    return picture_uri((gray * (1 - strength) + np.array(color) * strength).round().astype(np.uint8))

@@ -1,38 +1,30 @@
-"""One training run: its parts, and the training itself; and its evaluation."""
+"""One training run: its parts, and the training itself."""
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from automix_dist import beton, cam, distributed, provenance
+from automix_dist import distributed, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
-from automix_dist.checkpoint import Checkpoints, Saved, committed_steps, load_module_state
+from automix_dist.checkpoint import Checkpoints, Saved, committed_steps
 from automix_dist.config import Config, ConfigError, flatten, to_dict
-from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process, autocast_dtype
 from automix_dist.engines import build_engine, summary
 from automix_dist.errors import EXIT_STOPPED
-from automix_dist.evaluate import Conditions, evaluate_model, write_evaluation
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
+from automix_dist.model import describe_model
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
-from automix_dist.run_check import Checked, check_run, describe_model, new_model, without_weights
-from automix_dist.run_folder import RunError, discard, open_folder, store_settings, try_saving
+from automix_dist.run_check import Checked, check_run
+from automix_dist.run_folder import discard, on_rank_0, open_folder, store_settings, try_saving
 from automix_dist.run_log import RunLog, has_saved, set_aside
 from automix_dist.trainer import Position, Trainer
 
@@ -83,8 +75,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         "index_checksums": {"train": checked.train.index_checksum, "val": checked.val.index_checksum},
     }
     indices = {f"the index of data.{split}": checksum for split, checksum in about["index_checksums"].items()}
-    agree(process, flatten(about["config"]) | indices)
-    _on_rank_0(process, lambda: open_folder(run, resume, overwrite))
+    process.agree(flatten(about["config"]) | indices)
+    on_rank_0(process, lambda: open_folder(run, resume, overwrite))
     try_saving(process, run)
     log = RankLog(run, process.rank)
     try:
@@ -96,12 +88,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         raise
     distributed.finish()
     return code
-
-
-def _on_rank_0(process: Process, write: Callable[[], str | None]) -> None:
-    """Let rank 0 write; if it returns a reason why it could not, every rank raises RunError."""
-    if problem := process.broadcast(write() if process.is_main else None):
-        raise RunError(problem)
 
 
 def _train(
@@ -160,7 +146,7 @@ def _train(
 
     position = Position()
     if overwrite:
-        _on_rank_0(process, lambda: discard(run))
+        on_rank_0(process, lambda: discard(run))
     if saved is not None:
         state = checkpoints.load(engine, saved)
         known = {field.name for field in dataclasses.fields(Position)}  # an older checkpoint may hold more
@@ -175,7 +161,7 @@ def _train(
             say(f"nothing to resume in {run}: starting from the beginning")
         if process.is_main and (committed_steps(run) or has_saved(run)):
             say(f"the checkpoints of an earlier training are lost; what it logged is kept as {set_aside(run)}_*")
-    _on_rank_0(process, lambda: store_settings(run, config, about))
+    on_rank_0(process, lambda: store_settings(run, config, about))
     log = RunLog(
         run,
         is_main=process.is_main,
@@ -198,19 +184,6 @@ def _train(
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""
     say(f"done: {position.step} steps{skipped}{best}; results in {run}")
     return 0
-
-
-def agree(process: Process, settings: dict[str, Any]) -> None:
-    """Raise ConfigError unless all ranks have the same settings: they may have read different files."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    if len(set(process.gather(hashlib.sha256(text.encode()).hexdigest()))) == 1:
-        return
-    first, *others = process.gather(settings)
-    for rank, other in enumerate(others, 1):
-        for key in sorted(first.keys() | other.keys()):
-            if first.get(key) != other.get(key):
-                values = f"{other.get(key)!r} and rank 0 {first.get(key)!r}"
-                raise ConfigError(f"rank {rank} has {key} = {values}: give all nodes the same config and data")
 
 
 def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> None:
@@ -236,107 +209,3 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], tot
             f"epochs = {config.epochs} is {total_steps} steps; the run is at step {saved.step}: set epochs to no fewer "
             f"than it has trained, or train anew in another output"
         )
-
-
-def evaluate(
-    saved: Saved,
-    conditions: Conditions | None = None,
-    *,
-    data: str | None = None,
-    batch_size: int | None = None,
-    cam_images: int | None = None,
-    out: Path | None = None,
-    tell: Callable[[dict[str, Any]], object] | None = None,
-) -> dict[str, Any]:
-    """Evaluate a checkpoint's model, as `automix eval` does; called by all ranks together.
-
-    Args:
-        saved: as `checkpoint.find_checkpoint` finds it; rank 0's counts.
-        conditions: what to evaluate besides the images as they are, and whose details to tell.
-        data: another .beton file than the run's validation set.
-        batch_size: images per rank and batch; without it the run's.
-        cam_images: show Grad-CAM of so many images on the page in `out`.
-        out: a folder, in which rank 0 writes eval.json and eval.html.
-        tell: called by rank 0 with the result, before that is written: a full disk must not cost it.
-
-    Returns:
-        "step", "data", "images" and what `evaluate.evaluate_model` returns; on all ranks.
-
-    Raises:
-        AutomixError: in whatever form; what can be wrong is found before the evaluation.
-        OSError: if the page cannot be written after all.
-    """
-    conditions = conditions or Conditions()
-    config = distributed.for_this_machine(from_dict(saved.manifest["config"]))
-    path = Path(data or config.data.val)
-    manifest, classes = beton.check(path), saved.manifest["classes"]
-    if len(manifest.classes) != len(classes):
-        raise beton.BetonError(f"{path} has {len(manifest.classes)} classes, the model {len(classes)}")
-    renamed = manifest.classes != classes
-    if renamed and sorted(manifest.classes) == sorted(classes):
-        raise beton.BetonError(
-            f"{path} has the model's classes in another order, so that its labels mean others: write it again with "
-            f"automix prepare --overwrite --classes {shlex.quote(config.data.train)}"
-        )
-    showcase = None if cam_images is None else cam.Showcase(cam_images, len(classes))
-    process = distributed.start(config.engine)
-    saved = process.broadcast(saved)  # a training may have written another one meanwhile
-    agree(process, {f"the index of {path}": manifest.index_checksum})
-    if out is not None:
-        _on_rank_0(process, lambda: _why_not_written(out))
-    model = restored_model(saved, config, process.device)
-    if renamed and process.is_main:
-        print(f"warning: {path} has other class names than the run; classes are matched by number", file=sys.stderr)
-    ranks = saved.manifest["world_size"] * config.engine.accumulation_steps
-    loader = EvalLoader(
-        str(path),
-        config.data,
-        batch_size=batch_size or config.eval_batch_size or max(1, config.batch_size // ranks),
-        rank=process.rank,
-        world_size=process.world_size,
-        device=process.device,
-    )
-    if showcase is not None:
-        cam.check(model, loader.blank(), conditions.answer)
-    values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
-    loader.close()
-    result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
-    if renamed:
-        result["classes_matched_by"] = "number"
-    chosen = None if showcase is None else showcase.gather(process)
-    if showcase is not None and chosen is None and process.is_main:
-        print("no Grad-CAM: the classes that --cam chose have no images; a larger number chooses more", file=sys.stderr)
-    views = None if chosen is None else cam.look(model, chosen, conditions.answer)
-    process.barrier()
-    if tell is not None and process.is_main:
-        tell(result)
-    if out is not None and process.is_main:
-        run = saved.folder.parent.parent.resolve().name
-        title = f"{run}, step {saved.step:,}, {path.name}"
-        print(write_evaluation(result, out, title, views), file=sys.stderr)
-    distributed.finish()
-    return result
-
-
-def _why_not_written(folder: Path) -> str | None:
-    """Make a folder and try it, so that nothing is computed for a page that cannot be kept; a new one goes again, as
-    what follows may still be refused."""
-    try:
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        if is_new:
-            folder.rmdir()
-        return None
-    except FileExistsError:
-        return f"--out {str(folder)!r} is a file: expected a folder"
-    except OSError as error:
-        return f"cannot write to --out {str(folder)!r}: {error.strerror}"
-
-
-def restored_model(saved: Saved, config: Config, device: torch.device) -> nn.Module:
-    """The model of a checkpoint, with its weights, on a device."""
-    model = new_model(without_weights(config), len(saved.manifest["classes"]), device).to(device)
-    model.load_state_dict(load_module_state(saved, ""))
-    return model

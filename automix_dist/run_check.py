@@ -1,6 +1,5 @@
 """What can be wrong with a run: found before any process group, folder or file exists, by `train` and by the doctor."""
 
-import dataclasses
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -8,14 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from automix_dist import beton, policy, provenance
-from automix_dist.backbone import create_backbone
+from automix_dist import beton, provenance
 from automix_dist.checkpoint import committed_steps
-from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError
-from automix_dist.distributed import autocast_dtype, launched_ranks, resolve_device
+from automix_dist.distributed import launched_ranks, resolve_device
 from automix_dist.engines import deepspeed_settings
 from automix_dist.errors import some
+from automix_dist.model import new_model, without_weights
 from automix_dist.trackers import check_installed
 
 
@@ -118,25 +116,3 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
             f"{shlex.quote(config.data.train)}"
         )
     return train, val
-
-
-def new_model(config: Config, num_classes: int, device: torch.device) -> nn.Module:
-    """The model of the config's policy and backbone, on the CPU, to train on `device`."""
-    torch.manual_seed(config.seed)
-    other_sizes = [size for _, size in config.data.resolution_schedule]
-    backbone = create_backbone(config.model, policy.needed_feature(config), config.data.image_size, other_sizes)
-    torch.manual_seed(config.seed)
-    return build_model(config, backbone, num_classes, autocast_dtype(config.engine, device))
-
-
-def without_weights(config: Config) -> Config:
-    """A run's settings where all weights come from a checkpoint."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=""))
-
-
-def describe_model(config: Config, model: nn.Module) -> str:
-    """The backbone, its size without the classifier, and which of its feature maps the Mix Block reads."""
-    backbone = model.query.backbone
-    count = sum(parameter.numel() for parameter in backbone.parameters())
-    feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
-    return f"{config.model.backbone}, {count:,} parameters{feature}"

@@ -23,6 +23,12 @@ class RunError(AutomixError):
     """A run's folder that cannot be trained in; the message says why and what to do."""
 
 
+def on_rank_0(process: Process, write: Callable[[], str | None]) -> None:
+    """Let rank 0 write; if it returns a reason why it could not, every rank raises RunError."""
+    if problem := process.broadcast(write() if process.is_main else None):
+        raise RunError(problem)
+
+
 def open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
     """Make the run's folder, and take it for this process; a reason if that cannot or should not be done."""
     try:

@@ -8,10 +8,10 @@ from torch import nn
 from automix_dist.automix import AutoMix, Losses, Mixes, adjust_mask
 from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
-from automix_dist.classifier import build_model
 from automix_dist.config import AutoMixConfig, ConfigError
 from automix_dist.draws import Draws, MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
+from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 
 

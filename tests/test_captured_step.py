@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from automix_dist import captured_step
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.captured_step import CapturedStep, CudaGraphs
-from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.draws import seed_torch
+from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
 

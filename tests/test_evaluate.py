@@ -16,7 +16,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from automix_dist import distributed
 from automix_dist.config import ConfigError, EngineConfig
 from automix_dist.data import Batch
-from automix_dist.evaluate import BINS, Conditions, Counts, evaluate_model, fraction, summary, write_evaluation
+from automix_dist.evaluate import BINS, Conditions, Counts, evaluate_model, fraction, summary
+from automix_dist.evaluation_page import write_evaluation
 from automix_dist.validate import validate
 
 IMAGES = 41

@@ -12,9 +12,9 @@ from tiny import CLASSES, TinyBackbone, micro_batch, tiny_config
 
 from automix_dist import distributed
 from automix_dist.captured_step import CapturedStep
-from automix_dist.classifier import build_model
 from automix_dist.data import Batch
 from automix_dist.engines import build_engine
+from automix_dist.model import build_model
 from automix_dist.optimizer import build_optimizer
 from automix_dist.trainer import Trainer
 

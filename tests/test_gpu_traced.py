@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
-from automix_dist.classifier import build_model
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, AutoMixConfig, Config, ModelConfig
 from automix_dist.draws import draw_step
 from automix_dist.engines import Engine
 from automix_dist.mix_block import MixBlock
+from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer
 from automix_dist.trainer import Tally

@@ -10,9 +10,9 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from automix_dist.backbone import create_backbone
-from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
+from automix_dist.model import build_model
 from automix_dist.optimizer import build_optimizer
 
 BACKBONES = {

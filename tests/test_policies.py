@@ -26,13 +26,14 @@ from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.checkpoint import Checkpoints, load_module_state, newest, verify
-from automix_dist.classifier import Classifier, build_model
+from automix_dist.classifier import Classifier
 from automix_dist.cli import main
 from automix_dist.config import POLICIES, AutoMixConfig, ConfigError, LossConfig, ModelConfig, PolicyConfig
 from automix_dist.config_file import load_config
 from automix_dist.draws import Draws, MixDraw, draw_step, seed_torch, shared_generator, step_generator
 from automix_dist.engines import build_engine
 from automix_dist.loss import class_loss, mixed_loss
+from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import Lamb, build_optimizer
 from automix_dist.policies import adautomix, alignmix, saliencymix, samix, transmix

@@ -14,8 +14,9 @@ from tiny import CLASSES, TinyBackbone, micro_batch, tiny_config
 from torch.nn import functional as F
 
 from automix_dist.backbone import create_backbone
-from automix_dist.classifier import Classifier, build_model
+from automix_dist.classifier import Classifier
 from automix_dist.config import ConfigError, ModelConfig
+from automix_dist.model import build_model
 from automix_dist.policies import puzzlemix
 from automix_dist.policy import Draw
 

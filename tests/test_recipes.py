@@ -11,10 +11,10 @@ from torchvision.models import ResNet18_Weights, ResNeXt50_32X4D_Weights
 
 from automix_dist import policy
 from automix_dist.backbone import create_backbone
-from automix_dist.classifier import build_model
 from automix_dist.config import Config, ConfigError
 from automix_dist.config_file import load_config
 from automix_dist.draws import seed_torch
+from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer, set_learning_rates
 from automix_dist.schedules import Schedule

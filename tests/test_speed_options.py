@@ -18,13 +18,13 @@ from automix_dist.backbone import create_backbone
 from automix_dist.batchnorm import RunningStatistics
 from automix_dist.bench import step_ways
 from automix_dist.bench.step import counted_flops
-from automix_dist.classifier import build_model
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.convolutions import PaddedConv2d, pad_stems
 from automix_dist.draws import draw_step
 from automix_dist.fused_batchnorm import FusedBatchNorm2d, describe_fused, fuse_batchnorms
 from automix_dist.loss import class_loss
+from automix_dist.model import build_model
 from automix_dist.schedules import Schedule
 
 

@@ -23,7 +23,6 @@ from automix_dist.distributed import StopRequest
 from automix_dist.profiling import StepProfile
 from automix_dist.progress import Progress
 from automix_dist.replay import replay
-from automix_dist.run import agree
 from automix_dist.run_log import RunLog
 from automix_dist.trainer import Position, Trainer, TrainingError
 
@@ -197,9 +196,9 @@ def test_the_last_checkpoint_knows_the_last_evaluation(changes, tmp_path):
 
 def settings_of_ranks(settings, _: Path) -> str:
     process, *_ = start_engine(settings)
-    agree(process, {"seed": 0, "optimizer.lr": 0.1})
+    process.agree({"seed": 0, "optimizer.lr": 0.1})
     try:
-        agree(process, {"seed": 0, "optimizer.lr": 0.1 + process.rank})
+        process.agree({"seed": 0, "optimizer.lr": 0.1 + process.rank})
     except ConfigError as error:
         return str(error)
     return ""

@@ -13,8 +13,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 
 from automix_dist.backbone import create_backbone
-from automix_dist.classifier import build_model
 from automix_dist.config_file import from_dict
+from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.policy import needed_feature
 
