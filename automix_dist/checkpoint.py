@@ -151,6 +151,12 @@ class Checkpoints:
                 self._channel = self.process.channel()
         return self._last_written
 
+    def let_finish(self, seconds: float) -> None:
+        """Let the save that is being written end, for so long at most; without the other ranks' main threads, which
+        may be waiting for this one."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
     def _what_is_left(self) -> str:
         try:
             return "earlier checkpoints are untouched" if committed_steps(self.run) else "there is none before it"
@@ -328,6 +334,8 @@ class ShardReader:
         if len(copies) == world_size:
             return self._files[copies[rank][2]].get_tensor(name)
         values = torch.stack([self._files[index].get_tensor(name) for _, _, index in copies])
+        if (values == values[0]).all():  # their mean would be a rounding away
+            return values[0]
         return values.mean(dim=0) if values.is_floating_point() else values[0]
 
     def elements(self, name: str, start: int, length: int) -> Tensor:
@@ -393,21 +401,23 @@ def _warn(text: str) -> None:
 def newest(run: Path, say: Callable[[str], None] = _warn) -> Saved | None:
     """The newest checkpoint of a run that is whole, checksums included; None if there is none.
 
-    Raises UnreadableError if there is none, but one that cannot be read may be: starting from the beginning would throw
-    a run away because its disk was away for a moment.
+    Raises UnreadableError if a newer one cannot be read, but may be whole: to train on from an older one, or from the
+    beginning, would throw it away because its disk was away for a moment.
     """
-    unread = None
-    for step in sorted(_listed_steps(run), reverse=True):
+    passed: set[int] = set()
+    while steps := set(_listed_steps(run)) - passed:  # anew each time: a run that trains on removes old ones
+        folder = step_folder(run, max(steps))
+        passed.add(max(steps))
         try:
-            return verify(step_folder(run, step))
+            return verify(folder)
+        except UnreadableError as error:
+            raise UnreadableError(
+                f"{error}: this checkpoint, the newest, may be whole. Try again when it can be read; to go on without "
+                f"it, move {folder} away"
+            ) from error
         except CheckpointError as error:
-            say(f"passing over a broken checkpoint: {error}")
-            unread = unread or (isinstance(error, UnreadableError) and error)
-    if unread:
-        raise UnreadableError(
-            f"{run} has no checkpoint that can be read, but one may be whole: {unread}. Try again when it can be "
-            f"read, or discard the run with --overwrite"
-        )
+            if folder.is_dir():
+                say(f"passing over a broken checkpoint: {error}")
     return None
 
 

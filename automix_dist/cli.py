@@ -440,10 +440,13 @@ def _list_checkpoints(options: argparse.Namespace) -> int:
     if options.step is not None and options.step not in steps:
         raise CheckpointError(f"{run} has no checkpoint of step {options.step}; it has {steps}")
     broken, best_step = 0, None
-    for step in reversed(steps) if options.step is None else [options.step]:
+    for step in steps[::-1] if options.step is None else [options.step]:
         try:
             manifest = verify(step_folder(run, step), checksums=verifying).manifest
         except CheckpointError as error:
+            if not step_folder(run, step).is_dir():  # a run that trains on has removed it
+                steps.remove(step)
+                continue
             broken += 1
             print(f"step {step}: broken: {error}")
             continue

@@ -175,6 +175,9 @@ def start(engine: EngineConfig) -> Process:
     """
     device = resolve_device(engine)
     world_size = launched_ranks()
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:  # `accelerate launch` of one process says half of it
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
@@ -256,7 +259,8 @@ class StopRequest:
     """Ctrl-C, SIGTERM, SIGUSR1, a terminal that is closed (SIGHUP, unless ignored, as under nohup) or a time limit asks
     all ranks to stop after the same step.
 
-    A handler only notes the signal; `agreed` spreads it. A second signal ends the process at once.
+    A handler only notes the signal; `agreed` spreads it. The same signal again ends the process at once; another one
+    does not, as a scheduler sends SIGUSR1 first and SIGTERM after it.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -265,9 +269,9 @@ class StopRequest:
         """`minutes` is the time limit, counted from the start of the job; 0 = none. It is told as SIGALRM."""
         self._process = process
         self._say = say
-        self._deadline = _job_start() + 60 * minutes if minutes else math.inf
+        self._deadline = time.monotonic() + _job_start() - time.time() + 60 * minutes if minutes else math.inf
         self._signal = 0
-        self._noted_at = 0.0
+        self._noted: dict[int, float] = {}  # when each signal came first
         self._agreed = 0
         self._pending: tuple[Any, Tensor] | None = None
         self._interrupt = signal.getsignal(signal.SIGINT)
@@ -276,20 +280,23 @@ class StopRequest:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if self._signal:
-            if time.monotonic() - self._noted_at > SAME_STOP_SECONDS:
+        now = time.monotonic()
+        if number in self._noted:
+            if now - self._noted[number] > SAME_STOP_SECONDS:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             return
-        self._signal, self._noted_at = number, time.monotonic()
-        self._say(f"{signal.Signals(number).name}: stopping after this step, then saving (again: quit at once)")
+        if not self._noted:
+            self._signal = number
+            self._say(f"{signal.Signals(number).name}: stopping after this step, then saving (again: quit at once)")
+        self._noted[number] = now
 
     def agreed(self) -> int:
         """The signal that any rank has received, or 0: the same answer on every rank in the same call.
 
         Call it equally often on all ranks. The exchange of one call is awaited in the next, so it costs no waiting.
         """
-        if not self._signal and time.time() > self._deadline:
+        if not self._signal and time.monotonic() > self._deadline:
             self._signal = signal.SIGALRM
             self._say("the time limit is reached: stopping after this step, then saving")
         if self._process.world_size == 1:

@@ -141,7 +141,7 @@ class Heartbeat:
                 signal.signal(signal.SIGTERM, self._before)
             return
         self._failed(error)
-        if not _is_lost(self._error):
+        if not is_lost(self._error):
             return
         # Until it is known who died: then the heartbeat's thread ends this process. Nobody did if it goes on.
         time.sleep((2 * MISSED_BEATS + 2) * self._interval + STORE_SECONDS)
@@ -163,7 +163,7 @@ class Heartbeat:
         self._error = error
         if isinstance(error, Exception) and self._log is not None:
             traceback.print_exception(error, file=self._log.file)
-        if _is_lost(error):
+        if is_lost(error):
             self._suspect = self._progress.patient = True
             return
         self._leave()
@@ -334,7 +334,7 @@ class Heartbeat:
             print(line, file=sys.stderr, flush=True)
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
     """Whether a collective failed, and so another rank or the network."""
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(LOST.search(str(error))))
 

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from automix_dist import distributed, provenance
+import torch
+
+from automix_dist import beton, distributed, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import CapturedStep
@@ -25,7 +27,7 @@ from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
 from automix_dist.run_check import Checked, check_run
 from automix_dist.run_folder import discard, on_rank_0, open_folder, store_settings, try_saving
-from automix_dist.run_log import RunLog, has_saved, set_aside
+from automix_dist.run_log import RunLog, has_saved, kinds_at, set_aside
 from automix_dist.trainer import Position, Trainer
 
 FIXED_ON_RESUME = (
@@ -45,6 +47,15 @@ FIXED_ON_RESUME = (
     "policy.average",
 )
 """Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
+
+GROUND = {
+    "device": "device",
+    "gpus": "GPUs",
+    "world_size": "ranks",
+    "threads": "threads of a rank",
+    "versions.torch": "torch",
+}
+"""Of an environment, what the last bits of a training depend on; and its name for people."""
 
 Say = Callable[[str], None]
 
@@ -70,6 +81,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
             "device": process.device.type,
             "autocast": str(autocast_dtype(config.engine, process.device)).removeprefix("torch."),
             "world_size": process.world_size,
+            "threads": torch.get_num_threads(),
         },
         "classes": checked.train.classes,
         "index_checksums": {"train": checked.train.index_checksum, "val": checked.val.index_checksum},
@@ -130,9 +142,11 @@ def _train(
         accumulation_steps=config.engine.accumulation_steps,
         **share,
     )
+    _check_replaced("train", train_loader.manifest, checked.train, config)
     say(train_loader.storage_note)
     eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
     val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
+    _check_replaced("val", val_loader.manifest, checked.val, config)
     model.to(process.device)
     if config.engine.sync_batchnorm:
         model = synchronize_batchnorm(model)
@@ -156,6 +170,9 @@ def _train(
             say(f"data.val = {config.data.val!r} has other images than before: there is no best checkpoint yet")
             position = dataclasses.replace(position, evaluated_step=0, best_step=None, best_top1=-1.0)
         say(f"resuming from {saved.folder}, step {position.step}")
+        logged = process.broadcast(kinds_at(run, position.step) if process.is_main else None)
+        if position.evaluated_step == position.step and "eval" not in logged:
+            position = dataclasses.replace(position, evaluated_step=0)  # a crash has lost the result: once more
     else:
         if resume:
             say(f"nothing to resume in {run}: starting from the beginning")
@@ -170,6 +187,8 @@ def _train(
         start_step=position.step,
         config=about["config"],
     )
+    if saved is not None and "checkpoint" not in logged:
+        log.event("checkpoint", saved.step, bytes=sum(entry["bytes"] for entry in saved.manifest["files"]))
     trainer = Trainer(config, process, engine, train_loader, val_loader, checkpoints, log, stop, about)
     try:
         stopped = trainer.train(position)
@@ -186,6 +205,13 @@ def _train(
     return 0
 
 
+def _check_replaced(split: str, opened: beton.Manifest, checked: beton.Manifest, config: Config) -> None:
+    if opened.index_checksum != checked.index_checksum:
+        raise beton.BetonError(
+            f"data.{split} = {getattr(config.data, split)!r} was replaced while the run was starting: start it again"
+        )
+
+
 def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> None:
     """Tell which settings were changed since the checkpoint; refuse what a run cannot survive."""
     old, new = flatten(saved.manifest["config"]), flatten(about["config"])
@@ -198,6 +224,15 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], tot
         if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
             raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
         say(f"resuming with another setting: {change}")
+    then, now = flatten(saved.manifest.get("environment", {})), flatten(about["environment"])
+    ground = [key for key in GROUND if key in then and then[key] != now[key]]
+    if now["device"] != "cpu" and "threads" in ground:
+        ground.remove("threads")
+    if ground:
+        changes = ", ".join(f"{GROUND[key]} {then[key]} -> {now[key]}" for key in ground)
+        say(f"resuming, but not bit for bit: {changes}")
+    if saved.manifest.get("classes", about["classes"]) != about["classes"]:
+        say(f"resuming with other class names than before, from data.train = {config.data.train!r}")
     before = saved.manifest.get("index_checksums", about["index_checksums"])
     if before["train"] != about["index_checksums"]["train"]:
         raise ConfigError(

@@ -15,7 +15,7 @@ from automix_dist.config import Config
 from automix_dist.config_file import to_yaml
 from automix_dist.distributed import Process
 from automix_dist.errors import AutomixError
-from automix_dist.run_log import METRICS
+from automix_dist.run_log import METRICS, is_foreign
 from automix_dist.whole_file import write_whole
 
 
@@ -38,6 +38,8 @@ def open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
                 f"{run} holds a run already (checkpoint of step {max(steps)}): continue it with --resume, discard it "
                 f"with --overwrite, or choose another folder with output=..."
             )
+        if is_foreign(run):
+            return f"{run / METRICS} is another program's: set output=... to another folder, or move it away"
         run.mkdir(parents=True, exist_ok=True)
         holder = _lock(run)
         if holder is not None:
@@ -45,6 +47,9 @@ def open_folder(run: Path, resume: bool, overwrite: bool) -> str | None:
                 f"{run} is being trained in by another process ({holder}): wait for it, stop it, or set output=...; if "
                 f"its machine is dead, a network file system may hold its lock for long: delete {run / 'lock'}"
             )
+    except FileExistsError:
+        what = f"a link to {run.readlink()}, which is not there" if run.is_symlink() else "a file"
+        return f"output = {str(run)!r} is {what}: expected a folder, or the name of a new one"
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
     return None

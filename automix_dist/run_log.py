@@ -304,6 +304,19 @@ def has_saved(run: Path) -> bool:
     return (run / METRICS).is_file() and any(record["kind"] == "checkpoint" for record in read_metrics(run)[0])
 
 
+def kinds_at(run: Path, step: int) -> set[str]:
+    """The kinds of records that a run has of a step: a crash may have cost the last ones. Raises OSError."""
+    if not (run / METRICS).is_file():
+        return set()
+    return {record["kind"] for record in read_metrics(run)[0] if record["step"] == step}
+
+
+def is_foreign(run: Path) -> bool:
+    """Whether the folder's metrics.jsonl is another program's. Raises OSError."""
+    path = run / METRICS
+    return path.is_file() and b"\n" in path.read_bytes() and not read_metrics(run)[0]
+
+
 def is_finished(records: Sequence[dict[str, Any]]) -> bool:
     """Whether a run has come to its end: its last checkpoint is on disk."""
     total = next((r.get("total_steps") for r in reversed(records) if r["kind"] == "start"), None)

@@ -19,6 +19,7 @@ from automix_dist.distributed import Process, StopRequest
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
 from automix_dist.errors import AutomixError
+from automix_dist.heartbeat import is_lost
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
 from automix_dist.profiling import StepProfile
@@ -156,6 +157,9 @@ class Trainer:
             self.log.event("stopped", position.step, signal=stopped.args[0])
             return stopped.args[0]
         except BaseException as error:
+            if not is_lost(error):  # all ranks are alive, and the save under way is as good as any
+                self.progress.enter("saving", patient=True)
+                self.checkpoints.let_finish(30 * self.config.engine.timeout_minutes)
             self.progress.on_failure(error)
             self.log.close(failed=True)  # trackers may take a minute
             raise

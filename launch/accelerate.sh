@@ -44,7 +44,12 @@ else
     [ -n "$node_rank" ] || die "--nodes $nodes needs --node-rank R on all nodes but the head: 1, 2, ..."
     command+=(--machine_rank="$node_rank" --main_process_ip="$head" --main_process_port="$port" --same_network --rdzv_backend=static)
 fi
-[ $((nodes * per_node)) = 1 ] || command+=(--multi_gpu) # what it calls several processes, on CPUs too
+if [ $((nodes * per_node)) = 1 ]; then # its launcher of one process hands no signal on
+    job_settings+=(AUTOMIX_LIFELINE=1)
+    command=(env AUTOMIX_LIFELINE=1 "${command[@]}")
+else
+    command=(env "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" "${command[@]}" --multi_gpu) # what it calls several processes, on CPUs too
+fi
 new_run_arguments "$@"
 command+=(--no_python "$root/launch/rank.sh" "${train[@]}")
 if [ -n "$dry_run" ]; then

@@ -91,14 +91,15 @@ new_job() { # a name for this job, a folder for its scratch files
 supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank end the whole job, a pattern
     local fatal=$1 launcher watcher stops=0 deadline="" code=0 ended stopping=""
     shift
-    trap 'stops=$((stops + 1))' TERM INT
+    trap 'stops=$((stops + 1))' TERM INT HUP
     trap "" PIPE
     mkfifo "$scratch/stdin" "$scratch/stderr" "$scratch/copy"
     : >"$scratch/ended"
-    grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' \
-        <"$scratch/copy" >>"$scratch/ended" &
+    # Of a terminal that is closed these two must not hear: the ranks have still to say how they ended.
+    (trap "" HUP; exec grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' \
+        <"$scratch/copy" >>"$scratch/ended") &
     watcher=$!
-    { tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null; : <>"$scratch/copy"; } & # even a tee that fails lets grep end
+    { trap "" HUP; tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null; : <>"$scratch/copy"; } & # even a tee that fails lets grep end
     setpriv --pdeathsig TERM setsid "$@" <"$scratch/stdin" 2>"$scratch/stderr" &
     launcher=$!
     exec 7>"$scratch/stdin" # closed by the kernel if this script is killed: the ranks' lifeline
@@ -145,7 +146,7 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
         say "stopped before training has begun"
         code=$STOPPED
     fi
-    trap - TERM INT
+    trap - TERM INT HUP
     return "$code"
 }
 

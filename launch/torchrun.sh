@@ -54,7 +54,7 @@ per_node=${per_node:-$(ranks_per_node)}
 check_batch_size "$@"
 # Ranks that are started again must not find the addresses of dead ones in a store that torchrun keeps, nor does it give
 # a node that comes later the address of such a store.
-settings=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
+settings=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}") # s to save
 if [ -n "${PET_MASTER_ADDR:-}" ]; then
     meeting=() # torchrun reads the other PET_* itself
     restarts=0 # it keeps its store whatever is set: the JobSet starts all pods again

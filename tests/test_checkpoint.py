@@ -545,16 +545,41 @@ def test_who_may_read_the_folder_may_read_the_shards(two_steps, tmp_path):
         assert (folder / "shard_00000.safetensors").stat().st_mode & 0o777 == shared & 0o666
 
 
-def test_a_file_that_cannot_be_read_is_passed_over(two_steps, monkeypatch):
+def test_a_newest_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(two_steps, monkeypatch):
     def broken(path: Path) -> str:
         if "step_00000004" in str(path):
             raise OSError(errno.EIO, "Input/output error")
         return sha256(path)
 
-    sha256, said = checkpoint._sha256, []
+    sha256 = checkpoint._sha256
     monkeypatch.setattr(checkpoint, "_sha256", broken)
-    assert newest(two_steps, said.append).step == 2
-    assert "shard_00000.safetensors: Input/output error" in said[0]
+    with pytest.raises(UnreadableError, match=r"Input/output error: this checkpoint, .*move .*step_00000004 away"):
+        newest(two_steps)
+
+
+def test_checkpoints_that_a_training_removes_meanwhile_are_looked_for_anew(two_steps, tmp_path, monkeypatch):
+    run = shutil.copytree(two_steps, tmp_path / "run")
+    whole, said = checkpoint.verify, []
+
+    def verify(folder: Path, **options):
+        if folder.name == "step_00000004" and folder.is_dir():
+            folder.rename(folder.with_name("step_00000006"))  # the next one is there, and this one gone
+            manifest = folder.with_name("step_00000006") / "manifest.json"
+            values = {**json.loads(manifest.read_text()), "step": 6}
+            del values["sha256"]
+            checkpoint._write_manifest(manifest, values)
+        return whole(folder, **options)
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    assert newest(run, said.append).step == 6 and not said
+
+
+def test_equal_statistics_of_all_ranks_have_a_mean_without_a_rounding(two_steps, tmp_path):
+    saved = newest(two_steps)
+    once = checkpoint.reshard(saved, tmp_path / "one", 1)
+    thrice = checkpoint.reshard(checkpoint.verify(once), tmp_path / "three", 3)
+    one, three = (checkpoint.load_module_state(checkpoint.verify(each), "") for each in (once, thrice))
+    assert all(torch.equal(one[name], three[name]) for name in one)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
@@ -563,7 +588,7 @@ def test_a_disk_that_is_away_for_a_moment_does_not_look_like_no_checkpoint(two_s
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(checkpoint, "_sha256", broken)
-    with pytest.raises(UnreadableError, match=f"{two_steps} has no .*{os.strerror(number)}.*--overwrite"):
+    with pytest.raises(UnreadableError, match=f"{os.strerror(number)}: this checkpoint, the newest, may be whole"):
         newest(two_steps)
     monkeypatch.setattr(checkpoint, "committed_steps", broken)
     with pytest.raises(UnreadableError, match=f"checkpoints: {os.strerror(number)}"):

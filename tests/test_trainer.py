@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -91,6 +92,22 @@ def train(config, folder: Path, signal_at: int | None = None, signal_in: int | N
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kinds = [(r["kind"], r["step"]) for r in records if r["kind"] in ("eval", "checkpoint", "stopped")]
     return stopped, position, sorted(committed_steps(folder)), kinds, loaders[0].closed
+
+
+def stop_by_limit_and_signals(config) -> list[str]:
+    process, _, _ = start_engine(config)
+    said: list[str] = []
+    with mock.patch.object(distributed, "SAME_STOP_SECONDS", 0.0):
+        stop = StopRequest(process, said.append, minutes=1e-9)
+        assert stop.agreed() == signal.SIGALRM
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # neither ends this process
+            signal.raise_signal(number)
+            time.sleep(0.01)
+    return [text.partition(":")[0] for text in said]
+
+
+def test_a_scheduler_s_signals_after_a_time_limit_do_not_cut_the_save(tmp_path):
+    assert run_ranks(1, stop_by_limit_and_signals, tiny_config()) == [["the time limit is reached", "SIGUSR1"]]
 
 
 def config(**checkpoint):

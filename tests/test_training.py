@@ -15,15 +15,19 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from ranks import ROOT, Command, records, run, run_ranks
+from ranks import ROOT, Command, _environment, free_port, own_process, records, run, run_ranks
 from tiny import tiny_config
 
-from automix_dist import cli
+from automix_dist import checkpoint, cli, data
 from automix_dist import run as runs
 from automix_dist.checkpoint import find_checkpoint, newest
 from automix_dist.cli import main
 from automix_dist.config import ConfigError, to_dict
+from automix_dist.config_file import load_config
 from automix_dist.errors import EXIT_STOPPED
+from automix_dist.evaluate import evaluate
+from automix_dist.policy import with_policy_settings
+from automix_dist.run_log import is_finished, read_metrics
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
 
@@ -162,7 +166,7 @@ def test_two_ranks_train_stop_together_resume_and_evaluate_exactly(settings, tmp
     for refused in (["--cam", 0], ["--cam", 4, "--encoder", "ensemble"]):
         run("eval", output, "--out", tmp_path / "page", *refused, code=2)
         assert not (tmp_path / "page").exists()
-    first, second = run_ranks(2, runs.evaluate, find_checkpoint(output))
+    first, second = run_ranks(2, evaluate, find_checkpoint(output))
     assert first == second and {key: first[key] for key in two} == two
 
 
@@ -305,6 +309,73 @@ def test_an_error_of_any_rank_is_on_the_console_without_a_heartbeat_too(tmp_path
     for rank in (0, 1):
         for path in (tmp_path / str(rank), tmp_path / "run" / "logs" / f"rank_{rank:05d}.log"):
             assert path.read_text().count("error: what it was") == 1, path
+
+
+def fail_beside_a_slow_save(rank: int, port: int, settings: Path, output: Path) -> None:
+    """Rank 1's data end with an error while both ranks are writing a checkpoint to a slow disk."""
+    os.environ |= _environment(rank, 2, port)
+    write, epoch = checkpoint._write_shard, data.TrainLoader.epoch
+
+    def slowly(*arguments):
+        time.sleep(3)
+        return write(*arguments)
+
+    def damaged(self, *arguments, **options):
+        for number, batch in enumerate(epoch(self, *arguments, **options)):
+            if number == 5 and rank == 1:
+                raise data.LoaderError("damaged")
+            yield batch
+
+    checkpoint._write_shard, data.TrainLoader.epoch = slowly, damaged
+    config = load_config(settings, [f"output={output}", "checkpoint.every_steps=4", "log.tensorboard=false"])
+    runs.train(with_policy_settings(config))
+
+
+@pytest.mark.slow
+def test_an_error_of_a_rank_does_not_cost_the_save_under_way(settings, tmp_path):
+    port = free_port()
+    ranks = [own_process(fail_beside_a_slow_save, rank, port, settings, tmp_path / "run") for rank in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join(timeout=100)
+    assert all(each.exitcode for each in ranks)
+    assert newest(tmp_path / "run").step == 4
+
+
+@pytest.mark.slow
+def test_records_that_a_crash_has_lost_are_made_again(settings, tmp_path):
+    """Those of the last evaluation and checkpoint, whose files were on disk already."""
+    output = tmp_path / "run"
+    run("train", settings, "epochs=2")
+    (result,), before = records(output, "eval"), shards(output)
+    lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output / "metrics.jsonl").write_text(
+        "".join(each for each in lines if '"kind": "train"' in each or '"start"' in each)
+    )
+    assert not is_finished(read_metrics(output)[0])
+    run("train", settings, "epochs=2", "--resume")
+    (again,) = records(output, "eval")
+    assert again["top1_query"] == result["top1_query"] and shards(output) == before
+    assert is_finished(read_metrics(output)[0])
+
+
+def test_a_foreign_log_is_not_written_over(settings, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text('{"loss": 1.0}\n')
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        told = run("train", settings, "epochs=1", "optimizer.warmup_epochs=0", *flags, code=1).stderr
+        assert f"{output}/metrics.jsonl is another program's" in told
+    assert (output / "metrics.jsonl").read_text() == '{"loss": 1.0}\n'
+
+
+def test_an_output_that_is_no_folder_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, what in (("file", "a file"), ("link", f"a link to {tmp_path}/nowhere, which is not there")):
+        told = run("train", settings, f"output={tmp_path / name}", code=1).stderr
+        assert f"output = '{tmp_path / name}' is {what}: expected a folder" in told
 
 
 def test_an_output_folder_that_cannot_be_written(settings, tmp_path):
@@ -538,8 +609,14 @@ def test_a_run_goes_on_under_a_version_with_more_settings():
     saved = SimpleNamespace(manifest={"config": to_dict(config)}, folder="step_00000010", step=10)
     del saved.manifest["config"]["data"]["repeats"], saved.manifest["config"]["engine"]["fused_batchnorm"]
     said = []
+    about["environment"], about["classes"] = {"device": "cpu", "threads": 2, "world_size": 1}, ["a"]
     runs._check_continuation(saved, config, about, 20, said.append)
     assert not said
+    saved.manifest["environment"], saved.manifest["classes"] = {"device": "cpu", "threads": 1, "world_size": 1}, ["b"]
+    runs._check_continuation(saved, config, about, 20, said.append)
+    assert said.pop().startswith("resuming with other class names")
+    assert said.pop() == "resuming, but not bit for bit: threads of a rank 1 -> 2"
+    del saved.manifest["environment"], saved.manifest["classes"]
     about["config"]["engine"]["fused_batchnorm"] = True
     runs._check_continuation(saved, config, about, 20, said.append)
     assert said == ["resuming with another setting: engine.fused_batchnorm: False -> True"]

@@ -278,6 +278,28 @@ def test_the_ranks_save_though_the_reader_of_the_output_is_gone(tmp_path):
     assert (tmp_path / "saved").exists()
 
 
+def test_a_closed_terminal_stops_the_job_and_is_told_how_it_ended(tmp_path):
+    """The whole session of the script hears of it."""
+    rank = f"trap 'echo saved >{tmp_path}/saved; exec {LAUNCH}/rank.sh bash -c \"exit {EXIT_STOPPED}\"' TERM; "
+    rank += f"echo $$ >{tmp_path}/pid; echo ready >&2; while :; do sleep 0.1; done"
+    script = f'. {LAUNCH}/job.sh; new_job; signal_job() {{ kill "-$1" "$(cat {tmp_path}/pid)"; }}; supervise . "$@"'
+    command = ["bash", "-c", script, "bash", "bash", "-c", rank]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    while job.stdout.readline() != b"ready\n":
+        assert job.poll() is None
+    os.killpg(job.pid, signal.SIGHUP)
+    said = job.communicate(timeout=30)[0].decode()
+    assert job.returncode == EXIT_STOPPED, said
+    assert (tmp_path / "saved").exists() and f"ended with exit code {EXIT_STOPPED}" in said
+
+
+@pytest.mark.slow
+def test_accelerate_trains_with_one_process_too(settings, tmp_path):
+    """Its launcher of one sets half of what it sets for several."""
+    text = bash(LAUNCH / "accelerate.sh", "--ranks-per-node", "1", settings, "epochs=1", timeout=200)
+    assert "training on 1 rank(s)" in text and "done: 15 steps" in text
+
+
 def test_a_signal_to_a_fork_of_the_script_takes_nothing_from_the_job(tmp_path):
     """Ctrl-C and `pkill -f` reach all processes, also those that bash has only just forked."""
     script = f'. {LAUNCH}/job.sh; new_job; echo "$scratch"; trap : TERM; while [ -e {tmp_path}/go ]; do '
