@@ -158,7 +158,7 @@ class Trainer:
             return stopped.args[0]
         except BaseException as error:
             if not is_lost(error):  # all ranks are alive, and the save under way is as good as any
-                self.progress.enter("saving", patient=True)
+                self.progress.patient = True
                 self.checkpoints.let_finish(30 * self.config.engine.timeout_minutes)
             self.progress.on_failure(error)
             self.log.close(failed=True)  # trackers may take a minute

@@ -23,10 +23,8 @@ from automix_dist import run as runs
 from automix_dist.checkpoint import find_checkpoint, newest
 from automix_dist.cli import main
 from automix_dist.config import ConfigError, to_dict
-from automix_dist.config_file import load_config
 from automix_dist.errors import EXIT_STOPPED
 from automix_dist.evaluate import evaluate
-from automix_dist.policy import with_policy_settings
 from automix_dist.run_log import is_finished, read_metrics
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
@@ -327,8 +325,7 @@ def fail_beside_a_slow_save(rank: int, port: int, settings: Path, output: Path) 
             yield batch
 
     checkpoint._write_shard, data.TrainLoader.epoch = slowly, damaged
-    config = load_config(settings, [f"output={output}", "checkpoint.every_steps=4", "log.tensorboard=false"])
-    runs.train(with_policy_settings(config))
+    main(["train", str(settings), f"output={output}", "checkpoint.every_steps=4", "log.tensorboard=false"])
 
 
 @pytest.mark.slow
@@ -340,6 +337,7 @@ def test_an_error_of_a_rank_does_not_cost_the_save_under_way(settings, tmp_path)
     for each in ranks:
         each.join(timeout=100)
     assert all(each.exitcode for each in ranks)
+    assert "failed in step 5, loading: damaged" in (tmp_path / "run" / "logs" / "rank_00001.log").read_text()
     assert newest(tmp_path / "run").step == 4
 
 
