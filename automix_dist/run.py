@@ -116,15 +116,8 @@ def _train(
 
     # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
-    model, backbone = checked.model, checked.model.query.backbone
-    say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
-    say(describe_model(config, model))
-    if fused := describe_fused(backbone):
-        say(fused)
-    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
-        say(f"warning: {note}")
-    if len(checked.train.classes) == 1:
-        say(f"warning: data.train = {config.data.train!r} has one class only: every answer is right, nothing is learnt")
+    model = checked.model
+    _announce(config, process, checked, say)
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
     if saved is not None:
@@ -162,14 +155,7 @@ def _train(
     if overwrite:
         on_rank_0(process, lambda: discard(run))
     if saved is not None:
-        state = checkpoints.load(engine, saved)
-        known = {field.name for field in dataclasses.fields(Position)}  # an older checkpoint may hold more
-        position = Position(**{name: value for name, value in state.items() if name in known})
-        before = saved.manifest.get("index_checksums", about["index_checksums"])
-        if before["val"] != about["index_checksums"]["val"]:
-            say(f"data.val = {config.data.val!r} has other images than before: there is no best checkpoint yet")
-            position = dataclasses.replace(position, evaluated_step=0, best_step=None, best_top1=-1.0)
-        say(f"resuming from {saved.folder}, step {position.step}")
+        position = _restored_position(checkpoints.load(engine, saved), saved, config, about, say)
         logged = process.broadcast(kinds_at(run, position.step) if process.is_main else None)
         if position.evaluated_step == position.step and "eval" not in logged:
             position = dataclasses.replace(position, evaluated_step=0)  # a crash has lost the result: once more
@@ -203,6 +189,33 @@ def _train(
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""
     say(f"done: {position.step} steps{skipped}{best}; results in {run}")
     return 0
+
+
+def _announce(config: Config, process: Process, checked: Checked, say: Say) -> None:
+    """What a run says before it begins."""
+    backbone = checked.model.query.backbone
+    say(f"training on {', '.join(summary(config, process.world_size, process.device))}")
+    say(describe_model(config, checked.model))
+    if fused := describe_fused(backbone):
+        say(fused)
+    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
+        say(f"warning: {note}")
+    if len(checked.train.classes) == 1:
+        say(f"warning: data.train = {config.data.train!r} has one class only: every answer is right, nothing is learnt")
+
+
+def _restored_position(
+    state: dict[str, Any], saved: Saved, config: Config, about: dict[str, Any], say: Say
+) -> Position:
+    """Where a checkpoint's training stood; with other validation images it has no best step yet."""
+    known = {field.name for field in dataclasses.fields(Position)}  # an older checkpoint may hold more
+    position = Position(**{name: value for name, value in state.items() if name in known})
+    before = saved.manifest.get("index_checksums", about["index_checksums"])
+    if before["val"] != about["index_checksums"]["val"]:
+        say(f"data.val = {config.data.val!r} has other images than before: there is no best checkpoint yet")
+        position = dataclasses.replace(position, evaluated_step=0, best_step=None, best_top1=-1.0)
+    say(f"resuming from {saved.folder}, step {position.step}")
+    return position
 
 
 def _check_replaced(split: str, opened: beton.Manifest, checked: beton.Manifest, config: Config) -> None:
