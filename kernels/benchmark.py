@@ -169,7 +169,7 @@ def time_in_graph(calls: list[Callable[[], object]], budget_s: float) -> float:
 
 def add_graph_time(row: Row, calls: list[Callable[[], object]], machine: Machine, budget_s: float) -> None:
     """Fills in graph_ms, or says in the note why not. A failed capture may leave torch's streams and allocator in any
-    state: no other is tried in this process."""
+    state: unless a small one works after it, no other is tried in this process."""
     if machine.failed_capture:
         row.note = f"graph not tried after {machine.failed_capture}"
         return
@@ -181,9 +181,22 @@ def add_graph_time(row: Row, calls: list[Callable[[], object]], machine: Machine
         torch.cuda.set_stream(stream)
         generator = torch.cuda.default_generators[stream.device_index]
         generator.graphsafe_set_state(generator.clone_state())
-        machine.failed_capture = f"{row.operation} {row.shape} {row.candidate}, {row.direction}"
+        if not captures_again():
+            machine.failed_capture = f"{row.operation} {row.shape} {row.candidate}, {row.direction}"
         row.note = f"graph: {brief(error)}"
         row.failed = True
+
+
+def captures_again() -> bool:
+    """Whether a graph of one small kernel can be captured, and computes."""
+    try:
+        number, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            number += 1
+        graph.replay()
+        return number.item() == 1
+    except Exception:
+        return False
 
 
 def brief(error: Exception) -> str:

@@ -82,7 +82,9 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"left out {files} file(s) of tests: {reason}")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "gpu":  # time on a GPU is dear: first what decides, last what takes minutes
+        items.sort(key=lambda item: ("sanitizer" in item.path.name, "kernels" not in item.path.name))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no GPU on this machine")

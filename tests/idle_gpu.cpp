@@ -613,6 +613,8 @@ API int cublasSetPointerMode_v2(Handle *handle, int mode) { return handle->point
 WORK("cublas", cublasGemmEx, 14)
 WORK("cublas", cublasGemmStridedBatchedEx, 14)
 WORK("cublas", cublasSgemmEx, 14)
+WORK("cublas", cublasSgemm_v2, 14)
+WORK("cublas", cublasSgemmStridedBatched, 14)
 WORK("cublas", cublasSgemv_v2, 14)
 WORK("cublas", cublasSdot_v2, 14)
 WORK("cublas", cublasDotEx, 14)

@@ -771,6 +771,7 @@ def test_capture_in_a_cuda_graph():
         return [clean, other, mixed, *torch.autograd.grad(mixed.float().square().mean() + mean.sum(), leaves)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.synchronize()

@@ -386,10 +386,10 @@ def run(arguments: list[str]) -> int:
         torch.compiler.reset()
         case = Case(network, network.batch, device, dtype)
         measure(case, group, options.rounds, options.steps, rows[network.label], deadline)
+        _finish(result, rows, options.out)  # before anything that a broken context would make fail
         gc.collect()  # a model and its recorded step hold each other
         if on_gpu:
             torch.cuda.empty_cache()
-        _finish(result, rows, options.out)
     for network in networks if any(way.name.startswith("AutoMix") for way in ways) else ():
         if time.monotonic() < deadline:
             case = Case(network, network.batch, device, dtype)
