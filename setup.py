@@ -21,7 +21,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["automix_dist", "automix_dist.bench", "automix_dist.policies", "automix_kernels"],
-    package_data={"automix_dist": ["page.css", "report.html", "report.js"]},
+    package_data={
+        "automix_dist": ["page.css", "report.html", "report.js", "py.typed"],
+        "automix_kernels": ["py.typed"],
+    },
     package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},
     # It calls nothing of Python's: one file for every version.
     ext_modules=[Extension("automix_dist._jpeg", ["automix_dist/jpeg.c"], libraries=["jpeg"], py_limited_api=True)],

@@ -168,6 +168,11 @@ class AutoMix(nn.Module):
         joint_query: bool = False,
     ):
         super().__init__()
+        if not hasattr(backbone, "feature_channels"):
+            raise TypeError(
+                f"backbone is a {type(backbone).__name__}: expected what backbone.create_backbone(ModelConfig(NAME), "
+                "FEATURE, IMAGE_SIZE) makes, or a module with a Backbone's attributes"
+            )
         self.config = config or AutoMixConfig()
         self.settings = settings
         self.loss = loss or LossConfig()

@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -74,6 +75,8 @@ def _explain(error: Exception) -> str | None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if "LOCAL_RANK" in os.environ:  # DeepSpeed's own launcher says it a second time
+        arguments = [each for each in arguments if not each.startswith(("--local_rank=", "--local-rank="))]
     parser, commands = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         hint = did_you_mean(arguments[0], commands) or f": expected one of {', '.join(commands)}"
@@ -148,7 +151,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
 
     train = command("train", _train, "train from a config")
-    train.add_argument("config", help="a YAML file")
+    train.add_argument("config", help="a YAML file, or the folder of a run, for its own settings")
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
     )
@@ -257,6 +260,7 @@ def _prepare(options: argparse.Namespace) -> int:
     from automix_dist import beton
     from automix_dist.prepare import prepare
 
+    warnings.showwarning = lambda message, *_: _to_stderr(f"warning: {message}")
     manifest = prepare(
         options.source,
         options.out,
@@ -316,7 +320,18 @@ def _to_stderr(text: str) -> None:
 def _load_config(options: argparse.Namespace) -> Config:
     """The resolved config, with the settings of its policy written out."""
     is_main = os.environ.get("RANK", "0") == "0"
-    config = load_config(options.config, options.overrides, _to_stderr if is_main else lambda text: None)
+    path, overrides = options.config, options.overrides
+    run = Path(path) if path and Path(path).is_dir() else None
+    if run is not None and (run / "config.yaml").is_file():  # a run's folder, perhaps moved: its own settings
+        path, overrides = str(run / "config.yaml"), [f"output={run}", *overrides]
+    config = load_config(path, overrides, _to_stderr if is_main else lambda text: None)
+    folder = Path(path or "").parent
+    is_moved = (folder / "environment.json").is_file() and Path(config.output).resolve() != folder.resolve()
+    if is_moved and not any(each.startswith("output=") for each in overrides):
+        raise ConfigError(
+            f"{path} is of the run in {folder}, but its output = {config.output!r} leads to another folder: give "
+            f"{folder} itself in place of the config, or output=..."
+        )
 
     from automix_dist.policy import with_policy_settings
 

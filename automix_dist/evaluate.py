@@ -22,7 +22,7 @@ from automix_dist.checkpoint import Saved
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.data import Batch, EvalLoader
-from automix_dist.distributed import Process
+from automix_dist.distributed import Process, autocast_dtype
 from automix_dist.evaluation_page import write_evaluation
 from automix_dist.model import restored_model
 from automix_dist.run_folder import on_rank_0
@@ -139,7 +139,7 @@ def evaluate(
         tell: called by rank 0 with the result, before that is written: a full disk must not cost it.
 
     Returns:
-        "step", "data", "images" and what `evaluate_model` returns; on all ranks.
+        "run", "step", "data", "images", "options" and what `evaluate_model` returns; on all ranks.
 
     Raises:
         AutomixError: in whatever form; what can be wrong is found before the evaluation.
@@ -179,7 +179,16 @@ def evaluate(
         cam.check(model, loader.blank(), conditions.answer)
     values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
     loader.close()
-    result = {"step": saved.step, "data": str(path), "images": loader.num_samples, **values}
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(conditions).items()}
+    options["precision"] = str(autocast_dtype(config.engine, process.device)).removeprefix("torch.")
+    result = {
+        "run": str(saved.folder.parent.parent),
+        "step": saved.step,
+        "data": str(path),
+        "images": loader.num_samples,
+        "options": options,
+        **values,
+    }
     if renamed:
         result["classes_matched_by"] = "number"
     chosen = None if showcase is None else showcase.gather(process)

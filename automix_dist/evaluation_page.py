@@ -1,5 +1,6 @@
 """The files that people read of an evaluation: eval.json and eval.html."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ def write_evaluation(result: dict[str, Any], folder: Path, title: str, views: Vi
     keys = ("top1", "top5", "ece", "loss")
     rows = [(name, *(_number(key, result[f"{key}_{name}"]) for key in keys)) for name in answers]
     head = ("Answer", "Top-1", "Top-5", "ECE", "Loss")
-    sections = {"Accuracy": table(rows, head, "figures")}
+    made = ", ".join(
+        f"{key} {value}" for key, value in result.get("options", {}).items() if value not in (None, [], False)
+    )
+    sections = {"Accuracy": f'{table(rows, head, "figures")}<p class="hint">{html.escape(made)}</p>'}
     if result["conditions"]:
         top1 = {name: [values[f"top1_{each}"] for each in answers] for name, values in result["conditions"].items()}
         rows = [(name, *map(percent_or_nothing, values)) for name, values in top1.items()]

@@ -130,4 +130,4 @@ def _report_output(name: str, found: list[str]) -> Callable:
 
 
 def _values(values: dict[str, Tensor]) -> str:
-    return ", ".join(f"{name} {float(value):g}" for name, value in values.items())
+    return ", ".join(f"{name} {float(value.detach()):g}" for name, value in values.items())

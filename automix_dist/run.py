@@ -183,7 +183,8 @@ def _train(
         val_loader.close()
     if stopped:
         kept = "saved" if position.step else "nothing to save yet"
-        say(f"stopped by {signal.Signals(stopped).name} at step {position.step}, {kept}; continue with --resume")
+        by = "its time limit" if stopped == signal.SIGALRM else signal.Signals(stopped).name
+        say(f"stopped by {by} at step {position.step}, {kept}; continue with --resume")
         return EXIT_STOPPED
     best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""

@@ -116,7 +116,7 @@ class RunLog:
         values["memory_gib"] = _peak_memory() / 2**30
         self._record("train", step, epoch, values)
         self._progress["loss"] = f"loss {values['loss']:.3f}" if "loss" in values else ""
-        self._progress["accuracy"] = _top1(values) or self._progress["accuracy"]
+        self._progress["accuracy"] = f"train {_top1(values)}" if _top1(values) else self._progress["accuracy"]
         self._restart_clock()
         self._describe()
 

@@ -18,7 +18,7 @@ from automix_dist.data import Batch, EvalLoader, TrainLoader
 from automix_dist.distributed import Process, StopRequest
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
-from automix_dist.errors import AutomixError
+from automix_dist.errors import AutomixError, first_line
 from automix_dist.heartbeat import is_lost
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
@@ -161,6 +161,7 @@ class Trainer:
                 self.progress.patient = True
                 self.checkpoints.let_finish(30 * self.config.engine.timeout_minutes)
             self.progress.on_failure(error)
+            self.log.event("failed", position.step, error=first_line(error))
             self.log.close(failed=True)  # trackers may take a minute
             raise
         finally:
@@ -336,11 +337,14 @@ class Trainer:
 
     @torch.no_grad()
     def _show_gallery(self) -> None:
-        """What the policy makes of the first validation images, if it mixes images: `draws.gallery_pairs`."""
+        """What the policy makes of some of the first validation images, if it mixes images: `draws.gallery_pairs`."""
         batches = iter(self.val_loader)
         batch = next(batches, None)
         batches.close()
-        images = self.val_loader.blank() if batch is None else batch.images[: self.config.log.gallery_pairs]
+        if batch is not None:  # spread over the batch: files often hold one class after the other
+            count = min(self.config.log.gallery_pairs, len(batch.images))
+            batch = Batch(*(each[torch.linspace(0, len(each) - 1, count).long()] for each in batch))
+        images = self.val_loader.blank() if batch is None else batch.images
         pairs, sweep = len(images), SWEEP if len(images) > 1 else 0
         images = torch.cat([images, images[:1].expand(sweep, *images.shape[1:])])
         self.model.eval()

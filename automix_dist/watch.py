@@ -1,5 +1,6 @@
 """A run at a glance in a terminal, from its metrics.jsonl: for a look over ssh while it trains."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -59,11 +60,20 @@ def _state(last: dict[str, Any], finished: bool, now: datetime) -> str:
     if finished:
         return "finished"
     if last["kind"] == "stopped":
-        return f"stopped by signal {last.get('signal')}; continue with --resume"
+        return f"stopped by {_signal_name(last.get('signal'))}; continue with --resume"
+    if last["kind"] == "failed":
+        return f"failed: {last.get('error')}"
     age = _age(last, now)
     if age is None:
         return "training"
     return f"training, last record {duration(age)} ago" + (" (silent)" if age > SILENT_SECONDS else "")
+
+
+def _signal_name(number: Any) -> str:
+    try:
+        return "its time limit" if number == signal.SIGALRM else signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _place(step: int, start: dict[str, Any], finished: bool, session: list[dict[str, Any]]) -> str:

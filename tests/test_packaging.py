@@ -140,6 +140,7 @@ def test_wheel_holds_both_packages(tmp_path):
     assert {"automix_dist/page.css", "automix_dist/report.html", "automix_dist/report.js"} <= names
     assert any(name.startswith("automix_dist/_jpeg.") for name in names), "the compiled decoder"
     assert {"automix_dist/automix.py", "automix_dist/cli.py", "automix_kernels/api.py"} <= names
+    assert {"automix_dist/py.typed", "automix_kernels/py.typed"} <= names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
 
 

@@ -305,7 +305,7 @@ def test_progress_elsewhere_is_a_plain_line_now_and_then(tmp_path, capsys):
     log.close()
     lines = capsys.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 3
-    assert lines[0].startswith("step 1/2000  epoch 1/20  loss 0.500  top-1 25.00 %")
+    assert lines[0].startswith("step 1/2000  epoch 1/20  loss 0.500  train top-1 25.00 %")
     assert lines[0].endswith(" left")
 
 

@@ -358,6 +358,17 @@ def test_records_that_a_crash_has_lost_are_made_again(settings, tmp_path):
     assert is_finished(read_metrics(output)[0])
 
 
+@pytest.mark.slow
+def test_a_copied_run_goes_on_in_its_own_folder(settings, tmp_path):
+    run("train", settings, "epochs=2")
+    copy = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    told = run("train", copy / "config.yaml", "--resume", "epochs=3", code=2).stderr
+    assert f"leads to another folder: give {copy} itself" in told
+    run("train", copy, "--resume", "epochs=3")
+    assert (newest(copy).step, newest(tmp_path / "run").step) == (45, 30)
+    run("train", copy, "--local_rank=0", "--print-config", ranks=2)  # which DeepSpeed's launcher adds
+
+
 def test_a_foreign_log_is_not_written_over(settings, tmp_path):
     output = tmp_path / "run"
     output.mkdir()

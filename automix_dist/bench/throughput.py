@@ -324,7 +324,9 @@ def run(arguments: list[str]) -> int:
         files = (recipe.data.train, recipe.data.val)
         if not options.real:
             files = generated(folder, options.images, options.storage, recipe.batch_size)
-        images = IMAGENET if not options.real else tuple(beton.check(Path(file)).count for file in files)
+        own = (Path(recipe.data.train), Path(recipe.data.val))  # also where generated images stand in for them
+        known = all(file.is_file() for file in own)
+        images = tuple(beton.check(file).count for file in own) if known else IMAGENET
         config = job(recipe, folder, files, options.steps, options.warmup)
         machine, recorder = describe_machine(), Recorder(options.warmup, config.engine.accumulation_steps)
         with recorder.watching():

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy
 
-from automix_dist.backbone import create_backbone
+from automix_dist.backbone import create_backbone, layer_kwargs
 from automix_dist.config_file import from_dict
 from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"Epoch {epoch}: loss {losses.avg:.3f}  Acc@1 {top1.avg:.2f}")
 
     # The query encoder is a plain timm model again: with its head it loads anywhere.
-    exported = timm.create_model(args.model, num_classes=4)
+    exported = timm.create_model(args.model, num_classes=4, **layer_kwargs(config.model, args.image_size))
     exported.load_state_dict(backbone.model.state_dict(), strict=False)
     exported.get_classifier().load_state_dict(model.query.head_one.state_dict())
 
