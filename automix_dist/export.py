@@ -87,6 +87,7 @@ def loading_code(path: Path, config: Config, kwargs: dict, model: nn.Module) -> 
         "model.eval()",
         *transform_code(config.data),
         f'classes = json.loads(safe_open({str(path)!r}, "pt").metadata()["classes"])',
+        "# Of a PIL image: classes[model(transform(image.convert('RGB'))[None]).argmax()]",
     ]
     return "\n".join(lines)
 

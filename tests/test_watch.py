@@ -43,7 +43,11 @@ def test_trouble_is_told_and_torn_lines_are_not_read(tmp_path):
         assert part in text
     append(run, kind="none")
     append(run, kind="stopped", step=130, time=moment, signal=15)
-    assert "stopped by signal 15" in describe(run, START)[0][0]
+    assert "stopped by SIGTERM; continue" in describe(run, START)[0][0]
+    append(run, kind="stopped", step=130, time=moment, signal=14)
+    assert "stopped by its time limit" in describe(run, START)[0][0]
+    append(run, kind="failed", step=130, time=moment, error="no batch")
+    assert describe(run, START)[0][0].endswith("failed: no batch")
 
 
 def test_a_finished_run_ends_the_watch(tmp_path):
