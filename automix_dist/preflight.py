@@ -260,7 +260,9 @@ def merge(by_host: dict[str, list[Check]]) -> list[Check]:
             merged.append(Check(name, "ok", f"{shown}; ... ({len(good)} kinds)"))
             kinds = {check: hosts for check, hosts in kinds.items() if check.status != "ok"}
         for check, hosts in kinds.items():
-            found = f"{check.found} on {', '.join(hosts)}" if len(by_host) > 1 else check.found
+            found, where = check.found, f"on {', '.join(hosts)}"
+            if len(by_host) > 1:  # an error's message may end with what to do
+                found = f"{where}: {found}" if check.status == "fail" else f"{found} {where}"
             if must_agree:
                 merged.append(Check(name, "fail", found, check.mend or "make it the same on all hosts"))
             else:
