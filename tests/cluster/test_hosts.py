@@ -1,6 +1,7 @@
 """Training on several hosts, reached by ssh as a user reaches them: launched, stopped, resumed, broken, diagnosed."""
 
 import json
+import re
 import shutil
 import subprocess
 import time
