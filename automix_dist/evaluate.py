@@ -22,7 +22,8 @@ from automix_dist.checkpoint import Saved
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.data import Batch, EvalLoader
-from automix_dist.distributed import Process, autocast_dtype
+from automix_dist.distributed import Process
+from automix_dist.engines import autocast_name
 from automix_dist.evaluation_page import write_evaluation
 from automix_dist.model import restored_model
 from automix_dist.run_folder import on_rank_0
@@ -116,7 +117,6 @@ class Counts:
         return float((self.bins[:, 2] - self.bins[:, 1]).abs().sum() / self.bins[:, 0].sum())
 
 
-@torch.no_grad()
 def evaluate(
     saved: Saved,
     conditions: Conditions | None = None,
@@ -180,9 +180,10 @@ def evaluate(
     values = evaluate_model(model, loader, process, conditions, config.data.mean, showcase)
     loader.close()
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(conditions).items()}
-    options["precision"] = str(autocast_dtype(config.engine, process.device)).removeprefix("torch.")
+    options["precision"] = autocast_name(config, process.device)
+    run = saved.folder.parent.parent
     result = {
-        "run": str(saved.folder.parent.parent),
+        "run": str(run),
         "step": saved.step,
         "data": str(path),
         "images": loader.num_samples,
@@ -199,8 +200,7 @@ def evaluate(
     if tell is not None and process.is_main:
         tell(result)
     if out is not None and process.is_main:
-        run = saved.folder.parent.parent.resolve().name
-        title = f"{run}, step {saved.step:,}, {path.name}"
+        title = f"{run.resolve().name}, step {saved.step:,}, {path.name}"
         print(write_evaluation(result, out, title, views), file=sys.stderr)
     distributed.finish()
     return result
@@ -223,6 +223,7 @@ def _why_not_written(folder: Path) -> str | None:
         return f"cannot write to --out {str(folder)!r}: {error.strerror}"
 
 
+@torch.no_grad()
 def evaluate_model(
     model: nn.Module,
     loader: EvalLoader,

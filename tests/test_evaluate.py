@@ -94,6 +94,15 @@ def test_agrees_with_the_evaluation_of_training_and_leaves_the_model_alone(model
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_an_evaluation_keeps_no_graph(model):
+    """It would hold a batch's activations."""
+    modes = []
+    hook = model.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    evaluate_model(model, Loader(), Alone(), Conditions(), COLOR)
+    hook.remove()
+    assert modes and not any(modes)
+
+
 def test_ensemble_and_flip_by_a_plain_loop(model):
     loader = Loader()
     model.eval()
