@@ -145,6 +145,10 @@ class AutoMix(nn.Module):
             a time instead of three; `total.backward()` then delivers the sum.
         joint_query: the query encoder reads clean and mixed images in one training pass; its BatchNorms take the halves
             for two batches.
+
+    Raises:
+        ConfigError: for settings that the method cannot use.
+        TypeError: if the backbone is none.
     """
 
     Losses = Losses

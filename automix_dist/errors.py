@@ -1,7 +1,9 @@
 """How the command ends: its exit codes, and what those errors have in common that a user can do something about."""
 
 import difflib
+import signal
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -22,6 +24,14 @@ def did_you_mean(name: str, known: Iterable[str] | Mapping[str, object], most: i
     shown = known if isinstance(known, Mapping) else {each: each for each in known}
     near = [str(shown[each]) for each in difflib.get_close_matches(name, shown, n=most)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def stopper(number: Any) -> str:
+    """What stopped a training that has saved, by its signal's number; a time limit is told as SIGALRM."""
+    try:
+        return "its time limit" if number == signal.SIGALRM else signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def first_line(error: BaseException) -> str:

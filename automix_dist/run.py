@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ from automix_dist.captured_step import CapturedStep
 from automix_dist.checkpoint import Checkpoints, Saved, committed_steps
 from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
-from automix_dist.distributed import Process, autocast_dtype
-from automix_dist.engines import build_engine, summary
-from automix_dist.errors import EXIT_STOPPED
+from automix_dist.distributed import Process
+from automix_dist.engines import autocast_name, build_engine, summary
+from automix_dist.errors import EXIT_STOPPED, stopper
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.model import describe_model
@@ -79,7 +78,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
         "environment": provenance.environment()
         | {
             "device": process.device.type,
-            "autocast": str(autocast_dtype(config.engine, process.device)).removeprefix("torch."),
+            "autocast": autocast_name(config, process.device),
             "world_size": process.world_size,
             "threads": torch.get_num_threads(),
         },
@@ -183,8 +182,7 @@ def _train(
         val_loader.close()
     if stopped:
         kept = "saved" if position.step else "nothing to save yet"
-        by = "its time limit" if stopped == signal.SIGALRM else signal.Signals(stopped).name
-        say(f"stopped by {by} at step {position.step}, {kept}; continue with --resume")
+        say(f"stopped by {stopper(stopped)} at step {position.step}, {kept}; continue with --resume")
         return EXIT_STOPPED
     best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""

@@ -116,7 +116,8 @@ class RunLog:
         values["memory_gib"] = _peak_memory() / 2**30
         self._record("train", step, epoch, values)
         self._progress["loss"] = f"loss {values['loss']:.3f}" if "loss" in values else ""
-        self._progress["accuracy"] = f"train {_top1(values)}" if _top1(values) else self._progress["accuracy"]
+        if top1 := _top1(values):
+            self._progress["accuracy"] = f"train {top1}"
         self._restart_clock()
         self._describe()
 
@@ -313,8 +314,15 @@ def kinds_at(run: Path, step: int) -> set[str]:
 
 def is_foreign(run: Path) -> bool:
     """Whether the folder's metrics.jsonl is another program's. Raises OSError."""
-    path = run / METRICS
-    return path.is_file() and b"\n" in path.read_bytes() and not read_metrics(run)[0]
+    if not (run / METRICS).is_file():
+        return False
+    whole_lines = False  # of a new run's first one a kill may have left a part
+    with (run / METRICS).open("rb") as file:
+        for line in file:
+            if _parse(line) is not None:
+                return False
+            whole_lines |= line.endswith(b"\n")
+    return whole_lines
 
 
 def is_finished(records: Sequence[dict[str, Any]]) -> bool:

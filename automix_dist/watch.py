@@ -1,6 +1,5 @@
 """A run at a glance in a terminal, from its metrics.jsonl: for a look over ssh while it trains."""
 
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from automix_dist.errors import stopper
 from automix_dist.report import check_run_folder, duration
 from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics
 
@@ -60,20 +60,13 @@ def _state(last: dict[str, Any], finished: bool, now: datetime) -> str:
     if finished:
         return "finished"
     if last["kind"] == "stopped":
-        return f"stopped by {_signal_name(last.get('signal'))}; continue with --resume"
+        return f"stopped by {stopper(last.get('signal'))}; continue with --resume"
     if last["kind"] == "failed":
         return f"failed: {last.get('error')}"
     age = _age(last, now)
     if age is None:
         return "training"
     return f"training, last record {duration(age)} ago" + (" (silent)" if age > SILENT_SECONDS else "")
-
-
-def _signal_name(number: Any) -> str:
-    try:
-        return "its time limit" if number == signal.SIGALRM else signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _place(step: int, start: dict[str, Any], finished: bool, session: list[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 
-# An import may only point to a lower row (docs/architecture.md).
 OWNERS = {
     "ffcv": {"ffcv_parts", "bench.loader_candidates"},
     "timm": {"backbone", "fused_batchnorm"},
