@@ -37,6 +37,8 @@ class Engine:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     """The torch optimizer that steps the tensors of this rank."""
+    grad_norm: Tensor
+    """After a step: the norm of its gradients over all ranks, before clipping; a float32 scalar on the device."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, process: Process):
         self.module = module
@@ -76,7 +78,7 @@ class Engine:
             self.process.sum(square)
         scale = self.module.loss_scale
         norm = square.sqrt() if scale is None else square.sqrt() / scale
-        skipped = (~norm.isfinite()).float()
+        self.grad_norm, skipped = norm, (~norm.isfinite()).float()
         if self.clip_norm:
             scale = scaled(((norm + 1e-6) / self.clip_norm).clamp(min=1), scale)
         # Where the optimizer is offloaded, its gradients and its step are on the host.

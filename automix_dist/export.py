@@ -6,12 +6,14 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from automix_dist.backbone import create_timm_model, layer_kwargs, stem_of
 from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
 from automix_dist.config import Config, DataConfig
 from automix_dist.config_file import from_dict
+from automix_dist.errors import some
 
 
 def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"], head: Literal["one", "mix"]) -> str:
@@ -24,8 +26,8 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
         Python that loads the file.
 
     Raises:
-        CheckpointError: if there is no such encoder or head, the model's own classifier is not one linear layer, or the
-            file cannot be written.
+        CheckpointError: if there is no such encoder or head, the model's own classifier is no linear layer, or the file
+            cannot be written.
     """
     config = from_dict(saved.manifest["config"])
     state = load_module_state(saved, f"{encoder}.")
@@ -37,16 +39,22 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
     num_classes = state[f"head_{head}.weight"].shape[0]
     model_config = dataclasses.replace(config.model, pretrained=False, weights="")
     model = create_timm_model(model_config, config.data.image_size, num_classes)
-    classifier = model.pretrained_cfg.get("classifier")
-    if not isinstance(classifier, str) or not isinstance(model.get_submodule(classifier), nn.Linear):
-        raise CheckpointError(
-            f"{config.model.backbone}: its classifier {classifier!r} is not one linear layer to export to"
-        )
-
+    named = model.pretrained_cfg.get("classifier") or ()
+    classifiers = [named] if isinstance(named, str) else named  # a distilled model has two, and averages their logits
+    weight, bias = (state[f"head_{head}.{k}"] for k in ("weight", "bias"))
     prefix = "backbone.model."
     tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    tensors |= {f"{classifier}.{k}": state[f"head_{head}.{k}"] for k in ("weight", "bias")}
-    model.load_state_dict(tensors)  # strict: what timm cannot load is never written
+    for each in classifiers:
+        tensors |= {f"{each}.weight": weight.clone(), f"{each}.bias": bias.clone()}
+    missing = sorted(model.state_dict().keys() - tensors.keys())
+    layers = [model.get_submodule(each) for each in classifiers]
+    fits = all(isinstance(each, nn.Linear) and each.weight.shape == weight.shape for each in layers)
+    if not fits or missing or not _answers(model, tensors, weight, bias, config.data.image_size):
+        lacks = f", and has tensors beside it: {some(missing)}" if missing else ""
+        raise CheckpointError(
+            f"{config.model.backbone}: its classifier {named!r} is not linear in the embedding, so that the trained "
+            f"head cannot take its place{lacks}"
+        )
 
     kwargs = {"num_classes": num_classes, **layer_kwargs(model_config, config.data.image_size)}
     metadata = {
@@ -66,6 +74,17 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
     }
     export_tensors({k: v.contiguous() for k, v in tensors.items()}, out, metadata)
     return loading_code(out, config, kwargs, model)
+
+
+def _answers(model: nn.Module, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor, image_size: int) -> bool:
+    """Whether the model, having loaded the tensors, answers with our head's logits of its embedding."""
+    model.load_state_dict(tensors)  # strict: what timm cannot load is never written
+    model.eval()
+    with torch.inference_mode():
+        image = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        embedding = model.forward_head(model.forward_features(image), pre_logits=True)
+        expected = nn.functional.linear(embedding, weight, bias)
+        return not ((model(image) - expected).abs() > 1e-3 * expected.abs().max()).any()  # a NaN is no difference
 
 
 def loading_code(path: Path, config: Config, kwargs: dict, model: nn.Module) -> str:

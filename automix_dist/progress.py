@@ -24,6 +24,7 @@ class Progress:
         self.measured_seconds = 0.0
         self.own_seconds = {"loading": 0.0, "forward": 0.0}
         """Sums over the measured steps of what needs no other rank (below ZeRO 3): the straggler has more of it."""
+        self._share_began = self._step_seconds = self._waited = 0.0  # since the last look at the share
         self.notes: deque[dict[str, Any]] = deque()
         """What the heartbeat found out about slow ranks, for the run's log."""
         self.writing = False
@@ -31,23 +32,20 @@ class Progress:
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         """The heartbeat's, to be called with an error before anything that takes its time."""
         self._on_gpu = on_gpu
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._events: deque[tuple[str, bool, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._since = self._step_began = time.perf_counter()
 
     def begin_step(self, step: int, patient: bool) -> None:
         self.step, self.patient = step, patient
-        self._step_began = time.perf_counter()
+        self._step_began = self._share_began = time.perf_counter()
 
     def enter(self, phase: str, patient: bool | None = None) -> None:
         """The main thread begins another phase; `patient` stays as it is unless given."""
         now = time.perf_counter()
-        if self._on_gpu and self.phase == "forward":
-            self._forward_ends()
-        elif self.phase in self.own_seconds and not self.patient:
-            self.own_seconds[self.phase] += now - self._since
-        if self._on_gpu and phase == "forward":
-            self._forward_began = torch.cuda.Event(enable_timing=True)
-            self._forward_began.record()
+        if self.phase in self.own_seconds:
+            self._leave(self.phase, now - self._since)
+        if self._on_gpu and phase in self.own_seconds:
+            self._began = _event()
         self.phase, self._since = phase, now
         self.patient = self.patient if patient is None else patient
         self.advances += 1
@@ -57,18 +55,47 @@ class Progress:
         self.advances += 1
 
     def end_step(self) -> None:
+        now = time.perf_counter()
+        self._step_seconds += now - self._share_began
         if not self.patient:
-            seconds = time.perf_counter() - self._step_began
+            seconds = now - self._step_began
             self.usual_seconds = max(seconds, 0.98 * self.usual_seconds)
             self.measured_seconds += seconds
             self.measured_steps += 1
 
-    def _forward_ends(self) -> None:
-        """The host only enqueues a forward pass; the GPU's own clock times it, read later and without waiting."""
-        ended = torch.cuda.Event(enable_timing=True)
-        ended.record()
-        if not self.patient:
-            self._events.append((self._forward_began, ended))
-        while self._events and self._events[0][1].query():
-            start, end = self._events.popleft()
-            self.own_seconds["forward"] += start.elapsed_time(end) / 1000
+    def loading_share(self) -> float:
+        """The share of the steps' time, since the last call, in which the device had nothing to do but wait for the
+        next batch. For the middle of a step, when the host has just waited for the device."""
+        self._read_events()
+        now = time.perf_counter()
+        seconds = self._step_seconds + now - self._share_began
+        share = min(self._waited / seconds, 1.0) if seconds else 0.0
+        self._step_seconds = self._waited = 0.0
+        self._share_began = now
+        return share
+
+    def _leave(self, phase: str, seconds: float) -> None:
+        """Count what the phase took. The host only enqueues what a GPU does, and may be far ahead of it: the GPU's own
+        clock times its forward pass and its waiting, read later and without waiting."""
+        if (phase == "loading" or not self._on_gpu) and not self.patient:
+            self.own_seconds[phase] += seconds
+        if self._on_gpu:
+            self._events.append((phase, self.patient, self._began, _event()))
+            self._read_events()
+        elif phase == "loading":
+            self._waited += seconds
+
+    def _read_events(self) -> None:
+        while self._events and self._events[0][-1].query():
+            phase, patient, start, end = self._events.popleft()
+            seconds = start.elapsed_time(end) / 1000
+            if phase == "loading":
+                self._waited += seconds
+            elif not patient:
+                self.own_seconds[phase] += seconds
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -213,7 +213,9 @@ _CHARTS = (  # title, unit, whether its training values scatter, which keys; the
     ("Momentum", "", False, lambda key: key == "momentum"),
     ("Mask loss weight", "", False, lambda key: key == "mask_loss_weight"),
     ("Loss scale", "", False, lambda key: key == "loss_scale"),
+    ("Gradient norm", "", True, lambda key: key == "grad_norm"),
     ("Throughput", "images/s", True, lambda key: key == "images_per_second"),
+    ("Waiting for the loader", "percent", True, lambda key: key == "loader_wait"),
     ("Peak memory", "GiB", False, lambda key: key == "memory_gib"),
 )
 

@@ -119,9 +119,10 @@ def _train(
     _announce(config, process, checked, say)
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
+    changed: list[str] = []
     if saved is not None:
         total_steps = config.epochs * (checked.train.count // config.batch_size)
-        _check_continuation(saved, config, about, total_steps, say)
+        changed = _check_continuation(saved, config, about, total_steps, say)
     elif checked.weights_error is not None:
         raise checked.weights_error
 
@@ -174,6 +175,8 @@ def _train(
     )
     if saved is not None and "checkpoint" not in logged:
         log.event("checkpoint", saved.step, bytes=sum(entry["bytes"] for entry in saved.manifest["files"]))
+    if changed:
+        log.event("changed", position.step, changes=changed)
     trainer = Trainer(config, process, engine, train_loader, val_loader, checkpoints, log, stop, about)
     try:
         stopped = trainer.train(position)
@@ -224,25 +227,31 @@ def _check_replaced(split: str, opened: beton.Manifest, checked: beton.Manifest,
         )
 
 
-def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> None:
-    """Tell which settings were changed since the checkpoint; refuse what a run cannot survive."""
+def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], total_steps: int, say: Say) -> list[str]:
+    """Tell, and return, which settings were changed since the checkpoint, and what else; refuse what a run cannot
+    survive."""
     old, new = flatten(saved.manifest["config"]), flatten(about["config"])
     defaults = flatten(to_dict(Config()))
+    changed, refused = [], []
     for key in sorted(old.keys() | new.keys()):
         was = old.get(key, defaults.get(key))  # a setting may be younger than the run
-        if was == new.get(key):
-            continue
-        change = f"{key}: {was!r} -> {new.get(key)!r}"
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_ON_RESUME):
-            raise ConfigError(f"{change}: cannot change when resuming; put it back, or start a new run (output=...)")
+        if was != new.get(key):
+            fixed = any(key == each or key.startswith(f"{each}.") for each in FIXED_ON_RESUME)
+            (refused if fixed else changed).append(f"{key}: {was!r} -> {new.get(key)!r}")
+    if refused:
+        raise ConfigError(
+            f"{', '.join(refused)}: cannot change when resuming; put {'it' if len(refused) == 1 else 'them'} back, or "
+            "start a new run (output=...)"
+        )
+    for change in changed:
         say(f"resuming with another setting: {change}")
     then, now = flatten(saved.manifest.get("environment", {})), flatten(about["environment"])
     ground = [key for key in GROUND if key in then and then[key] != now[key]]
     if now["device"] != "cpu" and "threads" in ground:
         ground.remove("threads")
+    ground = [f"{GROUND[key]} {then[key]} -> {now[key]}" for key in ground]
     if ground:
-        changes = ", ".join(f"{GROUND[key]} {then[key]} -> {now[key]}" for key in ground)
-        say(f"resuming, but not bit for bit: {changes}")
+        say(f"resuming, but not bit for bit: {', '.join(ground)}")
     if saved.manifest.get("classes", about["classes"]) != about["classes"]:
         say(f"resuming with other class names than before, from data.train = {config.data.train!r}")
     before = saved.manifest.get("index_checksums", about["index_checksums"])
@@ -256,3 +265,4 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], tot
             f"epochs = {config.epochs} is {total_steps} steps; the run is at step {saved.step}: set epochs to no fewer "
             f"than it has trained, or train anew in another output"
         )
+    return changed + ground

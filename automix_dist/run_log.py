@@ -26,6 +26,8 @@ from automix_dist.whole_file import whole_file
 
 METRICS = "metrics.jsonl"
 PLAIN_LINE_SECONDS = 5.0  # how often, at most, a progress line goes to a console that is no terminal
+WAITING = 0.05
+"""From this share of the time on that the device waits for data, the loader counts as what holds training up."""
 
 
 class RunLog:
@@ -112,7 +114,7 @@ class RunLog:
         seconds = time.perf_counter() - self._clock
         if self._images and seconds > 0:
             values["images_per_second"] = self._images / seconds
-            self._progress["speed"] = f"{values['images_per_second']:,.0f} images/s"
+            self._progress["speed"] = f"{values['images_per_second']:,.0f} images/s{waiting(values)}"
         values["memory_gib"] = _peak_memory() / 2**30
         self._record("train", step, epoch, values)
         self._progress["loss"] = f"loss {values['loss']:.3f}" if "loss" in values else ""
@@ -340,6 +342,12 @@ def accuracy_name(key: str) -> str:
 
 def percent(fraction: float) -> str:
     return f"{fraction:.2%}".replace("%", " %")
+
+
+def waiting(values: dict[str, Any]) -> str:
+    """How much of its time a training waits for the loader, for the end of a line; nothing below WAITING."""
+    share = values.get("loader_wait")
+    return f" (waits for the loader {share:.0%})" if isinstance(share, int | float) and share >= WAITING else ""
 
 
 def _cut_metrics(path: Path, start_step: int) -> None:

@@ -60,31 +60,31 @@ class Position:
 
 
 class Tally:
-    """Losses and skipped steps, summed on the device and read now and then."""
+    """Losses, gradient norms and skipped steps, summed on the device and read now and then."""
 
     def __init__(self, process: Process, fields: tuple[str, ...]):
         self._process = process
         self.fields = fields
-        self._sums = torch.zeros(len(fields) + 1, device=process.device)  # the last: steps that were applied
+        self._sums = torch.zeros(len(fields) + 2, device=process.device)  # then the norms, and steps that were applied
         self._in_a_row = torch.zeros((), device=process.device)
         self._skipped = torch.zeros((), device=process.device)
         self.last = torch.zeros(len(fields), device=process.device)
 
-    def add(self, losses: Tensor, skipped: Tensor) -> None:
-        """The losses [fields] of one step, and 1 if it was skipped, which leaves its losses out."""
+    def add(self, losses: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        """The losses [fields] and the gradients' norm of one step, and 1 if it was skipped, which leaves them out."""
         self.last = losses
-        counted = torch.cat([losses, torch.ones_like(losses[:1])])
+        counted = torch.cat([losses, grad_norm[None], torch.ones_like(losses[:1])])
         self._sums += torch.where(skipped.bool(), 0.0, counted)
         self._in_a_row = (self._in_a_row + 1) * skipped
         self._skipped += skipped
 
-    def read_losses(self) -> tuple[dict[str, float], int]:
-        """Mean losses over ranks and applied steps since the last call (NaN if there were none), and how many steps
-        were skipped in this session so far."""
+    def read(self) -> tuple[dict[str, float], float, int]:
+        """Mean losses over ranks and applied steps since the last call, the mean of the gradients' norms (NaN if there
+        were none), and how many steps were skipped in this session so far."""
         *sums, count = self._process.sum(self._sums.clone()).tolist()
         self._sums.zero_()
-        means = [each / count if count else math.nan for each in sums]
-        return dict(zip(self.fields, means, strict=True)), int(self._skipped)
+        *means, grad_norm = [each / count if count else math.nan for each in sums]
+        return dict(zip(self.fields, means, strict=True)), grad_norm, int(self._skipped)
 
     def skipped_in_a_row(self) -> int:
         """Up to the last step; the same on all ranks."""
@@ -217,6 +217,7 @@ class Trainer:
         for micro_step in range(self.config.engine.accumulation_steps):
             self.progress.enter("loading")
             batch = next(batches)
+            self.progress.enter("drawing")
             self.last_batches.append(batch)
             where = {
                 "seed": self.config.seed,
@@ -235,7 +236,7 @@ class Trainer:
         # Nobody waits for the verdict: what a skipped step did is undone on the device.
         self.statistics.restore(skipped)
         self.update_momentum(values.momentum, skipped)
-        self._tally.add(torch.stack(losses_of_step).mean(dim=0), skipped)
+        self._tally.add(torch.stack(losses_of_step).mean(dim=0), self.engine.grad_norm, skipped)
 
     def _between_epochs(self) -> None:
         """What is due at the end of an epoch, unless a resumed run did it already."""
@@ -292,7 +293,7 @@ class Trainer:
             note = self.progress.notes.popleft()
             self.log.event("straggler", self.position.step, **note)
             self.log.message(note["text"])
-        losses, skipped = self._tally.read_losses()
+        losses, grad_norm, skipped = self._tally.read()
         self.skipped_steps = skipped
         names = {"total": "loss", "mask_area": "mask_area", "accuracy": "top1_train"}
         named = {names.get(k, f"loss_{k}"): v for k, v in losses.items()}
@@ -301,7 +302,8 @@ class Trainer:
             scheduled = {k: v for k, v in values._asdict().items() if k != "train_generator"}
         if self.engine.loss_scale:
             scheduled["loss_scale"] = float(self.engine.loss_scale.value)
-        self.log.train(self.position.step, epoch, named | scheduled | {"skipped_steps": skipped})
+        others = {"grad_norm": grad_norm, "skipped_steps": skipped, "loader_wait": self.progress.loading_share()}
+        self.log.train(self.position.step, epoch, named | scheduled | others)
 
     def _check_skipped(self) -> None:
         """Raise TrainingError, and leave a dump, when too many steps in a row were skipped."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from automix_dist.errors import stopper
 from automix_dist.report import check_run_folder, duration
-from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics
+from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics, waiting
 
 RECENT = 20
 """Training records that the time left is judged by."""
@@ -103,7 +103,7 @@ def _speed(record: dict[str, Any] | None) -> str:
         return ""
     parts = []
     if isinstance(record.get("images_per_second"), int | float):
-        parts.append(f"{record['images_per_second']:,.0f} images/s")
+        parts.append(f"{record['images_per_second']:,.0f} images/s{waiting(record)}")
     if isinstance(record.get("memory_gib"), int | float):
         parts.append(f"{record['memory_gib']:.2f} GiB")
     if isinstance(record.get("lr"), int | float):

@@ -1,5 +1,6 @@
 """Steps of the tiny model under each engine and in plain PyTorch, for the tests that compare them."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -26,13 +27,13 @@ ENGINES = {
 }
 
 
-def train_plain(config, ranks: int, steps: int) -> dict[str, torch.Tensor]:
-    """Micro batches of `ranks` ranks in one process, without any engine."""
+def train_plain(config, ranks: int, steps: int, norms: list[float] | None = None) -> dict[str, torch.Tensor]:
+    """Micro batches of `ranks` ranks in one process, without any engine. The gradients' norms go into `norms`."""
     model = tiny_model(config).train()
-    return plain_steps(config, model, build_optimizer(model, config.optimizer), ranks, 0, steps)
+    return plain_steps(config, model, build_optimizer(model, config.optimizer), ranks, 0, steps, norms)
 
 
-def plain_steps(config, model, optimizer, ranks: int, first: int, last: int) -> dict[str, torch.Tensor]:
+def plain_steps(config, model, optimizer, ranks: int, first: int, last: int, norms: list[float] | None = None):
     """`engine_steps` of `ranks` ranks in one process; returns the parameters."""
     update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
     size = config.batch_size // ranks
@@ -45,10 +46,10 @@ def plain_steps(config, model, optimizer, ranks: int, first: int, last: int) -> 
                 *micro_batch(step, rank, size), rank_draws(config, step, rank, size), values.mask_loss_weight
             )
             (losses.total / ranks).backward()
-        if config.optimizer.clip_norm:
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], config.optimizer.clip_norm
-            )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm or math.inf)
+        if norms is not None:
+            norms.append(float(norm))
         optimizer.step()
         update(values.momentum)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -61,7 +62,9 @@ def start_engine(config):
     return process, model, engine
 
 
-def engine_steps(config, process, model, engine, first: int, last: int) -> None:
+def engine_steps(config, process, model, engine, first: int, last: int) -> list[float]:
+    """Returns the norm of each step's gradients."""
+    norms = []
     update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
     size, parts = config.micro_batch_size(process.world_size), config.engine.accumulation_steps
     model.train()
@@ -76,6 +79,8 @@ def engine_steps(config, process, model, engine, first: int, last: int) -> None:
             engine.backward(losses.total)
             skipped = engine.step()
         update(values.momentum, skipped)
+        norms.append(float(engine.grad_norm))
+    return norms
 
 
 def save(checkpoints: Checkpoints, engine, step: int) -> bool:

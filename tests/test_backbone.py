@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone, foreign_normalisation
-from automix_dist.checkpoint import Saved, verify
+from automix_dist.checkpoint import CheckpointError, Saved, verify
 from automix_dist.config import ConfigError, DataConfig, to_dict
 from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
@@ -213,6 +213,7 @@ def saved_model(config, model, folder) -> Saved:
         ("convnext_atto", {"small_stem": True}, -2),
         ("deit_tiny_patch16_224", {}, 5),
         ("efficientnet_b0", {}, -2),
+        ("deit_tiny_distilled_patch16_224", {}, 5),
     ],
 )
 @pytest.mark.parametrize(("encoder", "head"), [("query", "one"), ("momentum", "mix")])
@@ -239,6 +240,21 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
     if not settings.get("small_stem") and not settings.get("timm_kwargs"):
         image_size = {"img_size": 64} if "deit" in name else {}
         timm.create_model(name, num_classes=3, **image_size).load_state_dict(load_file(out))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("repvit_m0_9", "is not linear in .*tensors beside it: 'head.head.bn.bias'"),
+        ("efficientvim_m1", "not linear in"),
+    ],
+)
+def test_a_head_that_cannot_take_the_classifier_s_place_is_not_exported(name, message, tmp_path):
+    config = from_dict({"model": {"backbone": name}, "data": {"image_size": 64}})
+    model = AutoMix(create_backbone(config.model, -2, 64), 3, config.automix)
+    with pytest.raises(CheckpointError, match=message):
+        export_encoder(saved_model(config, model, tmp_path), tmp_path / "encoder.safetensors", "query", "one")
+    assert not (tmp_path / "encoder.safetensors").exists()
 
 
 @pytest.mark.parametrize(

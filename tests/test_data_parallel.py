@@ -85,12 +85,21 @@ def test_immediate_backward_equals_one_process(engine, tmp_path):
     assert_same(ranks[0], train_plain(tiny_config(**settings), ranks=4, steps=3))
 
 
+def train_and_norms(config, folder: Path, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    process, model, engine = start_engine(config)
+    norms = engine_steps(config, process, model, engine, 0, steps)
+    return whole_parameters(engine, folder, process, config), norms
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_accumulation_equals_more_ranks(engine, tmp_path):
-    """Two ranks with two micro batches each do what four ranks do; clipping is over all of it."""
+    """Two ranks with two micro batches each do what four ranks do; norm and clipping are over all of it."""
     config = tiny_config(engine={**ENGINES[engine], "accumulation_steps": 2}, optimizer={"clip_norm": 0.5})
-    ranks = run_ranks(2, train_with_engine, config, tmp_path, 3)
-    assert_same(ranks[0], train_plain(config, ranks=4, steps=3))
+    ranks = run_ranks(2, train_and_norms, config, tmp_path, 3)
+    expected_norms: list[float] = []
+    assert_same(ranks[0][0], train_plain(config, ranks=4, steps=3, norms=expected_norms))
+    assert ranks[0][1] == ranks[1][1] == pytest.approx(expected_norms, rel=1e-5)
+    assert min(expected_norms) > 0.5  # of what is clipped, the norm before
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -83,7 +83,7 @@ def train(engine: dict) -> float:
             steps(WARM_UP, WARM_UP + WATCHED)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    losses, skipped = trainer._tally.read_losses()
+    losses, _, skipped = trainer._tally.read()
     assert skipped == 0
     distributed.finish()
     return losses["total"]

@@ -109,7 +109,7 @@ def trace(gpu: FakeTensorMode, name: str, backbone: str = "resnet18", **sections
             skipped = engine.step()
             statistics.restore(skipped)
             update_momentum(0.99, skipped)
-            tally.add(torch.stack([part.detach() for part in losses]), skipped)
+            tally.add(torch.stack([part.detach() for part in losses]), engine.grad_norm, skipped)
             logits = model(images)
     assert all(each.device.type == "cuda" and each.dtype == torch.float32 for each in (*losses, *logits, skipped))
     return operators

@@ -404,6 +404,25 @@ def test_progress_adds_up_own_work_apart_from_patient_steps(monkeypatch):
     assert progress.usual_seconds == 4.0
 
 
+def test_the_share_of_the_steps_time_that_the_loader_takes(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    progress, shares = Progress(), []
+    for step in range(6):
+        progress.begin_step(step, patient=step == 0)  # the first step counts too
+        for phase, seconds in (("loading", 1.0 + step), ("drawing", 0.5), ("forward", 2.0), ("backward", 1.5)):
+            progress.enter(phase)
+            now += seconds
+        if step in (1, 4):
+            progress.enter("logging")
+            shares.append(progress.loading_share())
+            now += 3.0  # of the next record
+        progress.end_step()
+        now += 100.0  # an evaluation
+    assert shares == [3 / 11, 12 / 27]
+    assert Progress().loading_share() == 0.0
+
+
 def test_one_process_or_zero_seconds_need_no_heartbeat():
     for world_size, seconds in ((1, 45), (2, 0)):
         process = distributed.Process(0, 0, world_size, torch.device("cpu"), None)

@@ -1,5 +1,7 @@
 """Training in float16 under every kind of engine does what torch.amp.GradScaler does to a plain loop."""
 
+import math
+
 import pytest
 import torch
 from engine_steps import ENGINES, STEPS_PER_EPOCH, assert_same, start_engine, whole_parameters
@@ -30,8 +32,8 @@ def inputs(config, step: int, rank: int, ranks: int, weight: float) -> tuple:
     return *micro_batch(step, rank, size), rank_draws(config, step, rank, size), weight
 
 
-def train_plain(config, ranks: int) -> tuple[dict, list[float]]:
-    """The weights after the last step, and the scale after each."""
+def train_plain(config, ranks: int) -> tuple[dict, list[float], list[float]]:
+    """The weights after the last step, and the scale and the gradients' norm of each."""
     model = tiny_model(config).train()
     model.autocast = torch.float16
     optimizer = build_optimizer(model, config.optimizer)
@@ -41,7 +43,7 @@ def train_plain(config, ranks: int) -> tuple[dict, list[float]]:
         group["fused"] = False
     update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
     scaler = torch.amp.GradScaler("cpu", init_scale=START, growth_interval=INTERVAL)
-    scales = []
+    scales, norms = [], []
     for step in range(STEPS):
         values = schedule.at(step)
         set_learning_rates(optimizer, values)
@@ -53,24 +55,23 @@ def train_plain(config, ranks: int) -> tuple[dict, list[float]]:
         scaler.unscale_(optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
         torch._foreach_div_([p.grad for p in trained], ranks)  # engines average what the ranks have
-        if config.optimizer.clip_norm:
-            torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm or math.inf)))
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         scales.append(scaler.get_scale())
         if scales[-1] >= before:
             update(values.momentum)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}, scales
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, scales, norms
 
 
-def train_steps(config, process, model, engine, first: int, last: int) -> tuple[list[float], list[float]]:
-    """The scale after each step, and whether it was skipped."""
+def train_steps(config, process, model, engine, first: int, last: int) -> tuple[list[float], list[float], list[float]]:
+    """The scale after each step, whether it was skipped, and the norm of its gradients."""
     loss_scale.GROWTH_INTERVAL = INTERVAL
     model.autocast = torch.float16
     model.train()
     update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
-    scales, skips = [], []
+    scales, skips, norms = [], [], []
     for step in range(first, last):
         values = schedule.at(step)
         set_learning_rates(engine.optimizer, values)
@@ -80,14 +81,15 @@ def train_steps(config, process, model, engine, first: int, last: int) -> tuple[
         update(values.momentum, skipped)
         scales.append(float(engine.loss_scale.value))
         skips.append(float(skipped))
-    return scales, skips
+        norms.append(float(engine.grad_norm))
+    return scales, skips, norms
 
 
 def train_engine(config, folder):
     process, model, engine = start_engine(config)
     engine.loss_scale.value.fill_(START)
-    scales, skips = train_steps(config, process, model, engine, 0, STEPS)
-    return whole_parameters(engine, folder, process, config), scales, skips
+    recorded = train_steps(config, process, model, engine, 0, STEPS)
+    return whole_parameters(engine, folder, process, config), *recorded
 
 
 @pytest.mark.parametrize("engine", ["zero0", "offload1", "zero3", "ddp", "fsdp2"])
@@ -95,12 +97,16 @@ def test_every_engine_scales_as_torchs_scaler(engine, tmp_path):
     optimizer = {"name": "adamw", "lr": 0.01, "mix_momentum": None} if engine == "zero0" else {}
     clip_norm = 0.5 if engine in ("offload1", "fsdp2") else 0.0
     config = float16_config(engine=ENGINES[engine], optimizer={**optimizer, "clip_norm": clip_norm})
-    expected, expected_scales = train_plain(config, 2)
+    expected, expected_scales, expected_norms = train_plain(config, 2)
     ranks = run_ranks(2, train_engine, config, tmp_path)
-    for _, scales, skips in ranks:
+    for _, scales, skips, norms in ranks:
         assert scales == expected_scales
         assert skips == [float(b < a) for a, b in zip([START, *scales], scales, strict=False)]
         assert 1 < sum(skips) < STEPS - 2 and max(scales[-4:]) > min(scales)
+        applied = [
+            (norm, expected) for norm, expected, skip in zip(norms, expected_norms, skips, strict=True) if not skip
+        ]
+        assert all(norm == pytest.approx(expected, rel=1e-3) for norm, expected in applied)  # without the scale
     assert_same(ranks[0][0], expected, 1e-4)
 
 
@@ -118,7 +124,7 @@ def resume(config, folder):
         if part:
             _, model, engine = start_engine(config)
             checkpoints.load(engine, verify(step_folder(folder / "half", HALF)))
-        scales, _ = train_steps(config, process, model, engine, HALF, STEPS)
+        scales, *_ = train_steps(config, process, model, engine, HALF, STEPS)
         found.append((scales, engine.loss_scale.state(), whole_parameters(engine, folder / str(part), process, config)))
     return found
 

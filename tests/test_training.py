@@ -70,6 +70,7 @@ def test_interrupted_and_resumed_ends_bit_for_bit_like_undisturbed(settings, tmp
     assert evals[0] == evals[1] and len(evals[0]) == 2
     steps = [r["step"] for r in records(broken, "train")]
     assert steps == sorted(set(steps))
+    assert all(0 <= r["loader_wait"] < 1 and 0 < r["grad_norm"] < 1e3 for r in records(broken, "train"))
 
     best = newest(broken).manifest["state"]["best_step"]
     listed = run("checkpoint", "verify", broken).stdout
@@ -179,6 +180,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_back(settings, tmp_path)
     assert "step_00000005, step 5" in resumed.stderr and "engine.zero_stage: 3 -> 0" in resumed.stderr
     run("train", settings, "epochs=2", "engine.zero_stage=3", "--resume", ranks=2)
     assert newest(output).step == 30
+    first, second = records(output, "changed")
+    assert first["step"] == 5 and {"engine.zero_stage: 3 -> 0", "ranks 2 -> 1"} <= set(first["changes"])
+    assert second["step"] == 15 and {"epochs: 1 -> 2", "ranks 1 -> 2"} <= set(second["changes"])
     losses = [r["loss"] for r in records(output, "train")]
     assert losses[-1] < losses[0]
     kept = (output / "config.yaml").read_text()
@@ -627,8 +631,12 @@ def test_a_run_goes_on_under_a_version_with_more_settings():
     assert said.pop() == "resuming, but not bit for bit: threads of a rank 1 -> 2"
     del saved.manifest["environment"], saved.manifest["classes"]
     about["config"]["engine"]["fused_batchnorm"] = True
-    runs._check_continuation(saved, config, about, 20, said.append)
-    assert said == ["resuming with another setting: engine.fused_batchnorm: False -> True"]
+    changed = runs._check_continuation(saved, config, about, 20, said.append)
+    assert changed == ["engine.fused_batchnorm: False -> True"]
+    assert said == [f"resuming with another setting: {changed[0]}"]
     about["config"]["data"]["repeats"] = 2
-    with pytest.raises(ConfigError, match=r"data\.repeats: 1 -> 2: cannot change when resuming"):
+    with pytest.raises(ConfigError, match=r"^data\.repeats: 1 -> 2: cannot change when resuming; put it back"):
+        runs._check_continuation(saved, config, about, 20, said.append)
+    about["config"]["seed"] = 5
+    with pytest.raises(ConfigError, match=r"^data\.repeats: 1 -> 2, seed: 0 -> 5: cannot change .* put them back"):
         runs._check_continuation(saved, config, about, 20, said.append)

@@ -26,7 +26,10 @@ def test_a_run_in_the_middle(tmp_path):
     assert "step 120 of 240 (50%), epoch 6 of 12, 2 min 00 s left" in text  # one second a step
     assert "query 90.93 %" in text and "loss_mask 0.01" in text and "801 images/s" in text
     assert "checkpoint step 120, 10 s ago" in text
-    assert "(silent)" in describe(run, START + timedelta(hours=1))[0][0]
+    assert "(silent)" in describe(run, START + timedelta(hours=1))[0][0] and "loader" not in text
+    speed = {"images_per_second": 400.0, "loader_wait": 0.314}
+    append(run, kind="train", step=121, epoch=6, time="2026-01-01T00:02:01Z", **speed)
+    assert "400 images/s (waits for the loader 31%)" in "\n".join(describe(run, START)[0])
 
 
 def test_trouble_is_told_and_torn_lines_are_not_read(tmp_path):

@@ -31,12 +31,10 @@ from automix_dist.config import Config, ConfigError
 from automix_dist.config_file import load_config
 from automix_dist.prepare import prepare
 from automix_dist.run import train
+from automix_dist.run_log import WAITING
 
 IMAGENET = (1_281_167, 50_000)
 """Training and validation images that a recipe is extrapolated to where the config's files are not there."""
-
-WAITING = 0.05
-"""From this share of the time on that the device waits for data, the loader counts as what holds the job up."""
 
 
 class Recorder:
