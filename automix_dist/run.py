@@ -25,7 +25,7 @@ from automix_dist.model import describe_model
 from automix_dist.optimizer import build_optimizer
 from automix_dist.rank_log import RankLog
 from automix_dist.run_check import Checked, check_run
-from automix_dist.run_folder import discard, on_rank_0, open_folder, store_settings, try_saving
+from automix_dist.run_folder import discard, is_of_this_job, on_rank_0, open_folder, store_settings, try_saving
 from automix_dist.run_log import RunLog, has_saved, kinds_at, set_aside
 from automix_dist.trainer import Position, Trainer
 
@@ -65,7 +65,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     Args:
         config: with its policy's settings written out (`policy.with_policy_settings`).
         resume: continue from the newest whole checkpoint, if there is one.
-        overwrite: discard the run that the output folder holds.
+        overwrite: discard the run that the output folder holds. A Slurm job that is started again by its controller
+            discards once, and then continues its own run.
 
     Raises:
         AutomixError: in whatever form; the message is meant for the user.
@@ -73,6 +74,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> i
     run = Path(config.output)
     checked = check_run(config, run if resume else None)
     process = distributed.start(config.engine)
+    if process.broadcast(overwrite and is_of_this_job(run) if process.is_main else None):
+        resume, overwrite = True, False  # what was to be discarded is gone: an earlier start of this job did it
     about = {
         "config": to_dict(config),
         "environment": provenance.environment()

@@ -100,9 +100,21 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def is_of_this_job(run: Path) -> bool:
+    """Whether the folder's run was begun by an earlier start of the Slurm job that this process belongs to."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return False
+    try:
+        environment = json.loads((run / "environment.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return environment.get("slurm_job") == os.environ.get("SLURM_JOB_ID")
+
+
 def store_settings(run: Path, config: Config, about: dict[str, Any]) -> str | None:
     """Keep config and environment in the run's folder; a reason if that cannot be done."""
     environment = about["environment"] | {key: about[key] for key in ("classes", "index_checksums")}
+    environment["slurm_job"] = os.environ.get("SLURM_JOB_ID")
     try:
         write_whole(run / "config.yaml", to_yaml(config))
         write_whole(run / "environment.json", json.dumps(environment, indent=1))

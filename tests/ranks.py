@@ -65,7 +65,7 @@ def run_ranks(world_size: int, function: Callable, *arguments: Any, timeout: flo
 
 
 def _rank(rank: int, world_size: int, port: int, queue, function: Callable, arguments: tuple) -> None:
-    os.environ |= _environment(rank, world_size, port) | ON_CPU
+    os.environ |= rank_environment(rank, world_size, port) | ON_CPU
     try:
         # As bytes: a tensor in a queue is a handle that dies with its process.
         queue.put((rank, pickle.dumps(function(*arguments)), None))
@@ -73,7 +73,7 @@ def _rank(rank: int, world_size: int, port: int, queue, function: Callable, argu
         queue.put((rank, None, traceback.format_exc()))
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun tells a rank."""
     return {
         "RANK": str(rank),
@@ -94,7 +94,7 @@ class Command:
         self._folder = tempfile.TemporaryDirectory()
         self._files = [os.path.join(self._folder.name, name) for name in ("stdout", "stderr")]
         port = free_port()
-        environments = [_environment(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
+        environments = [rank_environment(rank, ranks, port) if ranks > 1 else {} for rank in range(ranks)]
         self.processes = [own_process(_command, self.arguments, folder, e, *self._files) for e in environments]
         for process in self.processes:
             process.start()

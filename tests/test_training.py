@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from ranks import ROOT, Command, _environment, free_port, own_process, records, run, run_ranks
+from ranks import ROOT, Command, free_port, own_process, rank_environment, records, run, run_ranks
 from tiny import tiny_config
 
 from automix_dist import checkpoint, cli, data
@@ -315,7 +315,7 @@ def test_an_error_of_any_rank_is_on_the_console_without_a_heartbeat_too(tmp_path
 
 def fail_beside_a_slow_save(rank: int, port: int, settings: Path, output: Path) -> None:
     """Rank 1's data end with an error while both ranks are writing a checkpoint to a slow disk."""
-    os.environ |= _environment(rank, 2, port)
+    os.environ |= rank_environment(rank, 2, port)
     write, epoch = checkpoint._write_shard, data.TrainLoader.epoch
 
     def slowly(*arguments):
@@ -360,6 +360,21 @@ def test_records_that_a_crash_has_lost_are_made_again(settings, tmp_path):
     (again,) = records(output, "eval")
     assert again["top1_query"] == result["top1_query"] and shards(output) == before
     assert is_finished(read_metrics(output)[0])
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_starts_again_discards_once(settings, tmp_path):
+    def start(job: int, count: int, epochs: int) -> str:
+        command = [*AUTOMIX, "train", str(settings), f"epochs={epochs}", "optimizer.warmup_epochs=0", "--overwrite"]
+        slurm = {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(count)}
+        started = subprocess.run(command, cwd=ROOT, env=os.environ | slurm, capture_output=True, text=True)
+        assert started.returncode == 0, started.stderr
+        return started.stderr
+
+    start(job=7, count=0, epochs=1)
+    assert "resuming from" in start(job=7, count=1, epochs=2)
+    assert "resuming" not in start(job=8, count=1, epochs=1)  # ended, the first time, before it had discarded anything
+    assert [r["step"] for r in records(tmp_path / "run", "start")] == [0]
 
 
 @pytest.mark.slow
