@@ -321,21 +321,25 @@ def _load_config(options: argparse.Namespace) -> Config:
     """The resolved config, with the settings of its policy written out."""
     is_main = os.environ.get("RANK", "0") == "0"
     path, overrides = options.config, options.overrides
-    run = Path(path) if path and Path(path).is_dir() else None
-    if run is not None and (run / "config.yaml").is_file():  # a run's folder, perhaps moved: its own settings
-        path, overrides = str(run / "config.yaml"), [f"output={run}", *overrides]
+    if (Path(path) / "config.yaml").is_file():  # a run's folder, perhaps moved: its own settings
+        path, overrides = str(Path(path) / "config.yaml"), [f"output={path}", *overrides]
     config = load_config(path, overrides, _to_stderr if is_main else lambda text: None)
-    folder = Path(path or "").parent
-    is_moved = (folder / "environment.json").is_file() and Path(config.output).resolve() != folder.resolve()
-    if is_moved and not any(each.startswith("output=") for each in overrides):
-        raise ConfigError(
-            f"{path} is of the run in {folder}, but its output = {config.output!r} leads to another folder: give "
-            f"{folder} itself in place of the config, or output=..."
-        )
+    if not any(each.startswith("output=") for each in overrides):
+        _refuse_moved(path, config)
 
     from automix_dist.policy import with_policy_settings
 
     return with_policy_settings(config)
+
+
+def _refuse_moved(path: str, config: Config) -> None:
+    """Raise ConfigError for a run's own config that leads to where the run was before it was copied or moved."""
+    run = Path(path).parent
+    if (run / "environment.json").is_file() and Path(config.output).resolve() != run.resolve():
+        raise ConfigError(
+            f"{path} is of the run in {run}, but its output = {config.output!r} leads to another folder: give "
+            f"{run} itself in place of the config, or output=..."
+        )
 
 
 def _replay(options: argparse.Namespace) -> int:
