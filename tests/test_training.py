@@ -22,9 +22,10 @@ from automix_dist import checkpoint, cli, data
 from automix_dist import run as runs
 from automix_dist.checkpoint import find_checkpoint, newest
 from automix_dist.cli import main
-from automix_dist.config import ConfigError, to_dict
+from automix_dist.config import Config, ConfigError, to_dict
 from automix_dist.errors import EXIT_STOPPED
 from automix_dist.evaluate import evaluate
+from automix_dist.run_folder import is_of_this_job, store_settings
 from automix_dist.run_log import is_finished, read_metrics
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
@@ -363,18 +364,21 @@ def test_records_that_a_crash_has_lost_are_made_again(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_starts_again_discards_once(settings, tmp_path):
-    def start(job: int, count: int, epochs: int) -> str:
-        command = [*AUTOMIX, "train", str(settings), f"epochs={epochs}", "optimizer.warmup_epochs=0", "--overwrite"]
-        slurm = {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(count)}
-        started = subprocess.run(command, cwd=ROOT, env=os.environ | slurm, capture_output=True, text=True)
-        assert started.returncode == 0, started.stderr
-        return started.stderr
-
-    start(job=7, count=0, epochs=1)
-    assert "resuming from" in start(job=7, count=1, epochs=2)
-    assert "resuming" not in start(job=8, count=1, epochs=1)  # ended, the first time, before it had discarded anything
-    assert [r["step"] for r in records(tmp_path / "run", "start")] == [0]
+def test_a_job_that_slurm_starts_again_discards_once(settings, tmp_path, monkeypatch):
+    output, short = tmp_path / "run", ["optimizer.warmup_epochs=0", "--overwrite"]
+    run("train", settings, "epochs=1", *short)
+    assert json.loads((output / "environment.json").read_text())["slurm_job"] is None
+    for job, count, resumes in (("7", "0", False), ("7", "1", True), ("8", "1", False)):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+        assert is_of_this_job(output) == resumes  # job 8 was ended, the first time, before it had discarded anything
+        if not resumes:
+            store_settings(output, Config(), dict.fromkeys(("classes", "index_checksums")) | {"environment": {}})
+    assert is_of_this_job(output)
+    command = [*AUTOMIX, "train", str(settings), "epochs=2", *short]
+    started = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert started.returncode == 0 and "resuming from" in started.stderr, started.stderr
+    assert [r["step"] for r in records(output, "start")] == [0, 15]
 
 
 @pytest.mark.slow
