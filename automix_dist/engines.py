@@ -78,7 +78,8 @@ class Engine:
             self.process.sum(square)
         scale = self.module.loss_scale
         norm = square.sqrt() if scale is None else square.sqrt() / scale
-        self.grad_norm, skipped = norm, (~norm.isfinite()).float()
+        self.grad_norm = norm
+        skipped = (~norm.isfinite()).float()
         if self.clip_norm:
             scale = scaled(((norm + 1e-6) / self.clip_norm).clamp(min=1), scale)
         # Where the optimizer is offloaded, its gradients and its step are on the host.
