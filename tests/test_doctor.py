@@ -314,9 +314,11 @@ def recipe(sets, tmp_path, monkeypatch) -> Path:
 def test_a_config_that_can_be_trained(recipe):
     check = found("config", load_config(recipe))
     assert check.status == "ok" and not check.mend
-    assert check.found.startswith("resnet18, 11,168,832 parameters: the Mix Block reads layer3 (automix.feature 3 of ")
+    assert check.found.startswith(
+        "resnet18, 11,168,832 parameters, at first random: the Mix Block reads layer3 (automix.feature 3 of "
+    )
     check = found("config", load_config(recipe, ["policy.name=mixup"]))
-    assert (check.status, check.found) == ("ok", "resnet18, 11,168,832 parameters")
+    assert (check.status, check.found) == ("ok", "resnet18, 11,168,832 parameters, at first random")
 
 
 @pytest.mark.parametrize(

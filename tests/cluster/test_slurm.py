@@ -23,7 +23,8 @@ def change(settings: Path, **values) -> None:
 def test_a_job_comes_round_at_its_time_limit_and_after_preemption(slurm, settings, tmp_path):
     run, log = tmp_path / "run with $(a) space", tmp_path / "job.log"
     change(settings, epochs=500, log={"every_steps": 1, "gallery_pairs": 0}, checkpoint={"every_epochs": 0})
-    job = slurm.submit("--nodes=2", f"--output={log}", SCRIPT, settings, f"output={run}", cwd=ROOT)
+    # The job's own run must not be what its second start discards.
+    job = slurm.submit("--nodes=2", f"--output={log}", SCRIPT, settings, f"output={run}", "--overwrite", cwd=ROOT)
 
     def comes_round(times: int) -> int:
         """The step that it resumes from."""
