@@ -295,11 +295,12 @@ def test_a_damaged_image_has_a_stand_in_for_each_copy(path, tmp_path):
         list(train_loader(copy, replace(RESIZED, repeats=2)).epoch(0))
 
 
+@pytest.mark.parametrize("crop", ["resized", "padded", "none"])
 @pytest.mark.parametrize("sample", [6, 7], ids=["raw", "jpeg"])
-def test_a_damaged_sample_is_an_error_with_its_number(path, tmp_path, sample):
+def test_a_damaged_sample_is_an_error_with_its_number(path, tmp_path, sample, crop):
     """FFCV trains on whatever the decoder left in the buffer."""
-    copy = damage(path, tmp_path, [sample])
-    for batches in (train_loader(copy, batch_size=53).epoch(0), iter(eval_loader(copy))):
+    copy, config = damage(path, tmp_path, [sample]), DataConfig(image_size=32, crop=crop, workers=1)
+    for batches in (train_loader(copy, config, batch_size=53).epoch(0), iter(eval_loader(copy, config))):
         with pytest.raises(LoaderError, match=rf"damaged\.beton: sample {sample}: its bytes have changed on disk"):
             list(batches)
 

@@ -236,9 +236,12 @@ def diverge(settings, folder: Path) -> str:
 
 def test_too_many_skipped_steps_stop_all_ranks_and_leave_a_dump(tmp_path):
     settings = tiny_config(
-        optimizer={"lr": 1e30, "min_lr": 0.0}, log={"every_steps": 2}, engine={"max_skipped_steps": 3}
-    )
+        optimizer={"lr": 1e30, "min_lr": 0.0}, log={"every_steps": 2}, engine={"max_skipped_steps": 3},
+        checkpoint={"every_steps": 1, "keep_last": 9},
+    )  # fmt: skip
     messages = run_ranks(2, diverge, settings, tmp_path)
+    last = max(committed_steps(tmp_path))
+    assert last and f"; the last checkpoint is of step {last}. A lower optimizer.lr" in messages[0]
     assert all("3 steps in a row were not finite" in message and "on rank 1" in message for message in messages)
     (dump,) = (tmp_path / "dumps").iterdir()
     assert f"automix replay {dump}" in messages[0]
