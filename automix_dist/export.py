@@ -44,7 +44,7 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
     weight, bias = (state[f"head_{head}.{k}"] for k in ("weight", "bias"))
     prefix = "backbone.model."
     tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    for each in classifiers:
+    for each in classifiers:  # copies: safetensors writes no tensor twice
         tensors |= {f"{each}.weight": weight.clone(), f"{each}.bias": bias.clone()}
     missing = sorted(model.state_dict().keys() - tensors.keys())
     layers = [model.get_submodule(each) for each in classifiers]

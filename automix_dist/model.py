@@ -84,8 +84,10 @@ def without_weights(config: Config) -> Config:
 def describe_model(config: Config, model: nn.Module) -> str:
     """The backbone, its size without the classifier, what it begins with, and which of its feature maps the Mix Block
     reads."""
-    backbone, pretrained = model.query.backbone, "timm's pretrained ones" if config.model.pretrained else "random"
-    first = f"those of {config.model.weights!r}" if config.model.weights else pretrained
+    backbone = model.query.backbone
+    first = "timm's pretrained ones" if config.model.pretrained else "random"
+    if config.model.weights:
+        first = f"those of {config.model.weights!r}"
     count = sum(parameter.numel() for parameter in backbone.parameters())
     feature = "" if backbone.feature is None else f": the Mix Block reads {backbone.describe_feature()}"
     return f"{config.model.backbone}, {count:,} parameters, at first {first}{feature}"

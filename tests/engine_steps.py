@@ -98,9 +98,13 @@ def whole_parameters(engine, folder: Path, process, config) -> dict[str, torch.T
 
 
 def train_with_engine(config, folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    return train_and_norms(config, folder, steps)[0]
+
+
+def train_and_norms(config, folder: Path, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
     process, model, engine = start_engine(config)
-    engine_steps(config, process, model, engine, 0, steps)
-    return whole_parameters(engine, folder, process, config)
+    norms = engine_steps(config, process, model, engine, 0, steps)
+    return whole_parameters(engine, folder, process, config), norms
 
 
 def assert_same(got: dict, expected: dict, tolerance: float = TOLERANCE) -> None:

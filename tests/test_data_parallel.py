@@ -18,6 +18,7 @@ from engine_steps import (
     plain_steps,
     save_after,
     start_engine,
+    train_and_norms,
     train_plain,
     train_with_engine,
     whole_parameters,
@@ -83,12 +84,6 @@ def test_immediate_backward_equals_one_process(engine, tmp_path):
     immediate = tiny_config(**{**settings, "engine": {**settings["engine"], "immediate_backward": True}})
     ranks = run_ranks(2, train_with_engine, immediate, tmp_path, 3)
     assert_same(ranks[0], train_plain(tiny_config(**settings), ranks=4, steps=3))
-
-
-def train_and_norms(config, folder: Path, steps: int) -> tuple[dict[str, torch.Tensor], list[float]]:
-    process, model, engine = start_engine(config)
-    norms = engine_steps(config, process, model, engine, 0, steps)
-    return whole_parameters(engine, folder, process, config), norms
 
 
 @pytest.mark.parametrize("engine", ENGINES)
