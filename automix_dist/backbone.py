@@ -106,8 +106,7 @@ class Backbone(nn.Module):
             name = type(self.model).__name__
             raise ConfigError(f"optimizer.layer_decay: timm knows no order of the layers of {name}; set it to 1")
         named = list(self.model.named_parameters())
-        classifier = self.model.pretrained_cfg.get("classifier") or "head"  # two where a model is distilled
-        top = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+        top = f"{next(iter(classifier_names(self.model)), 'head')}.weight"
         with_classifier = SimpleNamespace(named_parameters=lambda: [*named, (top, None)])
         layer = group_parameters(with_classifier, self.model.group_matcher(coarse=False), reverse=True)
         return {parameter: layer[top] - layer[name] for name, parameter in named}
@@ -322,9 +321,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"model.weights = {str(path)!r} does not fit the model: timm's conversion fails ({type(error).__name__}: "
             f"{error})"
         ) from error
-    named = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))  # distilled ones have two
     own = model.state_dict()
+    heads = tuple(_classifier_prefixes(model))
     state = {k: v for k, v in state.items() if not k.startswith(heads)}
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     missing = [k for k in own if k not in state and not k.startswith(heads)]
@@ -334,6 +332,20 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}"
         )
     model.load_state_dict(state, strict=False)
+
+
+def classifier_names(model: nn.Module) -> Sequence[str]:
+    """The modules that are a timm model's classifier: two of a distilled one, which averages their logits."""
+    named = model.pretrained_cfg.get("classifier") or ()
+    return [named] if isinstance(named, str) else named
+
+
+def _classifier_prefixes(model: nn.Module) -> Iterator[str]:
+    """With what the names of a classifier's tensors begin, in a model that was built without one."""
+    for name in classifier_names(model):
+        parent = f"{name.rpartition('.')[0]}."  # as of LeViT's norm and linear layer
+        has_more = parent == "." or any(key.startswith(parent) for key in model.state_dict())
+        yield f"{name}." if has_more else parent
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

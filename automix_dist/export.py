@@ -1,6 +1,5 @@
 """A trained encoder as a safetensors file that plain timm loads."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,11 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from automix_dist.backbone import create_timm_model, layer_kwargs, stem_of
+from automix_dist.backbone import classifier_names, create_timm_model, layer_kwargs, stem_of
 from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
 from automix_dist.config import Config, DataConfig
 from automix_dist.config_file import from_dict
 from automix_dist.errors import some
+from automix_dist.model import without_weights
+
+_UNFIT = "its classifier is not linear in the embedding, so that the trained head cannot take its place"
 
 
 def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"], head: Literal["one", "mix"]) -> str:
@@ -37,24 +39,15 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
             f"use --encoder query --head one"
         )
     num_classes = state[f"head_{head}.weight"].shape[0]
-    model_config = dataclasses.replace(config.model, pretrained=False, weights="")
+    model_config = without_weights(config).model
     model = create_timm_model(model_config, config.data.image_size, num_classes)
-    named = model.pretrained_cfg.get("classifier") or ()
-    classifiers = [named] if isinstance(named, str) else named  # a distilled model has two, and averages their logits
     weight, bias = (state[f"head_{head}.{k}"] for k in ("weight", "bias"))
     prefix = "backbone.model."
     tensors = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    for each in classifiers:  # copies: safetensors writes no tensor twice
-        tensors |= {f"{each}.weight": weight.clone(), f"{each}.bias": bias.clone()}
-    missing = sorted(model.state_dict().keys() - tensors.keys())
-    layers = [model.get_submodule(each) for each in classifiers]
-    fits = all(isinstance(each, nn.Linear) and each.weight.shape == weight.shape for each in layers)
-    if not fits or missing or not _answers(model, tensors, weight, bias, config.data.image_size):
+    missing = _fill_classifiers(model, tensors, weight, bias)
+    if missing or not _answers(model, tensors, weight, bias, config.data.image_size):
         lacks = f", and has tensors beside it: {some(missing)}" if missing else ""
-        raise CheckpointError(
-            f"{config.model.backbone}: its classifier {named!r} is not linear in the embedding, so that the trained "
-            f"head cannot take its place{lacks}"
-        )
+        raise CheckpointError(f"{config.model.backbone}: {_UNFIT}{lacks}")
 
     kwargs = {"num_classes": num_classes, **layer_kwargs(model_config, config.data.image_size)}
     metadata = {
@@ -74,6 +67,42 @@ def export_encoder(saved: Saved, out: Path, encoder: Literal["query", "momentum"
     }
     export_tensors({k: v.contiguous() for k, v in tensors.items()}, out, metadata)
     return loading_code(out, config, kwargs, model)
+
+
+def foreseen_refusal(config: Config, trained: nn.Module) -> str | None:
+    """Why the timm model that is to be trained will not be exported; None if nothing is known to be in the way.
+
+    Only layers are compared, without weights; the export itself also compares answers.
+    """
+    backbone, head = trained.query.backbone.model, trained.query.head_one
+    try:
+        with torch.device("meta"):
+            model = create_timm_model(without_weights(config).model, config.data.image_size, len(head.bias))
+    except Exception:  # a model of the user's own need not know this device
+        return None
+    missing = _fill_classifiers(model, backbone.state_dict(), head.weight, head.bias)
+    return f"{config.model.backbone} cannot be exported to timm: {_UNFIT}: {some(missing)}" if missing else None
+
+
+def _fill_classifiers(model: nn.Module, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor) -> list[str]:
+    """Add the head's tensors in the place of the model's classifiers: linear layers, or convolutions of one pixel.
+
+    A norm just before them (LeViT, RepViT) is none of the trained backbone's, and is set to change nothing.
+
+    Returns:
+        What the model has beside these.
+    """
+    own = model.state_dict()
+    for name in classifier_names(model):
+        for key, value in ((f"{name}.weight", weight), (f"{name}.bias", bias)):
+            if key in own and own[key].numel() == value.numel():
+                tensors[key] = value.reshape(own[key].shape).clone()  # safetensors writes no tensor twice
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm1d) and f"{name}.weight" not in tensors:
+            module.reset_parameters()
+            module.running_var.fill_(1 - module.eps)
+            tensors |= {f"{name}.{key}": value.clone() for key, value in module.state_dict().items()}
+    return sorted(own.keys() - tensors.keys())
 
 
 def _answers(model: nn.Module, tensors: dict[str, Tensor], weight: Tensor, bias: Tensor, image_size: int) -> bool:

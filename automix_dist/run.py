@@ -19,6 +19,7 @@ from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process
 from automix_dist.engines import autocast_name, build_engine, summary
 from automix_dist.errors import EXIT_STOPPED, stopper
+from automix_dist.export import foreseen_refusal
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.model import describe_model
@@ -204,6 +205,8 @@ def _announce(config: Config, process: Process, checked: Checked, say: Say) -> N
     if fused := describe_fused(backbone):
         say(fused)
     if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
+        say(f"warning: {note}")
+    if process.is_main and (note := foreseen_refusal(config, checked.model)):
         say(f"warning: {note}")
     if len(checked.train.classes) == 1:
         say(f"warning: data.train = {config.data.train!r} has one class only: every answer is right, nothing is learnt")

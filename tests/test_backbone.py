@@ -14,7 +14,7 @@ from automix_dist.config import ConfigError, DataConfig, to_dict
 from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
-from automix_dist.export import export_encoder, transform_code
+from automix_dist.export import export_encoder, foreseen_refusal, transform_code
 from automix_dist.prepare import open_source, prepare
 
 # name, settings, image size, feature -> channels, size of the feature map (AUTOMIX's table of layers and scales)
@@ -123,6 +123,15 @@ def test_starting_weights_of_a_distilled_model_leave_both_classifiers_out(tmp_pa
     assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.items())
 
 
+def test_starting_weights_leave_out_the_norm_that_belongs_to_a_classifier(tmp_path):
+    """As timm does where it loads pretrained weights for another number of classes."""
+    source = timm.create_model("repvit_m0_9", num_classes=7)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    config = {"backbone": "repvit_m0_9", "weights": str(tmp_path / "weights.safetensors")}
+    loaded = create_backbone(from_dict({"model": config}).model, -2, 64).model.state_dict()
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in loaded.items())
+
+
 def test_starting_weights_of_other_programs(tmp_path):
     """A checkpoint of torch.save, from data parallel training at another image size, as timm itself loads it."""
     torch.manual_seed(1)
@@ -214,6 +223,8 @@ def saved_model(config, model, folder) -> Saved:
         ("deit_tiny_patch16_224", {}, 5),
         ("efficientnet_b0", {}, -2),
         ("deit_tiny_distilled_patch16_224", {}, 5),
+        ("resnetv2_18", {}, -2),  # a convolution is its classifier
+        ("repvit_m0_9", {}, -2),  # two classifiers, a BatchNorm before each
     ],
 )
 @pytest.mark.parametrize(("encoder", "head"), [("query", "one"), ("momentum", "mix")])
@@ -231,6 +242,7 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
         logits = model.eval()(images)._asdict()[encoder if head == "one" else f"{encoder}_mix"]
 
     out = tmp_path / "encoder.safetensors"
+    assert foreseen_refusal(config, model) is None
     code = export_encoder(saved_model(config, model, tmp_path), out, encoder, head)
     scope: dict = {}
     exec(code, scope)  # what the command prints for the user
@@ -243,15 +255,17 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "is_foreseen"),
     [
-        ("repvit_m0_9", "is not linear in .*tensors beside it: 'head.head.bn.bias'"),
-        ("efficientvim_m1", "not linear in"),
+        ("caformer_s18", "is not linear in .*tensors beside it: 'head.fc.fc1.bias'", True),
+        ("efficientvim_m1", "not linear in", False),
     ],
 )
-def test_a_head_that_cannot_take_the_classifier_s_place_is_not_exported(name, message, tmp_path):
+def test_a_head_that_cannot_take_the_classifier_s_place_is_not_exported(name, message, is_foreseen, tmp_path):
     config = from_dict({"model": {"backbone": name}, "data": {"image_size": 64}})
     model = AutoMix(create_backbone(config.model, -2, 64), 3, config.automix)
+    note = foreseen_refusal(config, model)
+    assert (note is not None and "caformer_s18 cannot be exported" in note) == is_foreseen
     with pytest.raises(CheckpointError, match=message):
         export_encoder(saved_model(config, model, tmp_path), tmp_path / "encoder.safetensors", "query", "one")
     assert not (tmp_path / "encoder.safetensors").exists()
