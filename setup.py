@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.11",
     packages=["automix_dist", "automix_dist.bench", "automix_dist.policies", "automix_kernels"],
     package_data={
-        "automix_dist": ["page.css", "report.html", "report.js", "py.typed"],
+        "automix_dist": ["imagenet_wnids.txt", "page.css", "report.html", "report.js", "py.typed"],
         "automix_kernels": ["py.typed"],
     },
     package_dir={"automix_dist": "automix_dist", "automix_kernels": "kernels"},

@@ -1,4 +1,4 @@
-"""A plain classifier: one encoder with one head, trained on images that a hand-made policy mixes."""
+"""A plain classifier: one encoder with one head, trained on images that a hand-crafted policy mixes."""
 
 import copy
 from typing import NamedTuple

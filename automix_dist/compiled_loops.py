@@ -45,12 +45,12 @@ class _Cache(FunctionCache):
 
 
 def _cache_folder() -> str:
-    """For these sources and this kind of processor alone: numba itself looks at the file of a function but not at those
-    of the functions that it calls, and two processors that write at once would take each other's code."""
+    """For this package's sources and this kind of processor alone: numba looks at the file of a function but not at
+    those of what it calls and reads, and two processors that write at once would take each other's code."""
     package = Path(__file__).parent
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
-    for name in ("augment.py", "compiled_loops.py", "rand_augment.py", "random_streams.py", "resize.py"):
-        digest.update((package / name).read_bytes())
+    for source in sorted(package.glob("*.py")):
+        digest.update(source.read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = package / "__pycache__" if os.access(package, os.W_OK) else Path(home, "automix_dist")
     return str(Path(numba.config.CACHE_DIR or place) / f"numba-{digest.hexdigest()[:16]}")

@@ -218,14 +218,14 @@ class PolicyConfig:
     command line, starts without the file's settings, and a run says so."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The policy's own settings."""
-    average: float = 0.0
+    ema_decay: float = 0.0
     """Decay of a moving average of the classifier, evaluated beside it; 0 = none. Learned policies have their own."""
 
     def __post_init__(self):
         if self.name not in POLICIES:
             hint = did_you_mean(self.name, POLICIES)
             raise ConfigError(f"policy.name = {self.name!r}: expected one of {', '.join(POLICIES)}{hint}")
-        _require(0 <= self.average < 1, "policy.average", self.average, "a decay in [0, 1), 0 for no average")
+        _require(0 <= self.ema_decay < 1, "policy.ema_decay", self.ema_decay, "a decay in [0, 1), 0 for no average")
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ class OptimizerConfig:
     """Epochs of linear warm-up; a Mix Block with a rate of its own (mix_lr, mix_min_lr) has none (section 2.9)."""
     warmup_start: float = 1e-5
     """Share of the learning rate at which the warm-up starts."""
-    update: Literal["epoch", "step"] = "epoch"
+    lr_update: Literal["epoch", "step"] = "epoch"
     """Whether the cosine advances per epoch (CNN recipes) or per step (ViT recipes)."""
     mix_lr: float | None = None
     """Peak learning rate of the Mix Block; null = lr."""
@@ -424,9 +424,9 @@ class EngineConfig:
     deterministic: bool = False
     """Only algorithms whose results repeat to the bit, slower on a GPU; an operation that has none is an error."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """The kernels of the Mix Block and of fused_batchnorm: Triton or plain PyTorch; auto = Triton on a GPU that can run
-    it (compute capability 8.0 or higher), but for what has none: automix.norm, automix.mask_adjust, SAMix and
-    AdAutoMix."""
+    """Triton or plain PyTorch for the fused operations: the normalisation of images, the Mix Block, the momentum update
+    and fused_batchnorm; auto = Triton on a GPU that can run it (compute capability 8.0 or higher), but for what has
+    none: automix.norm, automix.mask_adjust, SAMix and AdAutoMix."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto = the GPU if there is one; one that torch cannot use is an error."""
     bucket_size: int = 8_000_000

@@ -3,7 +3,6 @@
 Each is a source (see sources.py) that knows its layout and its classes; what is missing is answered with the layout.
 """
 
-import base64
 import csv
 import io
 import json
@@ -18,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 from PIL import Image
 
 from automix_dist.errors import some
@@ -387,36 +385,4 @@ def _difference(present: set[str], expected: set[str]) -> str:
 @cache
 def imagenet_classes() -> list[str]:
     """The WordNet ids of the 1,000 classes of ImageNet-1k, sorted."""
-    steps = zlib.decompress(base64.b85decode(_IMAGENET_STEPS)).split()
-    return [f"n{number:08d}" for number in np.cumsum([int(step) for step in steps])]
-
-
-# The differences between one WordNet id and the next, as compressed text.
-_IMAGENET_STEPS = (
-    "c-k$PiIF2Q3<Fb{5JXXL{)xGp@>Si|u16#B0YJzxM%!zAeee86WaPJI#Fr7{i!;|3JK7g(_5H<-Z?w2y#Jc-iEqO45A8q(Xd_BhC@#wsF*F1iZ-#"
-    "wgg7yGQ8=Ue0QV)A2+72j^7eTQu>pX@u?>3-+5Mo@Qs^Bue<+itd<1iIKSM#Y*QKgKt6oG;rYmDs%M`nd>T_Wng{@f}v3)4!g?9&z&Hd47F#LiX*"
-    "^IvdV!j6qbJjZeCKwQo<hY<%2%XYpBPzB%GF(%r+SMsKO&&h*tyBD`*O^YRNP%)^Ik)r07yd~zAxA!0L+IY{`PZ?Abj0{bq<MH_PyY-i2ky-Y*pd"
-    "0vA}f9b3w&J2pMVt=O*`Xa6|gMFiI-i%z|CEzj1bX<NU4JN|9&50P-ArM<VX&*h>1U%?^bdH*h=ti1d9*TeSii{&fSi&Kcr*RrhXI+{YFHC+!Y@x"
-    "(j+D@z-P5t7t0VI9gk*1So&bC1U4Lu@-p7qX&lQd^*Y}b|m+ezxX&j-NMC>7z+ng%>_a@ZE4VR@%uv0<W@d<74cu;m++0a-#Ox(bRD$Z{XczTSEf"
-    "e8u-$QfcN({1!jHq}i9M$EJqzgB-$2q<zkJ1aLVA1kF_luh4px=7lE$`Rqu7&+|q5p^}3I#~#pDbMeJ(AYq5-9RFQ2yUep!eAX+#aYn6yEcIS7uN"
-    "eUaST>dfJ&W2DDVL0`Sl{ojX#rjb(0I%evDdbMIbTj&?V(jzR)V#W|ANXsK_&>utAdnTWNQ^|yYIppPRjyhT9GBJ4;A~)t~YDtDYjR=_7S=SKpe&"
-    "B!$P3^bx^4Q^*LlC00Ju=tuijUVIY>nuyemUb(xY^En=g7jNSBDkxCmXbL8++d9oz$(e)H3;f-2A4n$(7;@YPrKl(~^?-DTxVwJyza@V)uYD<w2u"
-    "n<*%Qsx1~&=eK#h<`VLqFZ`U0pKlTHhc%0#G}^G$im|JlOwlKXx4hnw8QpsRjyLFw{C@}Z+3`Stm^6s(3w>~LqTpia8Tba$VX6x2~x69ZK<<K_O7"
-    "z9E88R>p}3%3c1X|N?5vVSDkXu9aX>f*me7qN5l3MJ4qw>>V+H^pcDt3Jg2hFEhZWtjusWxD?+?<Ixrmf0DSTPF^O9(rq67C+jpbR2<d7LX#8(W7"
-    "6;ke)t36BPi+xFi+S01*P4<%RQek7(V=It6h+BB_F+>~I3;0uIDzeUTW`!Io%FzUmff&e^r9L)P*pWq-S*{Mt)=MMyma<d$oF_ZXwNyKzh`L(!gt"
-    "~3dw}ls6rR=+i(Q!oagV#a?D8@}Pr+uG$+I<^o{6N6RmW+ZfxluC>!DOfFOcrYgdQPW(%wx3(W0>bu(;dsrX-u!}S&ejF?|V9{sf=TtlZS#b3i5;"
-    "HLm;BifTWr3k%Bc-{7dEmC=xR%huu<Acei=MS)~)s-D%rv^6~tHFrVdcwsY%fIF22)m{;ALZ+|APGDp*yL1210UKc=I4NU|k3V~C8D&bIKlrG1lf"
-    ">(Xf%*1vIkAgd%qdbm6o)Tg-Pq>ckl;@KtH=S2CCq?IRGR~}S6UTNO$*F1>N%dW7nny!ZC|7ZHG%#4n=~j|Gr)rBuaXK&C=1AFHv4R&CttO=dHf$"
-    "DuHn&tMqTsOBL(3H7SrbEUxmjw0TC<(RG~^Y5T-$MK_N!5sGA|eI8gVtH0CgeJA)?ouP9JDkBf33ThFe??bJnY`g(;2C)nuBGQ*Z6kL0ye3Uua=3"
-    "R3AmGk8qGn!nES{y0;o&M88$D<_rb>bXQQFE8m_NA`#Y4+R4;0`8k!>(P|<*0q0MFj2<7&A5*Do?V65Sgi%l}k0POF^coS?lki<<UbB}bq`Y(H^!"
-    "{|scI$uWGJ}MSl@bSd%Fl5tHmO0+CJZ>j$%V|OEVpMRcpGF<W3_R<N!Oj3hz}JY_v^q{>q14v7U}@0y(m9IB?~_JpZ?WWCpHUb=u6c)g+i4>zzE_"
-    "n981!hhI_foGnCZ{d!o~!K~)0|%FX^nrF&<CC55*ZewP7I4V)!qr=VbZ2N2v8K)|#zbI1nrUGq-Mt^C$}6M91jPXt?Y0ZX=QWa-sWXrt{DkJvCvL"
-    "$tE`L$@o9M4gd`%2iig%W6vQI$gsmChXiQuUM27<Apq-beA+&JN0zkTLi7}(m_7{mC}hZ1?h1+V^{{12{WKbkkk<H)m^MP;P$cvkcJlvn4)$HacW"
-    "&YP(g4ysFXvUD=1!#2h=Y=s3UFWk>%sl>X|(0);$QaNmIwMb@bA*%BeECXKA%C+wzY&K>3INLyXAYZj2}DzM(bqN&DZRv{(91P^MCgIxdpKf|Xg)"
-    "`Eut`0B$~m93snpUt6VY46~}sX{wskbrTtPLwQo;PuHo~fv5FQPjy`{4{s?ch^rgo1lOmo3hY7u?cy%G-W?8JtNhHCRP##)hF6`b9W)=L3KA-)PN"
-    "eSZ&gArpdc6(lB$iuoouMCqc(z%y1eVH=sgBgh(p8qUj50~MMwkH^mbb$T<%SpUM;qsQsv@=usqik23Y~IDUgOd`LUDad`jVgS5H)zMb3razUFo2"
-    "&K7Z<=fT-qp%vS<Z&La2H%;;c-)J}a=cTP=>qW2G>T|tD-rI2=4X{R@fy0~{QQ{FL+>0QV5stxqb@+iX4*8H7L*PD9fW*qAVEwjDZOy=^ayVl{=3"
-    "FO$|(;VE)>ChB&>0C93{KBH|x?987sk4KR_u0d6KCP#xt2j`8Z<nu79a4Q1)Ae0QK6j!iFZ-u&2rnm7_XZp!#_*23Wz0kCQXa3Ny{|C(yY@7)Szf"
-    ">PF<$;r!>cRc)sjpHd^?5g`%sMXL=jr<?7H;;(_WWut#v3l_^`63TkKL%Ht#k9k(t`fU6RM(K`ppBkfYxM`IQXu`lUgVq+dF~Q)M_IfL*$xnv<YA"
-    "LS1$e*CRdWE9f}yCb?fU8iE9s@htEdm8(4zJNr=wnc(doB<_1g"
-)
+    return (Path(__file__).parent / "imagenet_wnids.txt").read_text().split()

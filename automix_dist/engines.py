@@ -454,7 +454,7 @@ def describe(config: Config, world_size: int, device: torch.device) -> list[str]
         lines += ["engine: DDP, sharding nothing", reduction]
     else:
         lines += ["engine: FSDP2, sharding everything", "reduction: one bucket, after the backward pass"]
-    horizon = f"{config.epochs} epochs, cosine per {optimizer.update} from {optimizer.lr:g} to {optimizer.min_lr:g}"
+    horizon = f"{config.epochs} epochs, cosine per {optimizer.lr_update} from {optimizer.lr:g} to {optimizer.min_lr:g}"
     warmup = f", after {optimizer.warmup_epochs:g} epochs of warm-up" if optimizer.warmup_epochs else ""
     decay = f"; times {optimizer.layer_decay:g} for each layer from the top" if optimizer.layer_decay < 1 else ""
     return [*lines, f"learning rate: {horizon}{warmup}{decay}"]

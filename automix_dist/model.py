@@ -41,11 +41,11 @@ def build_model(
         if config.engine.joint_query:
             raise ConfigError(f"engine.joint_query has no meaning for policy {config.policy.name}: set it to false")
         mixing = module.Policy(settings, config.data.mean, config.data.std)
-        model = Classifier(backbone, num_classes, mixing, average=config.policy.average > 0, **common)
+        model = Classifier(backbone, num_classes, mixing, average=config.policy.ema_decay > 0, **common)
         if config.engine.activation_checkpointing:
             check_not_inside_blocks(backbone, mixing.changed_layers(backbone))
-    elif config.policy.average:
-        raise ConfigError(f"policy.average: {config.policy.name} has a momentum encoder; set policy.average=0")
+    elif config.policy.ema_decay:
+        raise ConfigError(f"policy.ema_decay: {config.policy.name} has a momentum encoder; set policy.ema_decay=0")
     else:
         model = module.Model(
             backbone,

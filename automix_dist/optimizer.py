@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     layers_from_top = {} if config.layer_decay == 1 else _layers_from_top(model.query)
     groups = []
     for part, extra in settings.items():
-        module = getattr(model, part, nn.Identity())  # hand-made policies have no Mix Block
+        module = getattr(model, part, nn.Identity())  # hand-crafted policies have no Mix Block
         spared = set() if config.decay_norm_and_bias else _without_decay(module)
         alike: dict[tuple[bool, int], list[nn.Parameter]] = {}
         for parameter in module.parameters():

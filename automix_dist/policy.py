@@ -1,4 +1,4 @@
-"""What a hand-made mixing policy is, and how one is found by its name: a file of automix_dist/policies.
+"""What a hand-crafted mixing policy is, and how one is found by its name: a file of automix_dist/policies.
 
 Each file there has a frozen dataclass `Settings`, and one of two classes (docs/policies.md):
     Policy  mixes the images of a `Classifier`
@@ -164,7 +164,7 @@ def load(config: PolicyConfig) -> tuple[ModuleType, Any]:
 
 
 def needed_feature(config: Config) -> int | None:
-    """Which of the backbone's feature maps a run's policy learns from; None if it is hand-made."""
+    """Which of the backbone's feature maps a run's policy learns from; None if it is hand-crafted."""
     return config.automix.feature if hasattr(load(config.policy)[0], "Model") else None
 
 

@@ -44,7 +44,7 @@ FIXED_ON_RESUME = (
     "automix.feature",
     "optimizer.name",
     "policy.name",
-    "policy.average",
+    "policy.ema_decay",
 )
 """Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
 

@@ -53,7 +53,7 @@ class Schedule:
         return step >= self.config.automix.mix_block_until * self.total_steps
 
     def _progress(self, step: int) -> float:
-        if self.config.optimizer.update == "epoch":
+        if self.config.optimizer.lr_update == "epoch":
             return (step // self.steps_per_epoch) / self.config.epochs
         return step / self.total_steps
 
@@ -81,8 +81,8 @@ class Schedule:
         """Constant, then a cosine whose progress is counted from step 0, so that it starts with a small jump
         (section 2.7). Step 0 keeps the base even with momentum_start = 0."""
         automix = self.config.automix
-        if self.config.policy.average:
-            return self.config.policy.average
+        if self.config.policy.ema_decay:
+            return self.config.policy.ema_decay
         if step < int(automix.momentum_start * self.total_steps):
             return automix.momentum
         return cosine(automix.momentum, automix.momentum_end, step / self.total_steps)

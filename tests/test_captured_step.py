@@ -68,7 +68,7 @@ POLICIES = {
     "samix": {"policy": {"name": "samix"}, "automix": {"lam_concat": False}},
     "adautomix": {"policy": {"name": "adautomix", "settings": {"random_samples": True}}},
     "none": {"policy": {"name": "none"}},
-    "cutmix": {"policy": {"name": "cutmix", "average": 0.9}},
+    "cutmix": {"policy": {"name": "cutmix", "ema_decay": 0.9}},
     "manifoldmix": {"policy": {"name": "manifoldmix", "settings": {"layers": ["stem", "top"]}}},
     "puzzlemix": {"policy": {"name": "puzzlemix", "settings": {"blocks": [2, 4]}}},
 }

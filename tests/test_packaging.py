@@ -136,7 +136,12 @@ def test_wheel_holds_both_packages(tmp_path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"automix_dist/page.css", "automix_dist/report.html", "automix_dist/report.js"} <= names
+    assert {
+        "automix_dist/imagenet_wnids.txt",
+        "automix_dist/page.css",
+        "automix_dist/report.html",
+        "automix_dist/report.js",
+    } <= names
     assert any(name.startswith("automix_dist/_jpeg.") for name in names), "the compiled decoder"
     assert {"automix_dist/automix.py", "automix_dist/cli.py", "automix_kernels/api.py"} <= names
     assert {"automix_dist/py.typed", "automix_kernels/py.typed"} <= names

@@ -130,10 +130,10 @@ def test_mistakes_that_only_the_backbone_shows():
     with pytest.raises(ConfigError, match="CNN"):
         Classifier(create_backbone(ModelConfig("test_vit"), None, 160), 3, make("alignmix"))
     with pytest.raises(ConfigError, match="momentum encoder"):
-        build_model(tiny_config(policy={"average": 0.9}), TinyBackbone(), CLASSES, torch.float32)
+        build_model(tiny_config(policy={"ema_decay": 0.9}), TinyBackbone(), CLASSES, torch.float32)
     with pytest.raises(ConfigError, match=r"engine.joint_query has no meaning for policy mixup: set it to false"):
         build_model(tiny_config(policy={"name": "mixup"}, engine={"joint_query": True}), TinyBackbone(), CLASSES)
-    with pytest.raises(ConfigError, match="automix is not a hand-made policy"):
+    with pytest.raises(ConfigError, match="automix is not a hand-crafted policy"):
         make("switch", policies=[{"name": "automix"}])
     with pytest.raises(ConfigError, match=r"a switch inside a switch: list its policies here, with .*shares"):
         make("switch", policies=[{"name": "mixup"}, {"name": "switch"}])
@@ -522,7 +522,9 @@ def test_every_policy_trains_a_classifier(name, dtype, teacher):
     own = {"attentivemix": {"teacher": "test_resnet", "weights": teacher, "teacher_size": 64}}.get(name, {})
     backbone, size = ("test_vit", 160) if name == "transmix" else ("test_resnet", 32)
     config = tiny_config(
-        model={"backbone": backbone}, policy={"name": name, "settings": own, "average": 0.9}, data={"image_size": size}
+        model={"backbone": backbone},
+        policy={"name": name, "settings": own, "ema_decay": 0.9},
+        data={"image_size": size},
     )
     torch.manual_seed(0)
     model = build_model(config, create_backbone(config.model, None, size), CLASSES, dtype).train()
@@ -561,7 +563,7 @@ def test_no_policy_waits_for_the_gpu(name):
 
 
 def test_an_average_follows_weights_and_statistics_in_float64():
-    config = tiny_config(policy={"name": "mixup", "average": 0.9})
+    config = tiny_config(policy={"name": "mixup", "ema_decay": 0.9})
     model = build_model(config, TinyBackbone(), CLASSES, torch.float32)
     for encoder in (model.query, model.momentum):
         encoder.register_buffer("constant", torch.tensor([0.0, -torch.inf]), persistent=False)
@@ -922,7 +924,7 @@ def classifier_on_rank(config, folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_classifiers_train_alike_under_engines(engine, optimizer, name, tmp_path):
     own = {"name": optimizer, "lr": 0.1, **({"mix_momentum": None} if optimizer == "lamb" else {})}
-    config = tiny_config(policy={"name": name, "average": 0.9}, engine=engine, optimizer=own)
+    config = tiny_config(policy={"name": name, "ema_decay": 0.9}, engine=engine, optimizer=own)
     expected = classifier_steps(config, None, 0, 2)
     got = run_ranks(2, classifier_on_rank, config, tmp_path)[0]
     for name, tensor in expected.items():
@@ -968,7 +970,7 @@ def test_ranks_agree_on_switching_off():
 
 @pytest.mark.slow
 def test_a_hand_made_policy_from_the_command_line(settings, tmp_path, capsys):
-    extra = ("policy.name=switch", "policy.average=0.9", "epochs=2", "checkpoint.every_epochs=1")
+    extra = ("policy.name=switch", "policy.ema_decay=0.9", "epochs=2", "checkpoint.every_epochs=1")
     through, broken = tmp_path / "through", tmp_path / "broken"
     run("train", settings, f"output={through}", *extra)
     shutil.copytree(through, broken)

@@ -60,7 +60,9 @@ def test_learning_rate_per_epoch():
 
 def test_learning_rate_per_step_with_warmup():
     """The warm-up multiplies an unshifted cosine; the Mix Block has none."""
-    s = schedule("optimizer.update=step", "optimizer.warmup_epochs=5", "optimizer.lr=0.001", "optimizer.mix_lr=0.001")
+    s = schedule(
+        "optimizer.lr_update=step", "optimizer.warmup_epochs=5", "optimizer.lr=0.001", "optimizer.mix_lr=0.001"
+    )
     for step in (0, 1, 250, 499, 500, 5000):
         base = 0.001 * (1 + math.cos(math.pi * step / 10_000)) / 2
         factor = 1 if step >= 500 else 1 - (1 - step / 500) * (1 - 1e-5)
@@ -69,10 +71,10 @@ def test_learning_rate_per_step_with_warmup():
 
 
 def test_mix_block_follows_the_main_rate_unless_it_has_its_own():
-    s = schedule("optimizer.update=step", "optimizer.warmup_epochs=5")
+    s = schedule("optimizer.lr_update=step", "optimizer.warmup_epochs=5")
     assert s.at(10).mix_lr == s.at(10).lr
     for own, start, end in (("mix_lr=0.3", 0.3, 0.01), ("mix_min_lr=0.05", 0.2, 0.05)):
-        s = schedule("optimizer.update=step", "optimizer.lr=0.2", "optimizer.min_lr=0.01", f"optimizer.{own}")
+        s = schedule("optimizer.lr_update=step", "optimizer.lr=0.2", "optimizer.min_lr=0.01", f"optimizer.{own}")
         assert s.at(0).mix_lr == start
         assert s.at(s.total_steps // 2).mix_lr == pytest.approx((start + end) / 2)
 

@@ -1,4 +1,4 @@
-"""One of several hand-made policies, drawn for each micro batch of all ranks: the recipes of DeiT and of RSB."""
+"""One of several hand-crafted policies, drawn for each micro batch of all ranks: the recipes of DeiT and of RSB."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class Policy(policy.Policy):
                 )
             module, own = load(inner)
             if not hasattr(module, "Policy"):
-                raise ConfigError(f"policy.settings.policies: {inner.name} is not a hand-made policy")
+                raise ConfigError(f"policy.settings.policies: {inner.name} is not a hand-crafted policy")
             self.policies.append(module.Policy(own, *normalisation))
 
     def check(self, backbone: nn.Module) -> None:
