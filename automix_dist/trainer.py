@@ -1,4 +1,4 @@
-"""The training loop, top to bottom. It receives finished parts and knows neither files nor the command line."""
+"""The training loop, top to bottom. It receives finished parts, and says when they evaluate, save, show and log."""
 
 import math
 from collections.abc import Iterator
