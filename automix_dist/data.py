@@ -9,6 +9,7 @@ and a future delivers its exception.
 import contextlib
 import math
 import mmap
+import os
 import queue
 import sys
 import threading
@@ -42,6 +43,10 @@ EXIT_SECONDS = 10.0
 
 SKIP_ATTEMPTS = 100
 """With data.on_corrupt=skip, so many damaged images in a row are an error after all."""
+
+PIECE = 128 * 1024
+"""Bytes that the kernel is asked to read ahead in one call: it reads no more of a longer one than its device's limit,
+often 128 KiB, and says nothing of the rest."""
 
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """A container's limit in bytes, page cache included, in versions 2 and 1 of control groups."""
@@ -122,7 +127,11 @@ class TrainLoader:
         # Copies in one micro batch would be fewer images for BatchNorm, and mixed with each other.
         order, dealt = repeated(order, config.repeats), config.repeats > 1
         steps = rank_batches(order, *self._shares, dealt=dealt)[start_step:]
-        return self._pipeline.stream(list(steps.reshape(-1, steps.shape[-1])), config.train_size(epoch), epoch)
+        batches = list(steps.reshape(-1, steps.shape[-1]))
+        batch_size, accumulation_steps, *_ = self._shares
+        window = config.chunk_size * config.window_chunks * config.repeats * accumulation_steps // batch_size
+        horizon = max(1, window) if config.order == "quasi_random" else 1
+        return self._pipeline.stream(batches, config.train_size(epoch), epoch, horizon)
 
     def close(self) -> None:
         """End the loader's thread."""
@@ -196,8 +205,9 @@ class _Pipeline:
         self._labels = index.records["label"]
         # FFCV's reader state: the mapped file, and the sorted places of all images with their sizes.
         self.by_place = np.argsort(self._records["data_ptr"], kind="stable")
-        with open(path, "rb") as file:
-            self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        self._mapping = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
         self._storage = (
             np.frombuffer(self._mapping, np.uint8),
             self._records["data_ptr"][self.by_place],
@@ -216,6 +226,7 @@ class _Pipeline:
         size, free = len(self._mapping), _free_memory()
         quasi_random = config.order == "quasi_random"
         self._chunk_of: np.ndarray | None = None
+        self._window_chunks = config.window_chunks
         numbers = f"{self._path}: {size / 1e9:.2f} GB, free memory {free / 1e9:.2f} GB"
         if size <= free:
             return f"{numbers}: the file stays in memory once it is read"
@@ -231,35 +242,35 @@ class _Pipeline:
             "reads neighbouring images together"
         )
 
-    def _announce(self, batches: Sequence[np.ndarray], announced: set[int]) -> None:
-        """Ask the kernel to read the chunks of these batches in the background, each chunk once in an epoch."""
+    def _first_uses(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:
+        """Of each chunk of the file that these batches read: the batch that is the first to, and from where to where
+        the chunk lies. Nothing where the file stays in memory."""
         if self._chunk_of is None:
             return
         _, places, sizes = self._storage
-        for indices in batches:
+        known: set[int] = set()
+        for number, indices in enumerate(batches):
             for chunk in np.unique(self._chunk_of[indices % len(self._records)]).tolist():
-                if chunk in announced:
-                    continue
-                announced.add(chunk)
-                first = chunk * self._chunk_size
-                last = min(first + self._chunk_size, len(places)) - 1
-                start = int(places[first]) // mmap.PAGESIZE * mmap.PAGESIZE
-                self._mapping.madvise(mmap.MADV_WILLNEED, start, int(places[last] + sizes[last]) - start)
+                if chunk not in known:
+                    known.add(chunk)
+                    first = chunk * self._chunk_size
+                    last = min(first + self._chunk_size, len(places)) - 1
+                    yield number, int(places[first]), int(places[last] + sizes[last])
 
     def _code(self, operation):
         """The code of an FFCV operation, ready to run."""
         operation.accept_globals(self._records, None)
         return operation.generate_code()
 
-    def stream(self, batches: Sequence[np.ndarray], size: int, epoch: int) -> Iterator[Batch]:
+    def stream(self, batches: Sequence[np.ndarray], size: int, epoch: int, horizon: int = 1) -> Iterator[Batch]:
         """Batches of these samples, images of size x size, with as many prepared ahead as configured. A sample is an
-        image's number, plus a multiple of how many there are for copies of it."""
+        image's number, plus a multiple of how many there are for copies of it. From storage it is read up to `horizon`
+        batches ahead."""
         pending: deque[Future] = deque()
-        announced: set[int] = set()
+        read_ahead = _ReadAhead(self._file, self._first_uses(batches), horizon, -(-self._window_chunks // horizon))
         try:
             for i, indices in enumerate(batches):
-                upcoming = batches[i + (i > 0) : i + 2]  # one batch ahead of the one that is read
-                pending.append(self._worker.submit(self._read, indices, size, epoch, upcoming, announced))
+                pending.append(self._worker.submit(self._read, indices, size, epoch, i, read_ahead))
                 if len(pending) > self._ahead:
                     yield self._receive(pending.popleft())
             while pending:
@@ -275,11 +286,11 @@ class _Pipeline:
         self._worker.close()
 
     def _read(
-        self, indices: np.ndarray, size: int, epoch: int, upcoming: Sequence[np.ndarray], announced: set[int]
+        self, indices: np.ndarray, size: int, epoch: int, number: int, read_ahead: "_ReadAhead"
     ) -> tuple[Batch, int, "torch.cuda.Event | None"]:
         """One batch, how many images in it stand in for damaged ones, and on a GPU the event that says when its copy
         has arrived. Runs in the loader's thread."""
-        self._announce(upcoming, announced)
+        read_ahead.before(number)
         indices = indices.copy()
         on_gpu = self._copy_stream is not None
         with torch.cuda.device(self._device) if on_gpu else contextlib.nullcontext():
@@ -406,6 +417,38 @@ def count_workers(config: DataConfig) -> int:
     if config.workers > most:
         raise ConfigError(f"data.workers = {config.workers}: this process may use {most} core(s); expected 0 to {most}")
     return config.workers or min(most, cores_of_rank())
+
+
+class _ReadAhead:
+    """Asks the kernel to read in the background what is needed soon, each chunk of the file once in an epoch.
+
+    posix_fadvise waits for room in the device's queue where there is none, and lets other threads run meanwhile, which
+    Python's mmap.madvise does not.
+
+    Args:
+        file: its descriptor.
+        first_uses: (batch, start, end) of each chunk in the order of the batches that need it.
+        horizon: how many batches before that it may be asked for.
+        pace: how many chunks that are not needed for the next batch are asked for at once: a window of chunks comes
+            while the one before is used, and not all at its first batch.
+    """
+
+    def __init__(self, file: int, first_uses: Iterator[tuple[int, int, int]], horizon: int, pace: int):
+        self._file, self._first_uses, self._horizon, self._pace = file, first_uses, horizon, pace
+        self._next = next(first_uses, None)
+
+    def before(self, number: int) -> None:
+        """Ask for what the batch after `number` needs, and some of what is needed later."""
+        spare = self._pace
+        while self._next is not None:
+            batch, start, end = self._next
+            if batch > number + 1:
+                if not spare or batch > number + self._horizon:
+                    return
+                spare -= 1
+            for at in range(start, end, PIECE):
+                os.posix_fadvise(self._file, at, min(PIECE, end - at), os.POSIX_FADV_WILLNEED)
+            self._next = next(self._first_uses, None)
 
 
 class _Worker:

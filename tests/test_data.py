@@ -2,7 +2,6 @@
 
 import gc
 import json
-import mmap
 import os
 import re
 import shutil
@@ -10,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,17 +358,20 @@ def test_free_memory_knows_the_limits_of_containers(tmp_path, monkeypatch):
     assert data._free_memory() > 2**20
 
 
-class Mapping:
-    """Stands for a mapped file and keeps what the kernel is told about it."""
+@pytest.fixture
+def asked(monkeypatch):
+    """(start, end) of what the kernel is asked to read ahead."""
+    spans = []
 
-    def __init__(self):
-        self.advice = []
+    def posix_fadvise(file, start, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        spans.append((start, start + length))
 
-    def madvise(self, *arguments):
-        self.advice.append(arguments)
+    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+    return spans
 
 
-def test_reading_is_planned_by_memory_and_said(path, little_memory, monkeypatch):
+def test_reading_is_planned_by_memory_and_said(path, little_memory, asked, monkeypatch):
     loader = train_loader(path)
     assert re.search(
         r"small\.beton: 0\.00 GB, free memory 0\.00 GB: .*image by image.*quasi_random", loader.storage_note
@@ -375,22 +379,48 @@ def test_reading_is_planned_by_memory_and_said(path, little_memory, monkeypatch)
     quasi_random = train_loader(path, AUGMENTED)
     assert "4 neighbouring images at a time" in quasi_random.storage_note
     records = beton.read_index(path).records["image"]
-    for reader, chunk_size in ((loader, 1), (quasi_random, 4)):
+    sizes = beton.read_index(path).sizes
+    monkeypatch.setattr(data, "PIECE", 1000)
+    for reader in (loader, quasi_random):
+        asked.clear()
         expected = list(reader.epoch(0))
-        mapping = reader._pipeline._mapping = Mapping()
-        assert same(reader.epoch(0), expected)
+        spans = sorted(asked)
+        assert all(0 < end - start <= 1000 for start, end in spans)  # the kernel may forget the rest of a longer one
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))  # no byte twice
+        wanted = {byte for start, end in spans for byte in range(start, end)}
+        for batch in expected:
+            for i in batch.indices:
+                start = int(records["data_ptr"][i])
+                assert wanted.issuperset(range(start, start + int(sizes[i])))
+        asked.clear()
         monkeypatch.setattr(data, "_free_memory", lambda: 10**12)
         plenty = train_loader(path, reader._config)
         assert "stays in memory" in plenty.storage_note
         assert same(plenty.epoch(0), expected)
-        used = {int(i) // chunk_size for batch in expected for i in batch.indices}
-        assert len(mapping.advice) == len(used)  # each chunk once
-        assert all(advice == mmap.MADV_WILLNEED and start % mmap.PAGESIZE == 0 for advice, start, _ in mapping.advice)
-        announced = [(start, start + length) for _, start, length in mapping.advice]
-        for batch in expected:
-            for i in batch.indices:
-                place = int(records["data_ptr"][i])
-                assert any(start <= place < end for start, end in announced)
+        assert not asked
+
+
+def test_a_window_is_asked_for_while_the_one_before_is_used():
+    """Of 4 windows of 8 chunks and 4 batches, whose first batch needs 6 of its chunks and whose third the others."""
+    needs = [(4 * window + 2 * (chunk > 5), window, chunk) for window in range(4) for chunk in range(8)]
+    asked_at = {}
+
+    def first_uses():
+        for number, window, chunk in needs:
+            yield number, 1000 * window + chunk, 1000 * window + chunk + 1
+            asked_at[window, chunk] = current
+
+    current = 0
+    read_ahead = data._ReadAhead(os.open("/dev/zero", os.O_RDONLY), first_uses(), horizon=4, pace=2)
+    for current in range(16):
+        read_ahead.before(current)
+        for number, window, chunk in needs:
+            assert number > current + 1 or (window, chunk) in asked_at
+    assert len(asked_at) == 32
+    lead = [number - asked_at[window, chunk] for number, window, chunk in needs]
+    assert all(each <= 4 for each in lead)
+    per_batch = Counter(at for (window, _), at in asked_at.items() if window)
+    assert max(per_batch.values()) <= 4  # without a pace six
 
 
 def test_the_quasi_random_loader_reads_few_chunks_at_a_time(path):
