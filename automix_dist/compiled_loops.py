@@ -14,6 +14,9 @@ from numba import njit, types
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
+SOURCES = ("augment", "compiled_loops", "ffcv_parts", "jpeg", "rand_augment", "random_streams", "resize", "sampling")
+"""Files with compiled functions, and files with what these call or read."""
+
 
 class _Cache(FunctionCache):
     """What numba compiled, kept on disk where that can be: a full or broken disk costs time, and no training.
@@ -45,12 +48,12 @@ class _Cache(FunctionCache):
 
 
 def _cache_folder() -> str:
-    """For this package's sources and this kind of processor alone: numba looks at the file of a function but not at
-    those of what it calls and reads, and two processors that write at once would take each other's code."""
+    """For these sources and this kind of processor alone: numba looks at the file of a function but not at those of
+    what it calls and reads, and two processors that write at once would take each other's code."""
     package = Path(__file__).parent
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
-    for source in sorted(package.glob("*.py")):
-        digest.update(source.read_bytes())
+    for name in SOURCES:
+        digest.update((package / f"{name}.py").read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = package / "__pycache__" if os.access(package, os.W_OK) else Path(home, "automix_dist")
     return str(Path(numba.config.CACHE_DIR or place) / f"numba-{digest.hexdigest()[:16]}")

@@ -1,19 +1,14 @@
 """Which CPU cores this process may use, and which share of them is this rank's."""
 
 import os
-from pathlib import Path
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+from automix_dist.control_group import cpu_quota
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no container, or its quota is "max"
-        return cores
+    """Cores that this process may use: its affinity, and the quota of its container or job."""
+    cores, quota = len(os.sched_getaffinity(0)), cpu_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
 def local_world_size() -> int:
@@ -25,4 +20,7 @@ def local_world_size() -> int:
 def cores_of_rank() -> int:
     """This rank's share of the usable cores, 1 or more."""
     sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS") or local_world_size())  # 1 where launch/env.sh has bound cores
-    return max(1, usable_cores() // sharers)
+    share, quota = len(os.sched_getaffinity(0)) // sharers, cpu_quota()
+    if quota is not None:  # which is for all ranks, bound or not
+        share = min(share, int(quota) // local_world_size())
+    return max(1, share)

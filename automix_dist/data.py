@@ -28,6 +28,7 @@ from torch import Tensor
 
 from automix_dist import beton
 from automix_dist.config import ConfigError, DataConfig
+from automix_dist.control_group import memory_limit
 from automix_dist.cores import cores_of_rank
 from automix_dist.errors import AutomixError
 from automix_dist.sampling import epoch_order, quasi_random_order, rank_batches, repeated
@@ -47,9 +48,6 @@ SKIP_ATTEMPTS = 100
 PIECE = 128 * 1024
 """Bytes that the kernel is asked to read ahead in one call: it reads no more of a longer one than its device's limit,
 often 128 KiB, and says nothing of the rest."""
-
-MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""A container's limit in bytes, page cache included, in versions 2 and 1 of control groups."""
 
 _COMPILED_LOOPS = threading.Lock()
 """One loader at a time runs compiled loops: numba's simplest threading layer ends the process otherwise."""
@@ -399,14 +397,11 @@ def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, t
 
 
 def _free_memory() -> int:
-    """Bytes of memory that can hold files: what the machine has available, or the container's limit."""
+    """Bytes of memory that can hold files: what the machine has available, or the limit of the container or job."""
     import psutil  # here, for policies need Batch where psutil may not be installed
 
-    free = psutil.virtual_memory().available
-    for limit in MEMORY_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no control group of this version, or no limit ("max")
-            free = min(free, int(limit.read_text()))
-    return free
+    free, limit = psutil.virtual_memory().available, memory_limit()
+    return free if limit is None else min(free, limit)
 
 
 def count_workers(config: DataConfig) -> int:

@@ -505,6 +505,10 @@ def find_shards(source: Source, suffix: str, split: Split) -> tuple[list[str], l
     files = sorted(os.path.join(place, name) for place, names in walk(root) for name in names if name.endswith(suffix))
     if not files:
         raise source.error(f"there are no {suffix} files in that folder")
+    by_content: dict[str, str] = {}
+    for file in files:
+        if (other := by_content.setdefault(os.path.realpath(file), file)) != file:
+            raise source.error(f"{other} and {file} are one file: give the folder of one of them, or a pattern")
     if missing := missing_shards(files):
         raise source.error(
             f"{len(missing)} shards are missing: {some(missing)}; download them, or give a pattern of those to be read"
@@ -631,14 +635,22 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         if hidden := [entry.name for entry in os.scandir(class_root) if entry.is_dir() and entry.name[0] == "."]:
             self.remarks.append(f"folders whose names begin with a dot are no classes: {some(hidden)}")
         self.files, labels = [], []
+        class_of = {os.path.realpath(folder / name): name for name in present}
         for label, name in enumerate(classes):
             found = self.images_below(folder / name) if name in present else []
+            for place in sorted({os.path.dirname(file) for file in found}):
+                if class_of.get(os.path.realpath(place), name) != name:
+                    raise self.error(
+                        f"a link makes all of {os.path.realpath(place)} images of {name}: {place}; remove it"
+                    )
             if not found and folder == class_root:  # validation may lack images of a class
                 self.empty.append(str(folder / name))
             self.files += found
             labels += [label] * len(found)
         if not self.files and not self.empty:
             raise self.error(f"there are no images in {folder}")
+        if hidden := [file for file in self.files if "/." in file[len(str(folder)) :]]:
+            self.remarks.append(f"{len(hidden)} images are hidden, by names that begin with a dot: {some(hidden)}")
         self.label(classes, labels)
 
     def key(self, i: int) -> str:

@@ -154,7 +154,12 @@ choose_way() { # fills way, DeepSpeed's options for --over, and script, what it 
 # launcher that a signal has ended counts as success.
 runner='
 import shlex, subprocess, sys
-from deepspeed.launcher import runner
+from deepspeed.launcher import multinode_runner, runner
+get_cmd = multinode_runner.PDSHRunner.get_cmd
+def without_pkill(self, *arguments):
+    command, _, environment = get_cmd(self, *arguments)
+    return command, ["true"], environment
+multinode_runner.PDSHRunner.get_cmd = without_pkill
 class Popen(subprocess.Popen):
     def wait(self, timeout=None):
         super().wait(timeout)

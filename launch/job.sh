@@ -96,7 +96,7 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
     mkfifo "$scratch/stdin" "$scratch/stderr" "$scratch/copy"
     : >"$scratch/ended"
     # Of a terminal that is closed these two must not hear: the ranks have still to say how they ended.
-    (trap "" HUP; exec grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|ssh exited with exit code 255' \
+    (trap "" HUP; exec grep --line-buffered -aoE 'automix: rank [0-9]+ on [^ ]+ ended with exit code [0-9]+|tasks? [0-9,-]+: Exited with exit code [0-9]+|ssh exited with exit code 255' \
         <"$scratch/copy" >>"$scratch/ended") &
     watcher=$!
     { trap "" HUP; tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null; : <>"$scratch/copy"; } & # even a tee that fails lets grep end

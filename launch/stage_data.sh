@@ -82,7 +82,7 @@ for file in "${files[@]}"; do
             done
         else
             command=("$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder")
-            [ -z "${SLURM_JOB_ID:-}" ] || command=(srun --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "${command[@]}")
+            [ -z "${SLURM_JOB_ID:-}" ] || command=(srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "${command[@]}")
             plan "on every node of the job, or here" "${command[@]}"
             [ -n "$dry_run" ] || { "${command[@]}" </dev/null & running+=($!); }
         fi

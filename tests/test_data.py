@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from automix_dist import beton, data, prepare, sources
+from automix_dist import beton, control_group, data, prepare, sources
 from automix_dist.beton import BetonError
 from automix_dist.config import ConfigError, DataConfig
 from automix_dist.config_file import load_config
-from automix_dist.cores import usable_cores
+from automix_dist.cores import cores_of_rank, usable_cores
 from automix_dist.data import Batch, EvalLoader, LoaderError, TrainLoader
 from automix_dist.sampling import epoch_order
 
@@ -346,15 +346,30 @@ def little_memory(monkeypatch):
     monkeypatch.setattr(data, "_free_memory", lambda: 1000)
 
 
-def test_free_memory_knows_the_limits_of_containers(tmp_path, monkeypatch):
-    versions = (tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes")
-    monkeypatch.setattr(data, "MEMORY_LIMITS", versions)
+@pytest.fixture
+def limit(tmp_path, monkeypatch):
+    """Sets limits of control groups, as the kernel's files; the process is in the group /job/step."""
+    monkeypatch.setattr(control_group, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(control_group, "MEMBERSHIP", tmp_path / "membership")
+    lines = ["9:cpu,cpuacct:/job/step", "4:memory:/job/step", "0::/job/step"]
+    (tmp_path / "membership").write_text("\n".join(lines) + "\n")
+
+    def limit(name: str, text: str) -> None:
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(f"{text}\n")
+
+    return limit
+
+
+@pytest.mark.parametrize("group", ["", "job/", "job/step/"])
+@pytest.mark.parametrize("name", ["{}memory.max", "memory/{}memory.limit_in_bytes"])
+def test_free_memory_knows_the_limits_of_containers_and_jobs(group, name, limit):
     machine = data._free_memory()
     assert machine > 2**20
-    for version in versions:
-        version.write_text("1048576\n")
-        assert data._free_memory() == 2**20
-        version.write_text("max\n")
+    limit(name.format(group), str(2**20))
+    limit("memory.max", "max") if group else None
+    assert data._free_memory() == 2**20
+    limit(name.format(group), "max")
     assert data._free_memory() > 2**20
 
 
@@ -596,14 +611,30 @@ def test_workers_follow_affinity_and_local_ranks(path, monkeypatch):
         train_loader(path, replace(RESIZED, workers=most + 1))
 
 
-def test_cores_follow_affinity_and_quota(tmp_path, monkeypatch):
-    cores = len(os.sched_getaffinity(0))
-    for text, expected in (("max 100000", cores), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", cores)):
-        (tmp_path / "cpu.max").write_text(text)
-        monkeypatch.setattr("automix_dist.cores.CPU_QUOTA", tmp_path / "cpu.max")
+@pytest.mark.parametrize("group", ["", "job/", "job/step/"])
+def test_cores_follow_affinity_and_quota(group, limit, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert usable_cores() == 64
+    for quota, expected in (("max", 64), (100000, 1), (50000, 1), (1600000, 16), (9900000, 64)):
+        limit(f"{group}cpu.max", f"{quota} 100000")
         assert usable_cores() == expected
-    monkeypatch.setattr("automix_dist.cores.CPU_QUOTA", tmp_path / "none")
-    assert usable_cores() == cores
+    for quota, expected in ((-1, 64), (800000, 8)):
+        limit(f"cpu/{group}cpu.cfs_period_us", "100000")
+        limit(f"cpu/{group}cpu.cfs_quota_us", str(quota))
+        assert usable_cores() == expected
+
+
+def test_ranks_share_a_quota_also_where_each_has_cores_of_its_own(limit, monkeypatch):
+    limit("cpu.max", "1600000 100000")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    monkeypatch.delenv("AUTOMIX_CORE_SHARERS", raising=False)
+    assert cores_of_rank() == 2
+    monkeypatch.setenv("AUTOMIX_CORE_SHARERS", "1")  # launch/env.sh has bound the rank to 16 of them
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert cores_of_rank() == 2
+    limit("cpu.max", "max 100000")
+    assert cores_of_rank() == 16
 
 
 def test_one_core_of_many(path):

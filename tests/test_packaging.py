@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from automix_dist.compiled_loops import SOURCES
+
 ROOT = Path(__file__).parent.parent
 
 OWNERS = {
@@ -68,6 +70,14 @@ def test_files_import_only_what_stands_before_them():
 def test_each_big_library_is_imported_only_where_it_belongs(library):
     users = {name for name, tree in modules().items() if any(t.split(".")[0] == library for t in imported(tree))}
     assert users == OWNERS[library]
+
+
+def test_compiled_code_is_kept_for_all_its_sources():
+    """One that were left out could change, and the code that was compiled before would be taken."""
+    files = {name: imported(tree) for name, tree in modules().items()}
+    with_loops = {name for name, names in files.items() if "automix_dist.compiled_loops.compiled" in names}
+    called = {name for name in files for each in with_loops if {f"automix_dist.{name}"} & files[each]}
+    assert with_loops | (called - {"config"}) == set(SOURCES)  # RandAugmentPolicy is none of the loops' business
 
 
 def test_kernels_know_torch_and_triton_only():

@@ -767,6 +767,31 @@ def test_folders_are_followed_through_links_once(tmp_path):
     assert files == [f"{root}/{name}" for name in ("a/1.jpg", "a/deep/2.jpg", "b/3.jpg", "b/more/2.jpg")]
 
 
+def test_a_link_that_makes_a_class_of_another_one_is_refused(tmp_path):
+    root = make_tree(tmp_path / "root", {"cat/1.jpg": PICTURES[0], "dog/2.jpg": PICTURES[1]})
+    (root / "cat/link").symlink_to("..")
+    with pytest.raises(SourceError, match=r"all of .*/dog images of cat: .*/cat/link/dog; remove it"):
+        open_source(str(root), "train")
+
+
+def test_hidden_images_are_told(tmp_path):
+    tree = {"cat/1.jpg": PICTURES[0], "cat/.2.jpg": PICTURES[1], "cat/.ipynb_checkpoints/3.jpg": PICTURES[2]}
+    source = open_source(str(make_tree(tmp_path / ".root", tree)), "train")
+    assert len(source.files) == 3
+    assert any(remark.startswith("2 images are hidden") for remark in source.remarks)
+
+
+def test_a_shard_under_two_names_is_refused(hugging_face):
+    """A Hugging Face cache has a link to the same file in each snapshot."""
+    folder = next(hugging_face.rglob("*.parquet")).parent
+    copy = hugging_face / "another_snapshot"
+    copy.mkdir()
+    for file in folder.glob("*.parquet"):
+        (copy / file.name).symlink_to(file)
+    with pytest.raises(SourceError, match=r"another_snapshot/.* and .* are one file"):
+        open_source(f"parquet:{hugging_face}", "train")
+
+
 def test_a_further_source_needs_its_class_only(monkeypatch):
     monkeypatch.setattr(sources, "SOURCES", sources.SOURCES.copy())
 
