@@ -5,7 +5,8 @@ imported only where there is a GPU to ask it about, or a config to check, so tha
 the packages are missing.
 """
 
-import ctypes.util
+import ctypes
+import importlib.util
 import ipaddress
 import os
 import platform
@@ -222,26 +223,31 @@ def _compiler() -> Check:
 
 
 def _libraries() -> list[Check]:
-    """pkg-config, OpenCV, libturbojpeg and libjpeg: what building FFCV and our decoder needs, and running them."""
-    building = installed_version("ffcv") is None
+    """OpenCV and libturbojpeg, as an installed FFCV finds them, wherever they lie; else what building it, and our
+    decoder, needs."""
+    if installed_version("ffcv") is not None:
+        try:
+            (package,) = importlib.util.find_spec("ffcv").submodule_search_locations
+            (library,) = Path(package).glob("_libffcv*.so")
+            ctypes.CDLL(str(library))
+        except (AttributeError, ValueError):
+            return [Check("FFCV's libraries", "fail", "its package is incomplete", "install it again")]
+        except OSError as error:
+            return [Check("FFCV's libraries", "fail", str(error), _apt("libopencv-dev libturbojpeg0-dev"))]
+        return [Check("FFCV's libraries", "ok", "loaded")]
     tool = shutil.which("pkg-config")
-    if tool is None:
-        # Its answer is needed for a build alone, and an installed FFCV has been built.
-        checks = [Check("pkg-config", "fail" if building else "ok", "none", _apt("pkg-config") if building else "")]
-    else:
-        checks = [Check("pkg-config", "ok", (_output(tool, "--version") or tool).strip())]
-    for name, modules, library, package in (
-        ("OpenCV", ("opencv4", "opencv"), "opencv_core", "libopencv-dev"),
-        ("libturbojpeg", ("libturbojpeg",), "turbojpeg", "libturbojpeg0-dev"),
-        ("libjpeg", ("libjpeg",), "jpeg", "libjpeg-dev"),
+    version = (_output(tool, "--version") or tool).strip() if tool else ""
+    checks = [Check("pkg-config", "ok" if tool else "fail", version or "none", "" if tool else _apt("pkg-config"))]
+    for name, modules, package in (
+        ("OpenCV", ("opencv4", "opencv"), "libopencv-dev"),
+        ("libturbojpeg", ("libturbojpeg",), "libturbojpeg0-dev"),
+        ("libjpeg", ("libjpeg",), "libjpeg-dev"),
     ):
         versions = [_output(tool, "--modversion", module) for module in modules] if tool else []
-        version = next((version.strip() for version in versions if version), None)
-        loadable = ctypes.util.find_library(library)
-        if version or (loadable and not building):
-            checks.append(Check(name, "ok", version or f"{loadable} (no headers; FFCV is built already)"))
-        else:
-            checks.append(Check(name, "fail", "not found by pkg-config", _apt(package)))
+        found = next((version.strip() for version in versions if version), None)
+        checks.append(
+            Check(name, "ok", found) if found else Check(name, "fail", "not found by pkg-config", _apt(package))
+        )
     return checks
 
 

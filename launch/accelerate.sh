@@ -34,7 +34,8 @@ signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: th
 
 new_job
 per_node=${per_node:-$(ranks_per_node)}
-command=("$venv/bin/python" -m accelerate.commands.launch --num_machines="$nodes" --num_processes=$((nodes * per_node)) --mixed_precision=no --dynamo_backend=no)
+echo 'distributed_type: "NO"' >"$scratch/accelerate.yaml" # else what `accelerate config` has written counts
+command=("$venv/bin/python" -m accelerate.commands.launch --config_file="$scratch/accelerate.yaml" --num_machines="$nodes" --num_processes=$((nodes * per_node)) --mixed_precision=no --dynamo_backend=no)
 if [ "$nodes" = 1 ]; then
     command+=(--main_process_port="$(free_port)")
 else

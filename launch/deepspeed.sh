@@ -50,10 +50,8 @@ print("Python", sys.version.split()[0], *(f"{name} {version(name)}" for name in 
 echo "versions $versions"
 echo "resolved $(address_of "$first")"
 echo "source $(cd "$root" && find automix_dist kernels -name '*.py' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-12)"
-if [ "$(hostname)" = "$first" ] || grep -qF " $(address_of "$first")/" <<<"$(ip -o addr show)"; then
-    echo "address $(own_address "$second")"
-    echo "port $(free_port "$wanted")"
-fi
+echo "address $(own_address "$second")"
+echo "port $(free_port "$wanted")"
 echo "clock $(date +%s)"
 PROBE
 )
@@ -150,8 +148,9 @@ choose_way() { # fills way, DeepSpeed's options for --over, and script, what it 
     fi
 }
 
-# DeepSpeed's runner with two traps closed: it puts the path of Python into a shell's line without quotes, and a
-# launcher that a signal has ended counts as success.
+# DeepSpeed's runner with three traps closed: it puts the path of Python into a shell's line without quotes, a launcher
+# that a signal has ended counts as success, and a runner that is told to end kills by name whatever another job of the
+# same user has started on these hosts; its own ranks have a lifeline.
 runner='
 import shlex, subprocess, sys
 from deepspeed.launcher import multinode_runner, runner
@@ -173,6 +172,9 @@ runner.main()'
 way=()
 new_job
 read_hostfile
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [[ " ${AUTOMIX_CARRY:-} " != *" CUDA_VISIBLE_DEVICES "* ]]; then
+    say "warning: CUDA_VISIBLE_DEVICES = $CUDA_VISIBLE_DEVICES stays here, the ranks take the first GPUs of each host; to have it on all hosts: AUTOMIX_CARRY=CUDA_VISIBLE_DEVICES"
+fi
 [ -z "$dry_run" ] || say "dry run: the hosts are looked at, nothing is started"
 look_at_hosts
 find_master

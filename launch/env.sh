@@ -6,6 +6,17 @@
 # Variables that travel: settings of libraries, not those that describe a machine (HOME, PATH, CUDA_VISIBLE_DEVICES).
 CARRIED='^(AUTOMIX|NCCL|GLOO|TORCH|PYTORCH|TRITON|OMP|GOMP|MKL|NUMBA|DS|HF|WANDB|MLFLOW|TENSORBOARD|FI|UCX|LD_LIBRARY|PYTHON)_?[A-Z0-9_]*$'
 
+run_with_parent() { # SIGNAL COMMAND [ARGUMENT ...]: becomes COMMAND, in a session of its own; the kernel sends it SIGNAL once its parent is gone
+    if setpriv --pdeathsig "$1" true 2>/dev/null; then
+        exec setpriv --pdeathsig "$1" setsid "${@:2}"
+    fi # util-linux before 2.33, as of RHEL 8
+    exec python3 -c 'import ctypes, os, signal, sys
+if ctypes.CDLL(None).prctl(1, int(signal.Signals["SIG" + sys.argv[1]])) != 0:  # PR_SET_PDEATHSIG
+    sys.exit("prctl fails")
+os.setsid()
+os.execvp(sys.argv[2], sys.argv[2:])' "$@"
+}
+
 setting() { # NAME VALUE REASON
     [ -n "${!1+set}" ] || export "$1=$2"
     [ -z "${AUTOMIX_EXPLAIN:-}" ] || printf '  %s\n      # %s\n' "$1=${!1}" "$3"
@@ -31,6 +42,10 @@ fabric_settings() { # needs MASTER_ADDR, LOCAL_RANK, LOCAL_WORLD_SIZE
 warn_of_few_cores() { # on a node with GPUs, which wait for their loaders then; said once a node
     local cores
     cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # those that this process may use
+    local quota period
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [ "$quota" != max ] && [ $((quota / period)) -lt "$cores" ]; then
+        cores=$((quota / period)) # of a container
+    fi
     [ "$LOCAL_RANK" = 0 ] && [ "$cores" -lt $((4 * LOCAL_WORLD_SIZE)) ] || return 0
     [ -n "${SLURM_GPUS_ON_NODE:-}" ] || grep -q ^GPU <<<"$(nvidia-smi -L 2>/dev/null)" || return 0
     printf 'automix: warning: %s: %s core(s) for %s rank(s), fewer than 4 each: GPUs will wait for data; in a Slurm job ask for %s\n' \

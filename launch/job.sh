@@ -100,7 +100,7 @@ supervise() { # FATAL COMMAND [ARGUMENT ...]; FATAL: which exit codes of a rank 
         <"$scratch/copy" >>"$scratch/ended") &
     watcher=$!
     { trap "" HUP; tee -p "$scratch/copy" <"$scratch/stderr" >&2 2>/dev/null; : <>"$scratch/copy"; } & # even a tee that fails lets grep end
-    setpriv --pdeathsig TERM setsid "$@" <"$scratch/stdin" 2>"$scratch/stderr" &
+    run_with_parent TERM "$@" <"$scratch/stdin" 2>"$scratch/stderr" &
     launcher=$!
     exec 7>"$scratch/stdin" # closed by the kernel if this script is killed: the ranks' lifeline
     while kill -0 $launcher 2>/dev/null; do
@@ -163,6 +163,7 @@ ranks_per_node() { # one per GPU, or 1
     local count
     count=$({ nvidia-smi -L 2>/dev/null || true; } | grep -c ^GPU) || true
     [ -z "${CUDA_VISIBLE_DEVICES+set}" ] || count=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]') || true # "" and -1: none
+    [[ ${CUDA_VISIBLE_DEVICES:-} != MIG-*,* ]] || count=1 # a process sees no more than one of them
     echo $((count > 0 ? count : 1))
 }
 

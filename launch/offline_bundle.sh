@@ -4,6 +4,7 @@
 #   bash launch/offline_bundle.sh [--python 3.12] [--have FREEZE.txt] [--without NAME,...] OUT.tar.xz
 #     --python   the node's Python, 3.11 or newer (default: this machine's)
 #     --have     what the node has already, as `python3 -m pip freeze` prints it there; it is left out
+#     --list     print the packages that the bundle would hold, and make none
 #     --without  packages to leave out, such as tensorboard (then train with log.tensorboard=false) or scikit-learn,scipy
 # FFCV is changed in one point: OpenCV's 60 MB Python package, which only its own writer uses, is imported by that alone.
 set -euo pipefail
@@ -14,22 +15,23 @@ die() { printf 'offline_bundle: error: %s\n' "$*" >&2; exit 1; }
 
 python=$root/.venv/bin/python
 [ -x "$python" ] || die "$root/.venv is not there: run launch/install.sh first"
-target=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') have=/dev/null without="" out=""
+target=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') have=/dev/null without="" list="" out=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --python | --have | --without)
             [ $# -ge 2 ] || die "$1 needs a value"
             case "$1" in --python) target=$2 ;; --have) have=$2 ;; --without) without=$2 ;; esac
             shift 2 ;;
-        -h | --help) sed -n '2,9s/^# //p' "$0"; exit ;;
+        --list) list=1; shift ;;
+        -h | --help) sed -n '2,10s/^# //p' "$0"; exit ;;
         -*) die "unknown option $1; --help lists them" ;;
         *) [ -z "$out" ] || die "one output file is expected, got $out and $1"; out=$1; shift ;;
     esac
 done
-[ -n "$out" ] || die "which file? expected OUT.tar.xz"
+[ -n "$out$list" ] || die "which file? expected OUT.tar.xz"
 [[ "$target" =~ ^3\.(1[1-9]|[2-9][0-9])$ ]] || die "--python $target: expected 3.11 or newer, as 3.12"
 [ -r "$have" ] || die "--have $have: no such file"
-have=$(realpath "$have") out=$(realpath -m "$out")
+have=$(realpath "$have") out=$(realpath -m "${out:-.}")
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -54,26 +56,39 @@ target, have_file, without = sys.argv[1:]
 left_out = {canonicalize_name(name) for name in without.split(",")} | {"opencv-python"}
 have = dict(re.findall(r"(?m)^([\w.-]+)(?:==([\w.+!-]+)|\s*@)", Path(have_file).read_text()))
 have = {canonicalize_name(name): version for name, version in have.items()}
-environment = default_environment() | {"python_version": target, "python_full_version": f"{target}.0", "extra": ""}
-wanted = {}
+environment = default_environment() | {"python_version": target, "python_full_version": f"{target}.0"}
+wanted, visited = {}, set()
 
 
-def visit(requirement):
+def visit(text, extras):
+    """A requirement of a package of which these extras are asked for."""
+    requirement = Requirement(text)
     name = canonicalize_name(requirement.name)
-    if name in wanted or name in left_out or (requirement.marker and not requirement.marker.evaluate(environment)):
+    marker = requirement.marker
+    if name in left_out or (marker and not any(marker.evaluate(environment | {"extra": extra}) for extra in extras)):
         return
     if name in have and (not have[name] or requirement.specifier.contains(have[name], prereleases=True)):
         return
-    wanted[name] = metadata.version(name)
-    for each in metadata.requires(name) or []:
-        visit(Requirement(each))
+    version = metadata.version(name)
+    if "+" in version:
+        sys.exit(
+            f"offline_bundle: error: {name} {version} here is a build that the package index has not: give --have a "
+            f"list with the node's own {name}, or make the bundle from an environment with the index's build"
+        )
+    wanted[name] = version
+    asked = {"", *requirement.extras}
+    if (name, frozenset(asked)) not in visited:
+        visited.add((name, frozenset(asked)))
+        for each in metadata.requires(name) or []:
+            visit(each, asked)
 
 
 for each in metadata.requires("automix-dist"):
-    visit(Requirement(each))
+    visit(each, {""})
 for name, version in wanted.items():
-    print(f"{name}=={version.partition('+')[0]}")
+    print(f"{name}=={version}")
 PY
+[ -z "$list" ] || { cat "$work/wanted"; exit; }
 platforms=()
 for version in 2_28 2_27 2_26 2_24 2_17 2_12 2_5; do platforms+=(--platform "manylinux_${version}_x86_64"); done
 platforms+=(--platform manylinux2014_x86_64 --platform manylinux2010_x86_64 --platform manylinux1_x86_64)

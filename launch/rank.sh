@@ -70,7 +70,7 @@ bind_cores
 # The rank's own session: a launcher that signals a whole process group would reach it twice.
 export AUTOMIX_RANK_OF=${AUTOMIX_JOB:-none}
 exec 3<&0
-setpriv --pdeathsig KILL setsid "${command[@]}" </dev/null 3<&- &
+run_with_parent KILL "${command[@]}" </dev/null 3<&- &
 rank=$!
 trap 'kill -TERM $rank 2>/dev/null || true' TERM INT
 trap 'kill -USR1 $rank 2>/dev/null || true' USR1

@@ -34,6 +34,9 @@ copy() { # FILE NAME CHECKSUM: to this node; FILE may be "-"
         return
     fi
     mkdir -p "$folder" || die "$(hostname): $folder cannot be made"
+    for part in "$folder/.$2.$(hostname)"-*; do # of a copying that was killed
+        [ ! -f "$part" ] || [ -d "/proc/${part##*-}" ] || rm -f "$part"
+    done
     part=$folder/.$2.$(hostname)-$$
     trap 'rm -f "$part"' EXIT
     cat -- "$1" >"$part" || die "$(hostname): $target could not be written; $(df -h --output=avail "$folder" | tail -n 1 | tr -d ' ') free there"
@@ -53,11 +56,14 @@ for file in "${files[@]}"; do
     [ -f "$file.json" ] || die "$file.json: no such file; \`automix prepare\` writes it beside the data"
     [ -n "$(expected "$file")" ] || die "$file.json names no checksum: write the data again with \`automix prepare\`"
 done
+twice=$(printf '%s\n' "${files[@]##*/}" | sort | uniq -d | head -n 1)
+[ -z "$twice" ] || die "two files are called $twice: the copy of one would replace the other; give each a name or FOLDER of its own"
 
-send() ( # HOST FILE NAME CHECKSUM: a small line for the remote shell, the rest packed
+send() ( # HOST FILE NAME CHECKSUM MANIFEST: a small line for the remote shell, the rest packed
     cd / # which every host has
     job_settings=()
-    if ssh "${ssh_options[@]}" "$1" bash -s <<<"$(printf '[ -r %q ]' "$2")"; then
+    # What lies at the same path there may be an older version, and the very file to be replaced.
+    if [ "$2" != "$folder/$3" ] && [ "$(ssh "${ssh_options[@]}" "$1" bash -s <<<"$(printf '[ -r %q ] && sha256sum <%q' "$2" "$5")")" = "$(sha256sum <"$5")" ]; then
         from=$2
     else
         from=- && exec <"$2"
@@ -70,7 +76,7 @@ failed=0 running=()
 set -m # each copy is a process group of its own, so that it can be ended whole
 trap 'for each in "${running[@]}"; do kill -TERM -- "-$each" 2>/dev/null || true; done; exit 130' INT TERM
 for file in "${files[@]}"; do
-    file=$(realpath -- "$file")
+    file=$(realpath -- "$(dirname -- "$file")")/${file##*/} # the manifest lies beside a link, not beside what it leads to
     for each in "$file" "$file.json"; do
         checksum=$(expected "$file")
         [ "$each" = "$file" ] || checksum=$(sha256sum <"$each" | cut -c1-64)
@@ -78,7 +84,7 @@ for file in "${files[@]}"; do
             [ ${#hosts[@]} -gt 0 ] || read_hostfile
             plan "to each host at once: from its own view of the file, or through ssh" ssh "${ssh_options[@]}" HOST "$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder"
             for host in "${hosts[@]}"; do
-                [ -n "$dry_run" ] || { send "$host" "$each" "${each##*/}" "$checksum" </dev/null & running+=($!); }
+                [ -n "$dry_run" ] || { send "$host" "$each" "${each##*/}" "$checksum" "$file.json" </dev/null & running+=($!); }
             done
         else
             command=("$root/launch/stage_data.sh" --here "$each" "${each##*/}" "$checksum" "$folder")

@@ -39,7 +39,7 @@ signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: th
 
 check_batch_size() { # CONFIG ...: can it be shared at every number of nodes that may come together?
     local config batch parts count fit=() unfit=()
-    config=$("$automix" train "$@" --print-config) || exit 2
+    config=$("$automix" train "$@" --print-config) || exit $?
     batch=$(sed -n 's/^batch_size: //p' <<<"$config")
     for ((count = least; count <= most; count++)); do
         parts=$((count * per_node * $(sed -n 's/^ *accumulation_steps: //p' <<<"$config")))
@@ -56,7 +56,7 @@ check_batch_size "$@"
 # a node that comes later the address of such a store.
 settings=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}") # s to save
 if [ -n "${PET_MASTER_ADDR:-}" ]; then
-    meeting=() # torchrun reads the other PET_* itself
+    meeting=(--rdzv-conf=timeout=1800) # s for all pods to be scheduled; torchrun reads the other PET_* itself
     restarts=0 # it keeps its store whatever is set: the JobSet starts all pods again
 elif [ "$most" = 1 ]; then
     meeting=(--standalone)

@@ -1,5 +1,6 @@
 """What `automix doctor` says of this machine, and of machines that lack something."""
 
+import importlib.util
 import os
 import resource
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -136,6 +138,17 @@ def test_libraries_that_pkg_config_knows(bare_path, without):
     assert found("pkg-config").found == "2.1"
     assert found("libturbojpeg") == Check("libturbojpeg", "ok", "3.0.1")
     assert found("OpenCV").status == "fail"
+
+
+def test_an_installed_ffcv_is_asked_for_its_libraries(bare_path, tmp_path, monkeypatch):
+    """A bundle or a conda environment has them where no pkg-config looks."""
+    assert found("FFCV's libraries") == Check("FFCV's libraries", "ok", "loaded")
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    assert found("FFCV's libraries").found == "its package is incomplete"
+    (tmp_path / "_libffcv.so").write_bytes(b"nonsense")
+    check = found("FFCV's libraries")
+    assert check.status == "fail" and "_libffcv.so" in check.found and "libopencv-dev" in check.mend
 
 
 def test_a_decoder_that_was_not_compiled(monkeypatch):

@@ -38,6 +38,13 @@ def node(folder: Path) -> Path:
     return site
 
 
+def test_a_node_without_torch_gets_all_its_libraries():
+    """torch 2.15 asks for them as extras of another package; all that are here are here because torch needs them."""
+    listed = {line.split("==")[0] for line in bash(BUNDLE, "--list").stdout.splitlines()}
+    libraries = {d.name.lower().replace("_", "-") for d in metadata.distributions() if d.name.startswith("nvidia")}
+    assert {"torch", "timm", "ffcv"} <= listed and libraries <= listed
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode != 0,
