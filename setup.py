@@ -43,7 +43,7 @@ setup(
         "pillow>=11",
         "psutil>=6",
         "pyyaml>=6",
-        "safetensors>=0.6",
+        "safetensors>=0.8",  # those before hold the interpreter while they write
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "setuptools>=77",

@@ -402,8 +402,8 @@ def sum_losses(early: "list[Tensor | _Differentiated]", last: Tensor) -> Tensor:
 
 
 class HeldGradients(torch.autograd.Function):
-    """A loss value whose backward pass hands out gradients computed earlier, of the loss times `scale`, if there is
-    one: multiplied by the incoming gradient, and without that scale."""
+    """A loss value whose backward pass returns gradients computed earlier, of the loss times `scale`, if there is one:
+    times the incoming gradient, over that scale. It can run once, as they are freed then."""
 
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: list[Tensor], scale: Tensor | None, *parameters: Tensor) -> Tensor:
@@ -417,8 +417,11 @@ class HeldGradients(torch.autograd.Function):
         sharded = [p for p in ctx.parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
         if sharded:
             sharded[0].all_gather(sharded)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were handed out already: call backward once a forward pass")
         factor = incoming if ctx.scale is None else incoming / ctx.scale
-        return None, None, None, *torch._foreach_mul(ctx.gradients, factor)
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, None, *torch._foreach_mul(gradients, factor)
 
 
 def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:

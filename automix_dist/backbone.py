@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from automix_dist.config import ConfigError, DataConfig, ModelConfig
 from automix_dist.errors import did_you_mean
 
-STATE_KEYS = ("state_dict", "model")
-"""Under which training programs keep the weights in a checkpoint: OpenMMLab's and timm's, torchvision's and DeiT's."""
+STATE_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Under which training programs keep the weights in a checkpoint, in timm's order: a moving average before the weights
+that it is of; OpenMMLab's and timm's, torchvision's and DeiT's."""
 
 _LOADS_PRETRAINED = ContextVar("loads_pretrained", default=True)
 
@@ -327,9 +328,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     missing = [k for k in own if k not in state and not k.startswith(heads)]
     if wrong or missing:
+        whole = "; `automix export` writes what fits" if any(k.startswith("query.backbone.") for k in state) else ""
         raise ConfigError(
             f"model.weights = {str(path)!r} does not fit the model: "
-            f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}"
+            f"{len(wrong)} unknown or misshapen tensors {wrong[:3]}, {len(missing)} missing {missing[:3]}{whole}"
         )
     model.load_state_dict(state, strict=False)
 
@@ -370,18 +372,22 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ConfigError(
             f"model.weights = {str(path)!r}: expected a state dict, alone or in a checkpoint; got {found}"
         )
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    # What data parallel training and torch.compile put before a name.
+    return {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
 
 
-def foreign_normalisation(model: nn.Module, data: DataConfig) -> str | None:
+def foreign_normalisation(model: nn.Module, config: ModelConfig, data: DataConfig) -> str | None:
     """What to set where timm's pretrained weights of a model expect another normalisation; None if they do not."""
+    if not config.pretrained and not config.weights:
+        return None
     theirs = {key: tuple(model.pretrained_cfg[key]) for key in ("mean", "std")}
     if theirs == {"mean": data.mean, "std": data.std}:
         return None
     settings = " ".join(f"'data.{key}={list(values)}'" for key, values in theirs.items())
+    which = "model.pretrained: these weights expect" if config.pretrained else "model.weights: timm's own expect"
     return (
-        f"model.pretrained: these weights expect images of another normalisation than data.mean = {list(data.mean)}, "
-        f"data.std = {list(data.std)}: set {settings}"
+        f"{which} images of another normalisation than data.mean = {list(data.mean)}, data.std = {list(data.std)}: "
+        f"set {settings}{'' if config.pretrained else ', if these are they'}"
     )
 
 

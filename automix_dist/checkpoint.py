@@ -205,13 +205,29 @@ class Checkpoints:
         return None, sum(files["bytes"] for files in manifest["files"])
 
     def load(self, engine: Engine, saved: Saved) -> dict[str, Any]:
-        """Fill the engine from a checkpoint of any world size and engine; returns the trainer's state."""
-        reader = ShardReader(saved)
+        """Fill the engine from a checkpoint of any world size and engine; returns the trainer's state.
+
+        Rank 0 alone opens all shards, and of another world size averages the buffers: a thousand ranks that each
+        opened a thousand files would keep a file system busy for minutes.
+        """
+        rank, world_size = self.process.rank, self.process.world_size
+        reader = ShardReader(saved, self._told_by_main(lambda: ShardReader(saved).index))
         engine.create_optimizer_state(saved.manifest["optimizer_scalars"])
-        own = pieces(engine, self.process.rank, self.process.world_size)
+        own = pieces(engine, rank, world_size)
         reader.check_names({piece.name for piece in own}, partial=engine.sharded)
         for piece in own:
-            reader.fill(piece, rank=self.process.rank, world_size=self.process.world_size)
+            reader.check_shape(piece)
+        means = {}
+        if world_size != saved.manifest["world_size"]:
+            names = [piece.name for piece in own if piece.name.startswith("buffer/")]
+            means = self._told_by_main(lambda: {name: reader.tensor(name).flatten() for name in names})
+        for piece in own:
+            if piece.name in means:
+                piece.view.copy_(means[piece.name])
+            elif piece.name.startswith("buffer/"):
+                piece.view.copy_(reader.buffer_of(piece.name, rank))
+            else:
+                piece.view.copy_(reader.elements(piece.name, piece.start, piece.view.numel()))
         after_loading(engine)
         self._files = saved.manifest["files"]
         return saved.manifest["state"]
@@ -220,16 +236,25 @@ class Checkpoints:
         """Rank 0's choice of the newest whole checkpoint, on all ranks; says what was passed over and why.
 
         Raises UnreadableError as `newest` does, on all ranks."""
+
+        def choose() -> Saved | None:
+            found = newest(self.run, self.say)
+            first_broken = 0 if found is None else found.step + 1
+            self._broken = {each for each in _listed_steps(self.run) if each >= first_broken}
+            return found
+
+        return self._told_by_main(choose)
+
+    def _told_by_main(self, action: Callable[[], Any]) -> Any:
+        """What rank 0 finds, or the CheckpointError that it raises, on all ranks."""
         found = None
         if self.process.is_main:
             try:
-                found = newest(self.run, self.say)
-                first_broken = 0 if found is None else found.step + 1
-                self._broken = {each for each in _listed_steps(self.run) if each >= first_broken}
-            except UnreadableError as error:
+                found = action()
+            except CheckpointError as error:
                 found = error
         found = self.process.broadcast(found)
-        if isinstance(found, UnreadableError):
+        if isinstance(found, CheckpointError):
             raise found
         return found
 
@@ -254,13 +279,13 @@ class Checkpoints:
             self.say(f"old checkpoints could not be removed: {problem}")
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
-        """Run on rank 0 what may fail for want of space or rights; the reason on all ranks, or None."""
+        """Run on rank 0 what may fail, as for want of space or rights; the reason on all ranks, or None."""
         reason = None
         if self.process.is_main:
             try:
                 with self._at_disk():
                     action()
-            except OSError as error:
+            except Exception as error:  # whatever it is: the others wait for the answer
                 reason = f"rank 0: {_reason(error)}"
         return self._channel.broadcast(reason)
 
@@ -274,24 +299,44 @@ class Checkpoints:
             self.process.progress.writing = False
 
 
-class ShardReader:
-    """Random access to the tensors of a checkpoint by name, whatever the ranks that wrote their slices."""
+class Index(NamedTuple):
+    """Where the tensors of a checkpoint are."""
 
-    def __init__(self, saved: Saved):
+    slices: dict[str, list[tuple[int, int, int]]]
+    """Of each name: where a slice of the flattened whole starts, its length, and the number of its file."""
+    shapes: dict[str, tuple[int, ...]]
+
+
+class ShardReader:
+    """Random access to the tensors of a checkpoint by name, whatever the ranks that wrote their slices.
+
+    Args:
+        index: another reader's of the same checkpoint; without it, all shards are opened. With it, those that are read.
+    """
+
+    def __init__(self, saved: Saved, index: "Index | None" = None):
         self.saved = saved
-        self._files = []
-        self._slices: dict[str, list[tuple[int, int, int]]] = defaultdict(list)  # name -> (start, length, file)
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for index, entry in enumerate(saved.manifest["files"]):
-            path = saved.folder / entry["name"]
+        self._files: dict[int, Any] = {}
+        self.index = index or self._read_index()
+        self._slices, self._shapes = self.index
+
+    def _read_index(self) -> "Index":
+        slices, shapes = defaultdict(list), {}
+        for number in range(len(self.saved.manifest["files"])):
+            file = self._file(number)
+            for name, (start, shape) in json.loads(file.metadata()["slices"]).items():
+                slices[name].append((start, file.get_slice(name).get_shape()[0], number))
+                shapes[name] = tuple(shape)
+        return Index(dict(slices), shapes)
+
+    def _file(self, number: int) -> Any:
+        if number not in self._files:
+            path = self.saved.folder / self.saved.manifest["files"][number]["name"]
             try:
-                file = safe_open(path, framework="pt")
+                self._files[number] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
-            self._files.append(file)
-            for name, (start, shape) in json.loads(file.metadata()["slices"]).items():
-                self._slices[name].append((start, file.get_slice(name).get_shape()[0], index))
-                self._shapes[name] = tuple(shape)
+        return self._files[number]
 
     def names(self, prefix: str) -> list[str]:
         return [name for name in self._slices if name.startswith(prefix)]
@@ -308,17 +353,13 @@ class ShardReader:
                 f"{len(unused)} not wanted {unused[:3]}; was {changed} changed since?"
             )
 
-    def fill(self, piece: Piece, rank: int, world_size: int) -> None:
-        """Fill one live view. Buffers are each rank's own; for another world size, the mean of all ranks'."""
+    def check_shape(self, piece: Piece) -> None:
+        """Raise CheckpointError unless the model's tensor is of the checkpoint's shape."""
         if self._shapes[piece.name] != piece.shape:
             raise CheckpointError(
                 f"{self.saved.folder}: {piece.name} has shape {self._shapes[piece.name]}, the model wants "
                 f"{piece.shape}; was model.* or automix.* changed since?"
             )
-        if piece.name.startswith("buffer/"):
-            piece.view.copy_(self._buffer(piece.name, rank, world_size))
-        else:
-            piece.view.copy_(self.elements(piece.name, piece.start, piece.view.numel()))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
@@ -326,14 +367,15 @@ class ShardReader:
     def tensor(self, name: str) -> Tensor:
         """A whole tensor in its shape; buffers as the mean over ranks."""
         shape = self._shapes[name]
-        flat = self._buffer(name, 0, 0) if name.startswith("buffer/") else self.elements(name, 0, math.prod(shape))
+        flat = self._mean_of_ranks(name) if name.startswith("buffer/") else self.elements(name, 0, math.prod(shape))
         return flat.view(shape)
 
-    def _buffer(self, name: str, rank: int, world_size: int) -> Tensor:
-        copies = sorted(self._slices[name], key=lambda entry: entry[2])
-        if len(copies) == world_size:
-            return self._files[copies[rank][2]].get_tensor(name)
-        values = torch.stack([self._files[index].get_tensor(name) for _, _, index in copies])
+    def buffer_of(self, name: str, rank: int) -> Tensor:
+        """The flattened buffer of one of the ranks that wrote the checkpoint."""
+        return self._file(rank).get_tensor(name)
+
+    def _mean_of_ranks(self, name: str) -> Tensor:
+        values = torch.stack([self._file(number).get_tensor(name) for _, _, number in self._slices[name]])
         if (values == values[0]).all():  # their mean would be a rounding away
             return values[0]
         return values.mean(dim=0) if values.is_floating_point() else values[0]
@@ -345,7 +387,7 @@ class ShardReader:
         for slice_start, slice_length, index in sorted(self._slices[name]):
             if slice_start <= position < min(end, slice_start + slice_length):
                 stop = min(end, slice_start + slice_length)
-                parts.append(self._files[index].get_slice(name)[position - slice_start : stop - slice_start])
+                parts.append(self._file(index).get_slice(name)[position - slice_start : stop - slice_start])
                 position = stop
         if position != end:
             raise CheckpointError(f"{self.saved.folder}: elements {position} to {end} of {name} are in no shard")
@@ -427,7 +469,10 @@ def saved_steps(run: Path) -> list[int]:
         raise CheckpointError(f"{run}: no such run folder")
     steps = sorted(committed_steps(run))
     if not steps:
-        raise CheckpointError(f"{run} has no checkpoint")
+        hint = ""
+        if step := _STEP.fullmatch(run.name):
+            hint = f": it is one; give the run's folder, {run.absolute().parent.parent}, and --step {int(step[1])}"
+        raise CheckpointError(f"{run} has no checkpoint{hint}")
     return steps
 
 
@@ -498,7 +543,8 @@ def reshard(saved: Saved, run: Path, ranks: int) -> Path:
     """Write a checkpoint again as `ranks` shards of equal size under another run folder; returns its folder.
 
     Any number of ranks resumes from any number of shards; this is for moving one, or so that a resume reads less.
-    Each shard takes an equal part of every tensor; buffers become the mean over the ranks that wrote them.
+    Each shard takes an equal part of every tensor; buffers become the mean over the ranks that wrote them. Of another
+    step, which stays behind, it no longer says that it was the best.
 
     Raises CheckpointError if the run has that step already, or nothing can be written there.
     """
@@ -522,6 +568,8 @@ def reshard(saved: Saved, run: Path, ranks: int) -> Path:
                     slices[name] = [rank * part, shape]
             files.append(_write_shard(path, tensors, slices))
         manifest = {key: value for key, value in saved.manifest.items() if key not in ("files", "world_size")}
+        if manifest["state"].get("best_step") not in (None, saved.step):
+            manifest["state"] = manifest["state"] | {"best_step": None, "best_top1": -1.0}
         _commit(staging, final, manifest | {"world_size": ranks, "files": files})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)

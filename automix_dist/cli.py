@@ -18,8 +18,9 @@ from typing import NoReturn
 
 import automix_dist
 from automix_dist.config import Config, ConfigError
-from automix_dist.config_file import keys_named, load_config, to_yaml
+from automix_dist.config_file import from_dict, keys_named, load_config, to_yaml
 from automix_dist.errors import EXIT_FAILED, EXIT_USAGE, AutomixError, did_you_mean, first_line
+from automix_dist.whole_file import write_whole
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -161,6 +162,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     start.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
     train.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
+    train.add_argument("--check", action="store_true", help="look for all that can be wrong with it and exit")
 
     evaluate = command(
         "eval", _evaluate, "accuracy, calibration and robustness of a run's checkpoint (docs/evaluation.md)"
@@ -292,8 +294,15 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     config = _load_config(options)
+    if options.check:
+        from automix_dist.backbone import pretrained_not_loaded
+        from automix_dist.run_check import check_run
+
+        with pretrained_not_loaded():
+            check_run(config, Path(config.output) if options.resume else None)
     if options.print_config:
         print(to_yaml(config) + _what_it_comes_to(config), end="")
+    if options.check or options.print_config:
         return 0
 
     from automix_dist.run import train
@@ -440,6 +449,9 @@ def _checkpoint(options: argparse.Namespace) -> int:
             raise ConfigError(f"--ranks {ranks}: expected 1 or more")
         saved = find_checkpoint(options.run_folder, options.step)
         print(f"{reshard(saved, options.out, ranks)}: step {saved.step} in {ranks} shard(s)")
+        settings = options.out / "config.yaml"
+        if not settings.exists():  # of a folder that is there already they may be others
+            write_whole(settings, to_yaml(from_dict(saved.manifest["config"] | {"output": str(options.out)})))
         return 0
     if options.out is None:
         raise ConfigError("to-safetensors needs --out FILE.safetensors")

@@ -174,7 +174,7 @@ class ModelConfig:
     """Start from timm's pretrained weights, from its cache or downloaded; or let `weights` name a file."""
     weights: str = ""
     """Start from this file, a timm state dict of the backbone as .safetensors, or written by torch.save (.pth; also
-    inside a checkpoint); its classifier is not used."""
+    inside a checkpoint, of which the moving average is taken, if there is one); its classifier is not used."""
     small_stem: bool = False
     """Stem for small images, for ResNets and ConvNeXts: one 3x3 convolution of stride 1, no max-pooling."""
     drop_path: float = 0.0

@@ -6,6 +6,7 @@ A mistake raises ConfigError, which names the key, what it got and what it takes
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -115,6 +116,9 @@ def _read_yaml(path: Path, readers: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _over(_read_yaml(path.parent / str(base), (*readers, path.resolve())), values)
 
 
+PATHS = ("output", "data.train", "data.val", "engine.deepspeed_json", "model.weights")
+"""Settings in which ~ is the home folder."""
+
 DEPENDENT = {"policy": ("name", "settings"), "model": ("backbone", "timm_kwargs")}
 """In a section, what names a thing, and the key of the settings that are this thing's own."""
 
@@ -190,6 +194,8 @@ def _build(cls: type, values: Any, prefix: str, known: list[str]) -> Any:
             arguments[name] = _build(hint, {} if value is None else value, f"{key}.", known)
         else:
             arguments[name] = _convert(key, value, hint)
+            if key in PATHS:  # a shell does it at the beginning of a word only, if at all
+                arguments[name] = os.path.expanduser(arguments[name])
     return cls(**arguments)
 
 

@@ -96,6 +96,7 @@ class TrainLoader:
         count = self.manifest.count
         if batch_size > count:
             raise ConfigError(f"batch_size = {batch_size}: expected at most {count}, the number of images in {path}")
+        check_crop(config, self.manifest)
         self.num_classes = len(self.manifest.classes)
         self.steps_per_epoch = count // batch_size
         self._seed, self._config = seed, config
@@ -214,7 +215,7 @@ class _Pipeline:
         self.storage_note = self._plan_reading(config, train=train_seed is not None)
         self._key = augment.AugmentKey(train_seed or 0)
         self._sums = index.sums  # compiled code knows its address only
-        operations = _operations(augment, manifest, config, self._key, train=train_seed is not None, sums=self._sums)
+        operations = _operations(augment, config, self._key, train=train_seed is not None, sums=self._sums)
         self._decode, *self._transforms = [self._code(operation) for operation in operations]
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._worker = _Worker(count_workers(config))
@@ -349,13 +350,30 @@ class _Pipeline:
         return batch
 
 
-def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
-    """The FFCV operations for a file: a decoder, then operations that work in place. Raises ConfigError."""
+def check_crop(config: DataConfig, manifest: beton.Manifest) -> None:
+    """Raise ConfigError where the file's images have not the sizes that the training crop takes."""
+    size, pad = config.image_size, config.pad
+    smallest = min(manifest.height_range[0], manifest.width_range[0])
+    largest = max(manifest.height_range[1], manifest.width_range[1])
+    if config.crop == "padded" and smallest + 2 * pad < size:
+        raise ConfigError(
+            f"data.image_size = {size}: expected at most the smallest image side {smallest} + 2 x data.pad "
+            f"({pad}), or data.crop=resized"
+        )
+    if config.crop == "padded" and config.pad_mode == "reflect" and pad >= smallest:
+        raise ConfigError(f"data.pad = {pad}: reflection needs less than the smallest image side, {smallest}")
+    if config.crop == "none" and (smallest != size or largest != size):
+        raise ConfigError(
+            f"data.image_size = {size}, but the images have sides from {smallest} to {largest}: data.crop=none "
+            "takes images of exactly that size; use data.crop=resized"
+        )
+
+
+def _operations(augment, config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
+    """The FFCV operations for a file: a decoder, then operations that work in place."""
     from automix_dist.resize import RESIZE_METHODS  # as augment
 
     size, method = config.image_size, RESIZE_METHODS[config.resize]
-    smallest = min(manifest.height_range[0], manifest.width_range[0])
-    largest = max(manifest.height_range[1], manifest.width_range[1])
     if not train:
         return [augment.CropResizeDecoder(size, (config.eval_crop_ratio,) * 2, method=method, sums=sums)]
     if config.crop == "resized":
@@ -363,23 +381,9 @@ def _operations(augment, manifest: beton.Manifest, config: DataConfig, key, *, t
             size, config.crop_scale, config.crop_ratio, method=method, key=key, sums=sums
         )
     elif config.crop == "padded":
-        if smallest + 2 * config.pad < size:
-            raise ConfigError(
-                f"data.image_size = {size}: expected at most the smallest image side {smallest} + 2 x data.pad "
-                f"({config.pad}), or data.crop=resized"
-            )
         reflect = config.pad_mode == "reflect"
-        if reflect and config.pad >= smallest:
-            raise ConfigError(
-                f"data.pad = {config.pad}: reflection needs less than the smallest image side, {smallest}"
-            )
         decoder = augment.PaddedCropDecoder(size, config.pad, reflect=reflect, key=key, sums=sums)
     else:
-        if smallest != size or largest != size:
-            raise ConfigError(
-                f"data.image_size = {size}, but the images have sides from {smallest} to {largest}: data.crop=none "
-                "takes images of exactly that size; use data.crop=resized"
-            )
         decoder = augment.CropResizeDecoder(size, (1.0, 1.0), sums=sums)
     operations = [decoder]
     if config.flip:

@@ -345,7 +345,7 @@ def _data_file(key: str, path: str) -> Check:
 def _config(config: Config, with_data: bool) -> Check:
     """What `train` checks before it begins, the model too; without whole data files, whose rows tell, all the rest."""
     try:
-        from automix_dist.backbone import pretrained_not_loaded
+        from automix_dist.backbone import foreign_normalisation, pretrained_not_loaded
         from automix_dist.model import describe_model
         from automix_dist.policy import with_policy_settings
         from automix_dist.run_check import check_run, check_without_data
@@ -353,7 +353,8 @@ def _config(config: Config, with_data: bool) -> Check:
         config = with_policy_settings(config)
         with pretrained_not_loaded():
             model = check_run(config).model if with_data else check_without_data(config)
-        return Check("config", "ok", describe_model(config, model))
+        note = foreign_normalisation(model.query.backbone.model, config.model, config.data)
+        return Check("config", "warn" if note else "ok", describe_model(config, model), note or "")
     except AutomixError as error:
         return Check("config", "fail", str(error))
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing

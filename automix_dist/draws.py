@@ -111,8 +111,14 @@ def on_device(array: np.ndarray, device: torch.device | str) -> Tensor:
 
 
 def seed_torch(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> None:
-    """Seed torch's own generators, which dropout and stochastic depth draw from, for one micro batch."""
-    torch.manual_seed(int(_key(seed, step, micro_step, rank)[0] >> np.uint64(1)))
+    """Seed torch's own generators, which dropout and stochastic depth draw from, for one micro batch.
+
+    torch.manual_seed formats a stack trace for each kind of device that is not in use, and looks at all its files.
+    """
+    number = int(_key(seed, step, micro_step, rank)[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
 
 
 def gallery_pairs(size: int, sweep: int) -> tuple[np.ndarray, np.ndarray]:

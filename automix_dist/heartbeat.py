@@ -381,7 +381,8 @@ def standstill(beats: Sequence[Beat]) -> str | None:
     """The verdict on ranks whose main thread stands still for too long: of all unfinished ones, the least advanced."""
     running = [beat for beat in beats if not beat.finished]
     order = [(beat.advances, not beat.writing, beat.collectives) for beat in running]
-    behind = [beat for beat, place in zip(running, order, strict=True) if place == min(order)]
+    least = min(order, default=None)
+    behind = [beat for beat, place in zip(running, order, strict=True) if place == least]
     stuck = [beat for beat in behind if beat.stuck]
     if not stuck:
         return None

@@ -204,7 +204,7 @@ def _announce(config: Config, process: Process, checked: Checked, say: Say) -> N
     say(describe_model(config, checked.model))
     if fused := describe_fused(backbone):
         say(fused)
-    if config.model.pretrained and (note := foreign_normalisation(backbone.model, config.data)):
+    if note := foreign_normalisation(backbone.model, config.model, config.data):
         say(f"warning: {note}")
     if process.is_main and (note := foreseen_refusal(config, checked.model)):
         say(f"warning: {note}")

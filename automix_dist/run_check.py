@@ -10,6 +10,7 @@ from torch import nn
 from automix_dist import beton, provenance
 from automix_dist.checkpoint import committed_steps
 from automix_dist.config import Config, ConfigError
+from automix_dist.data import check_crop
 from automix_dist.distributed import launched_ranks, resolve_device
 from automix_dist.engines import deepspeed_settings
 from automix_dist.errors import some
@@ -92,6 +93,7 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
             f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
             f"{config.data.train!r}: expected {train.count} or less"
         )
+    check_crop(config.data, train)
     if train.index_checksum == val.index_checksum:
         raise ConfigError(
             f"data.val = {config.data.val!r} holds the images of data.train = {config.data.train!r}: write it from the "

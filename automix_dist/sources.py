@@ -649,6 +649,8 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
             labels += [label] * len(found)
         if not self.files and not self.empty:
             raise self.error(f"there are no images in {folder}")
+        if stray := [each.name for each in os.scandir(folder) if each.name.lower().endswith(IMAGE_SUFFIXES)]:
+            self.remarks.append(f"{len(stray)} images beside the class folders are left out: {some(sorted(stray))}")
         if hidden := [file for file in self.files if "/." in file[len(str(folder)) :]]:
             self.remarks.append(f"{len(hidden)} images are hidden, by names that begin with a dot: {some(hidden)}")
         self.label(classes, labels)

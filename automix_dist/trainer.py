@@ -233,6 +233,7 @@ class Trainer:
             self.engine.backward(losses.total)
             skipped = self.engine.step()
             losses_of_step.append(torch.stack([part.detach().float() for part in losses]))
+            del losses  # and with them what their graph has kept, before the next forward pass
         # Nobody waits for the verdict: what a skipped step did is undone on the device.
         self.statistics.restore(skipped)
         self.update_momentum(values.momentum, skipped)

@@ -21,7 +21,7 @@ check_options() { # ARGUMENT ...: what is left once a script has taken its own o
     for each in "$@"; do
         name=${each%%=*}
         case ${name//_/-} in
-        --resume | --overwrite | --print-config | --debug | --seconds) continue ;;
+        --resume | --overwrite | --print-config | --check | --debug | --seconds) continue ;;
         --nproc-per-node | --num-gpus | --num-processes) name=--ranks-per-node ;; # torchrun, deepspeed, accelerate
         --nnodes | --num-nodes | --num-machines) name=--nodes ;;
         -*) ;;

@@ -37,9 +37,9 @@ least=${nodes%%:*} most=${nodes##*:}
 
 signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: the ranks of this node; they tell the others
 
-check_batch_size() { # CONFIG ...: can it be shared at every number of nodes that may come together?
+check_config() { # can it be trained, and shared at every number of nodes that may come together? No restart would mend it
     local config batch parts count fit=() unfit=()
-    config=$("$automix" train "$@" --print-config) || exit $?
+    config=$("${train[@]}" --check --print-config) || exit $?
     batch=$(sed -n 's/^batch_size: //p' <<<"$config")
     for ((count = least; count <= most; count++)); do
         parts=$((count * per_node * $(sed -n 's/^ *accumulation_steps: //p' <<<"$config")))
@@ -51,7 +51,8 @@ check_batch_size() { # CONFIG ...: can it be shared at every number of nodes tha
 
 new_job
 per_node=${per_node:-$(ranks_per_node)}
-check_batch_size "$@"
+new_run_arguments "$@"
+check_config
 # Ranks that are started again must not find the addresses of dead ones in a store that torchrun keeps, nor does it give
 # a node that comes later the address of such a store.
 settings=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}") # s to save
@@ -67,7 +68,6 @@ else
         --rdzv-conf="is_host=$is_head,join_timeout=1800,last_call_timeout=${AUTOMIX_LAST_CALL:-30}")
     settings+=(AUTOMIX_ELASTIC=1)
 fi
-new_run_arguments "$@"
 command=("${settings[@]}" "$venv/bin/python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node="$per_node" --max-restarts="$restarts"
     --no-python "$root/launch/rank.sh" "${train[@]}")
 if [ -n "$dry_run" ]; then

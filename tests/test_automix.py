@@ -1,5 +1,8 @@
 """The method's parts against independent formulas in float64, and the separation of its gradients."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
@@ -292,6 +295,24 @@ def test_the_autocast_around_a_call_holds_unless_another_is_set(policy):
             results.append(model(images, labels, model.draw(images, seed=0, step=0), 0.1).total)
     assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
     assert not torch.equal(results[0], results[2])
+
+
+def test_gradients_of_early_losses_are_freed_as_they_are_handed_out():
+    model = tiny_model(tiny_config())
+    model.immediate_backward = True
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    losses = model.train()(images, labels, model.draw(images, seed=0, step=0), 0.1)
+    nodes, held = [losses.total.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        held += [weakref.ref(each) for each in getattr(node, "gradients", None) or ()]
+        nodes += [each for each, _ in node.next_functions if each is not None]
+    assert len(held) > 10 and all(each() is not None for each in held)
+    losses.total.backward(retain_graph=True)
+    gc.collect()
+    assert all(each() is None for each in held)
+    with pytest.raises(RuntimeError, match="call backward once"):
+        losses.total.backward()
 
 
 def test_immediate_backward_holds_one_set_of_activations():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone, foreign_normalisation
 from automix_dist.checkpoint import CheckpointError, Saved, verify
-from automix_dist.config import ConfigError, DataConfig, to_dict
+from automix_dist.config import ConfigError, DataConfig, ModelConfig, to_dict
 from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
@@ -154,9 +154,21 @@ def test_starting_weights_of_other_programs(tmp_path):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
+def test_of_a_checkpoint_with_a_moving_average_that_one_is_taken(tmp_path):
+    """As timm does; torch.compile's prefix is none of the names'."""
+    present, average = timm.create_model("resnet18"), timm.create_model("resnet18")
+    states = [{f"_orig_mod.{k}": v for k, v in each.state_dict().items()} for each in (present, average)]
+    for keys in (("state_dict", "state_dict_ema"), ("model", "model_ema")):
+        torch.save(dict(zip(keys, states, strict=True)), tmp_path / "checkpoint.pth")
+        config = ModelConfig("resnet18", weights=str(tmp_path / "checkpoint.pth"))
+        loaded = create_backbone(config, -2, 64).model.state_dict()
+        assert all(torch.equal(tensor, average.state_dict()[name]) for name, tensor in loaded.items())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"query.backbone.model.conv1.weight": torch.zeros(3)}, r"1 unknown .*; `automix export` writes what fits"),
         ({"optimizer": {"lr": 0.1}}, r"expected a state dict.*\['optimizer'\]"),
         ([1, 2], r"expected a state dict.*list"),
         (None, r"cannot be read as tensors of torch\.save"),
@@ -185,8 +197,12 @@ def test_pretrained_weights_that_do_not_fit_are_no_failed_download(tmp_path):
 def test_a_normalisation_that_pretrained_weights_do_not_expect():
     named = {"resnet18": None, "vit_tiny_patch16_224": "set 'data.mean=[0.5, 0.5, 0.5]' 'data.std=[0.5, 0.5, 0.5]'"}
     for name, advice in named.items():
-        note = foreign_normalisation(timm.create_model(name), from_dict({}).data)
+        model, data = timm.create_model(name), from_dict({}).data
+        assert foreign_normalisation(model, ModelConfig(), data) is None
+        note = foreign_normalisation(model, ModelConfig(pretrained=True), data)
         assert note is None if advice is None else note.endswith(advice)
+        note = foreign_normalisation(model, ModelConfig(weights="published.pth"), data)
+        assert note is None if advice is None else note.endswith(f"{advice}, if these are they")
 
 
 def saved_model(config, model, folder) -> Saved:

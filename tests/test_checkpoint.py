@@ -9,6 +9,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from automix_dist import checkpoint, distributed, run_folder
 from automix_dist.checkpoint import (
     CheckpointError,
     Checkpoints,
+    ShardReader,
     UnreadableError,
     committed_steps,
     find_checkpoint,
@@ -301,6 +303,33 @@ def test_a_resharded_checkpoint_goes_on_like_the_original(two_steps, tmp_path, r
     assert_same(*outcomes, tolerance=0.0)
     with pytest.raises(CheckpointError, match="exists already"):
         reshard(saved, tmp_path, ranks)
+
+
+def test_a_resharded_checkpoint_knows_no_best_one_that_stays_behind(two_steps, tmp_path):
+    saved = newest(two_steps)
+    for best, known in ((2, None), (saved.step, saved.step), (None, None)):
+        state = saved.manifest["state"] | {"best_step": best, "best_top1": 0.5 if best else -1.0}
+        changed = replace(saved, manifest=saved.manifest | {"state": state})
+        run = tmp_path / f"best_{best}"
+        reshard(changed, run, 1)
+        found = find_checkpoint(run).manifest["state"]
+        assert (found["best_step"], found["best_top1"]) == (known, 0.5 if known else -1.0)
+
+
+def test_a_reader_with_an_index_opens_what_it_reads_only(two_steps):
+    saved = newest(two_steps)
+    whole = ShardReader(saved)
+    reader = ShardReader(saved, whole.index)
+    assert not reader._files and reader.names("") == whole.names("")
+    name = reader.names("buffer/")[0]
+    assert torch.equal(reader.buffer_of(name, 1), whole.buffer_of(name, 1)) and list(reader._files) == [1]
+    for name in reader.names("param/"):
+        assert torch.equal(reader.tensor(name), whole.tensor(name))
+
+
+def test_a_step_s_folder_is_no_run_but_names_it(two_steps):
+    with pytest.raises(CheckpointError, match=rf"it is one; give the run's folder, {two_steps}, and --step 4"):
+        find_checkpoint(two_steps / "checkpoints" / "step_00000004")
 
 
 def fill_the_disk(config, folder: Path) -> tuple[list, list, list]:

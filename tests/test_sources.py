@@ -774,6 +774,13 @@ def test_a_link_that_makes_a_class_of_another_one_is_refused(tmp_path):
         open_source(str(root), "train")
 
 
+def test_images_beside_the_classes_are_told(tmp_path):
+    root = make_tree(tmp_path / "root", {"cat/1.jpg": PICTURES[0], "2.JPG": PICTURES[1], "3.jpg": PICTURES[2]})
+    source = open_source(str(root), "train")
+    assert source.files == [f"{root}/cat/1.jpg"]
+    assert any("2 images beside the class folders are left out: '2.JPG', '3.jpg'" in each for each in source.remarks)
+
+
 def test_hidden_images_are_told(tmp_path):
     tree = {"cat/1.jpg": PICTURES[0], "cat/.2.jpg": PICTURES[1], "cat/.ipynb_checkpoints/3.jpg": PICTURES[2]}
     source = open_source(str(make_tree(tmp_path / ".root", tree)), "train")

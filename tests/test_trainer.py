@@ -106,6 +106,27 @@ def stop_by_limit_and_signals(config) -> list[str]:
     return [text.partition(":")[0] for text in said]
 
 
+@pytest.mark.parametrize(("world_size", "exchanges"), [(2, 128), (64, 128), (256, 32), (1024, 8)])
+def test_of_more_ranks_an_exchange_is_for_more_calls(world_size, exchanges, monkeypatch):
+    """In the same call on every rank another rank's signal is known, and none is forgotten."""
+    begun = []
+
+    def all_reduce(tensor, *_, **__):
+        begun.append(tensor)
+        tensor.fill_(signal.SIGUSR1 if len(begun) > 2 else 0)
+        return mock.Mock()
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    handlers = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
+    stop = StopRequest(mock.Mock(world_size=world_size), print)
+    agreed = [stop.agreed() for _ in range(128)]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert len(begun) == exchanges
+    every = 128 // exchanges
+    assert agreed == [0] * (4 * every - 1) + [signal.SIGUSR1] * (129 - 4 * every)
+
+
 def test_a_scheduler_s_signals_after_a_time_limit_do_not_cut_the_save(tmp_path):
     assert run_ranks(1, stop_by_limit_and_signals, tiny_config()) == [["the time limit is reached", "SIGUSR1"]]
 

@@ -421,6 +421,24 @@ def test_debug_shows_the_traceback(settings):
     assert "Traceback" in result.stderr and "automix: error: batch_size = 4000" in result.stderr
 
 
+def test_check_finds_what_training_would(settings, tmp_path):
+    """Without a run's folder, and without training."""
+    assert run("train", settings, "--check").stdout == ""
+    assert "seed: 7" in run("train", settings, "--check", "--print-config", "seed=7").stdout
+    for change, code, message in (
+        ("data.train=none.beton", 1, "none.beton' does not exist"),
+        ("data={crop: none, image_size: 64}", 2, "data.crop=none takes images of exactly that size"),
+        ("model.backbone=resnet1000", 2, "is not a timm model"),
+    ):
+        assert message in run("train", settings, "--check", change, code=code).stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_home_folder_is_expanded(settings, tmp_path):
+    text = run("train", settings, "--print-config", "output=~/x", "data.train=~/y", "model.weights=~/z").stdout
+    assert "~" not in text and f"output: {Path.home()}/x\n" in text and f"train: {Path.home()}/y\n" in text
+
+
 def test_print_config_is_a_config(settings, tmp_path):
     printed = run("train", settings, "--print-config", "seed=7").stdout
     (tmp_path / "printed.yaml").write_text(printed)

@@ -4,6 +4,7 @@ Attention is the mean over channels of the teacher's last feature map. OpenMixup
 cells from lambda, the paper a fixed one. The labels' shares follow the pasted area.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,9 @@ class Settings(BetaSettings):
 class Policy(policy.Policy):
     def __init__(self, settings: Settings, *normalisation: tuple[float, ...]):
         super().__init__(settings, *normalisation)
-        teacher = ModelConfig(settings.teacher, pretrained=not settings.weights, weights=settings.weights)
+        teacher = ModelConfig(
+            settings.teacher, pretrained=not settings.weights, weights=os.path.expanduser(settings.weights)
+        )
         try:
             self.teacher = create_backbone(teacher, -1, settings.teacher_size).requires_grad_(False)
         except ConfigError as error:
