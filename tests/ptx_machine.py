@@ -396,7 +396,7 @@ class Instruction:
     def do_mad(self, block, mask):
         if "wide" in self.modifiers:
             a, b = (self.read(block, each, self.typed()) for each in self.operands[1:3])
-            wide = np.int64 if self.modifiers[-1] == "s32" else np.uint64
+            wide = {"s16": np.int32, "u16": np.uint32, "s32": np.int64, "u32": np.uint64}[self.modifiers[-1]]
             c = self.read(block, self.operands[3], wide)
             return self.result(block, mask, a.astype(wide) * b.astype(wide) + c, wide)
         a, b, c = self.sources(block)

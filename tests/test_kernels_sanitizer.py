@@ -40,13 +40,14 @@ def test_no_kernel_errs(tool):
         pytest.skip("compute-sanitizer is not installed: it comes with the CUDA toolkit (nvidia-cuda-sanitizer-api)")
     command = [program, "--tool", tool, "--error-exitcode", str(FAILED), "--target-processes", "application-only"]
     command += ["--launch-timeout", "0"]
+    command += ["--report-api-errors", "no"]  # looking for a driver's functions that are not there is none of ours
     for name in KERNELS:
         command += ["--kernel-name", f"kne={name}"]
     command += [sys.executable, "-c", IN_A_CHECKOUT, __file__]
     # Every tensor an allocation of its own, so that what lies beside it is not another tensor's memory.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     root = Path(__file__).parent.parent
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=540)
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert "every kernel ran" in result.stdout
 
