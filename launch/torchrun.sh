@@ -38,8 +38,9 @@ least=${nodes%%:*} most=${nodes##*:}
 signal_job() { "$root/launch/rank.sh" --signal "$1" "$AUTOMIX_JOB"; } # NAME: the ranks of this node; they tell the others
 
 check_config() { # can it be trained, and shared at every number of nodes that may come together? No restart would mend it
-    local config batch parts count fit=() unfit=()
-    config=$("${train[@]}" --check --print-config) || exit $?
+    local config batch parts count check=() fit=() unfit=()
+    [ -n "$dry_run" ] || check=(--check)
+    config=$("${train[@]}" "${check[@]}" --print-config) || exit $?
     batch=$(sed -n 's/^batch_size: //p' <<<"$config")
     for ((count = least; count <= most; count++)); do
         parts=$((count * per_node * $(sed -n 's/^ *accumulation_steps: //p' <<<"$config")))

@@ -1,5 +1,6 @@
 """Hosts, Slurm and data, made once for all tests of this folder."""
 
+import sys
 from pathlib import Path
 
 import hosts as hosts_module
@@ -32,3 +33,29 @@ def two(hosts, tmp_path) -> Path:
     path = tmp_path / "hostfile"
     path.write_text("n1 slots=1\nn2 slots=1\n")
     return path
+
+
+@pytest.fixture
+def on_n2(hosts):
+    """Bind a file or folder over another on host n2, or on another host, for one test."""
+    bound = []
+
+    def bind(path: Path | str, over: Path | str, name: str = "n2") -> None:
+        done = hosts.run(name, "mount", "--bind", path, over)
+        assert done.returncode == 0, done.stdout
+        bound.append((name, over))
+
+    yield bind
+    for name, over in bound:
+        hosts.run(name, "umount", over)
+
+
+@pytest.fixture
+def waiting(tmp_path) -> str:
+    """An environment whose `automix` waits until a signal ends it."""
+    folder = tmp_path / "waiting" / "bin"
+    folder.mkdir(parents=True)
+    for name, line in {"automix": 'exec -a "waits $*" sleep 300', "python": f'exec {sys.executable} "$@"'}.items():
+        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / name).chmod(0o755)
+    return str(folder.parent)

@@ -49,6 +49,23 @@ def launch(hosts, *arguments, code: int = 0, cwd: Path = ROOT, **options) -> str
     return done.stdout
 
 
+def test_a_launching_script_that_is_killed_takes_no_other_job_with_it(hosts, two, waiting):
+    """DeepSpeed's runner would look for what to kill by name, on every host."""
+
+    def ranks(job: str) -> int:
+        return sum(len(hosts.processes(name, f"waits train --resume CONFIG {job}")) for name in ("n1", "n2"))
+
+    jobs = []
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {"AUTOMIX_VENV": waiting}}
+    for job in ("job=0", "job=1"):
+        jobs.append(hosts.popen("n1", DEEPSPEED, "--hostfile", two, "CONFIG", job, cwd=ROOT, **quiet))
+        until(lambda job=job: ranks(job) == 2, 90, f"{job} runs")
+    hosts.run("n1", "pkill", "-KILL", "-f", "bash .*launch/deepspeed.sh.*job=0")
+    until(lambda: not ranks("job=0"), 60, "its ranks have ended")
+    time.sleep(5)
+    assert ranks("job=1") == 2 and jobs[1].poll() is None
+
+
 @pytest.mark.slow
 def test_pdsh_stops_after_saving_and_openmpi_mpich_and_four_nodes_go_on(hosts, two, settings, tmp_path):
     """ZeRO 2, then 1, then 3; two nodes, then four; hostile arguments and a checkout in a folder with a space."""
@@ -140,21 +157,6 @@ def test_accelerate_trains_on_two_nodes(hosts, settings, tmp_path):
 def refused(hosts, hostfile: Path, *options, **keywords) -> str:
     """A launch that must not start, and must not hang: what it says."""
     return launch(hosts, DEEPSPEED, "--hostfile", hostfile, "configs/digits/automix_resnet10.yaml", code=2, **keywords)
-
-
-@pytest.fixture
-def on_n2(hosts):
-    """Bind a file or folder over another on host n2, or on another host, for one test."""
-    bound = []
-
-    def bind(path: Path | str, over: Path | str, name: str = "n2") -> None:
-        done = hosts.run(name, "mount", "--bind", path, over)
-        assert done.returncode == 0, done.stdout
-        bound.append((name, over))
-
-    yield bind
-    for name, over in bound:
-        hosts.run(name, "umount", over)
 
 
 @pytest.fixture
@@ -261,6 +263,21 @@ def test_data_reaches_the_disk_of_every_node(hosts, two, digits, tmp_path, on_n2
     # Both files are copied at once: the other one fits only where the first has not yet filled the disk.
     assert "1 of 4 copies failed" in output or "2 of 4 copies failed" in output
     hosts.run("n2", "umount", "/mnt/fast disk")
+
+
+def test_an_older_file_at_the_same_path_is_not_taken_for_the_one_to_copy(hosts, two, digits, tmp_path, on_n2):
+    for folder, name in (("new", "val"), ("old", "train")):
+        (tmp_path / folder).mkdir()
+        for suffix in ("", ".json"):
+            shutil.copy(digits / f"{name}.beton{suffix}", tmp_path / folder / f"data.beton{suffix}")
+    on_n2(tmp_path / "old", tmp_path / "new")
+    stage = ROOT / "launch" / "stage_data.sh"
+    assert launch(hosts, stage, "--hostfile", two, tmp_path / "new/data.beton", "/mnt/staged").count("copied") == 4
+    assert hosts.run("n2", "cmp", digits / "val.beton", "/mnt/staged/data.beton").returncode == 0
+    # And where the copy of an older one is what lies at the path itself.
+    hosts.run("n2", "cp", digits / "train.beton", "/mnt/staged/data.beton")
+    launch(hosts, stage, "--hostfile", two, "/mnt/staged/data.beton", "/mnt/staged")
+    assert hosts.run("n2", "cmp", digits / "val.beton", "/mnt/staged/data.beton").returncode == 0
 
 
 @pytest.mark.slow

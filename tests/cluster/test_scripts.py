@@ -140,6 +140,19 @@ def stand_in(tmp_path, monkeypatch):
     return make
 
 
+def test_what_accelerate_config_has_written_does_not_count(stand_in, tmp_path):
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\ngpu_ids: 2,3\nmixed_precision: fp16\n"
+        "machine_rank: 0\nnum_machines: 1\nnum_processes: 2\nuse_cpu: false\ndebug: false\n"
+    )
+    stand_in("""import os; print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)""")
+    home = {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0,1"}
+    for ranks in ("1", "2"):
+        text = bash(LAUNCH / "accelerate.sh", "--ranks-per-node", ranks, CONFIG, env=os.environ | home, timeout=120)
+        assert text.count("sees 0,1") == int(ranks) and "sees 2,3" not in text
+
+
 def test_ranks_that_are_started_again_find_no_addresses_of_dead_ones(stand_in):
     stand_in("""if True:
         import os, sys
@@ -208,6 +221,7 @@ def test_a_task_of_a_job_array_goes_back_into_the_queue_alone(programs, tmp_path
     )
     for name, value in {"JOB_ID": "7", "ARRAY_JOB_ID": "5", "ARRAY_TASK_ID": "2", "JOB_NUM_NODES": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     text = bash(LAUNCH / "slurm.sbatch", CONFIG, code=EXIT_STOPPED)
     assert "saved; back into the queue" in text
     assert (tmp_path / "calls").read_text() == "requeue 5_2\n"
@@ -218,6 +232,7 @@ def in_slurm(programs, monkeypatch, tmp_path, rank: str, **scripts: str) -> Path
     count = f"echo >>{tmp_path}/$1; [ $(wc -l <{tmp_path}/$1) -gt 2 ]"  # works the third time
     programs(count=count, sleep="exec /bin/sleep 0.1", srun=rank, **scripts)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
     return tmp_path / "calls"
 
 
@@ -252,8 +267,12 @@ def test_numbers_of_a_rank_that_starts_a_job_are_not_the_jobs(programs, tmp_path
     assert "rank []" in bash(LAUNCH / "slurm.sbatch", CONFIG)
 
 
-@pytest.mark.parametrize(("visible", "ranks"), [(None, 2), ("", 1), ("-1", 1), ("0", 1), ("0,1,3", 3)])
+@pytest.mark.parametrize(
+    ("visible", "ranks"),
+    [(None, 2), ("", 1), ("-1", 1), ("0", 1), ("0,1,3", 3), ("GPU-a,GPU-b", 2), ("MIG-a", 1), ("MIG-a,MIG-b", 1)],
+)
 def test_hidden_gpus_get_no_ranks(programs, visible, ranks):
+    """Of several MIG slices a process sees the first one only."""
     programs(nvidia_smi="echo GPU 0: NVIDIA H200; echo GPU 1: NVIDIA H200")
     hidden = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"} | hidden
@@ -484,6 +503,68 @@ def test_stage_data_copies_once_and_only_what_is_whole(digits, tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["train.beton", "train.beton.json", "val.beton.json"]
 
 
+def test_stage_data_takes_the_manifest_beside_a_link(digits, tmp_path):
+    (tmp_path / "disk").mkdir()
+    shutil.copy(digits / "val.beton", tmp_path / "disk" / "v1.beton")
+    (tmp_path / "val.beton").symlink_to("disk/v1.beton")
+    shutil.copy(digits / "val.beton.json", tmp_path)
+    assert bash(LAUNCH / "stage_data.sh", tmp_path / "val.beton", tmp_path / "target").count("copied") == 2
+    assert (tmp_path / "target" / "val.beton").read_bytes() == (digits / "val.beton").read_bytes()
+
+
+def test_stage_data_refuses_two_files_of_one_name(digits, tmp_path):
+    for name in ("val.beton", "val.beton.json"):
+        shutil.copy(digits / name, tmp_path)
+    text = bash(LAUNCH / "stage_data.sh", digits / "val.beton", tmp_path / "val.beton", tmp_path / "target", code=2)
+    assert "two files are called val.beton" in text and not (tmp_path / "target").exists()
+
+
+def test_stage_data_removes_what_a_killed_one_has_left(digits, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    stale, live = (target / f".val.beton.{socket.gethostname()}-{pid}" for pid in (dead.pid, os.getpid()))
+    stale.write_text("part"), live.write_text("part")
+    bash(LAUNCH / "stage_data.sh", digits / "val.beton", target)
+    assert not stale.exists() and live.exists()
+
+
+@pytest.mark.parametrize("pdeathsig", [True, False])
+def test_a_rank_ends_with_the_script_that_has_started_it(pdeathsig, tmp_path):
+    """Also where setpriv, as RHEL 8's, cannot tell the kernel so."""
+    setpriv = tmp_path / "setpriv"
+    if not pdeathsig:
+        setpriv.write_text("#!/bin/sh\necho \"setpriv: unrecognized option '$1'\" >&2\nexit 1\n")
+        setpriv.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    text = bash(LAUNCH / "rank.sh", "bash", "-c", "exit 7", env=environment, code=7)
+    assert "ended with exit code 7" in text and "unrecognized" not in text
+    pid = tmp_path / "pid"
+    job = subprocess.Popen(
+        ["bash", LAUNCH / "rank.sh", "bash", "-c", f"echo $$ >{pid}.part; mv {pid}.part {pid}; exec sleep 60"],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 20
+    while not pid.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    rank = int(pid.read_text())
+    assert os.getsid(rank) == rank
+    job.kill()
+    job.wait()
+    while os.path.exists(f"/proc/{rank}/cmdline") and Path(f"/proc/{rank}/cmdline").read_bytes():
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.05)
+
+
+def test_slurm_s_script_is_for_the_first_node():
+    """A shell of salloc may be on another machine, whose address would be no use."""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    text = bash(LAUNCH / "slurm.sbatch", CONFIG, env=outside | {"SLURM_JOB_ID": "1"}, code=2)
+    assert "not on the first node of a Slurm job: sbatch" in text
+
+
 KINDS = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
 
 
@@ -542,7 +623,7 @@ def test_the_pods_command_starts_what_the_trainer_asks_for():
         "PET_MASTER_ADDR": "automix-node-0-0.automix",
     }
     text = bash(*job["command"][1:], "--dry-run", *job["args"], env=os.environ | told)
-    assert "--nproc-per-node=8 --max-restarts=0" in text and "--rdzv" not in text
+    assert "--nproc-per-node=8 --max-restarts=0" in text and "--rdzv-backend" not in text
     assert "output=/runs/automix_resnet50_100ep" in text
 
 

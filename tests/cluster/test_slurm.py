@@ -83,7 +83,24 @@ def test_a_cancelled_job_stays_cancelled_and_a_failed_one_fails(slurm, hosts, se
     time.sleep(2)
     assert slurm.state(job) == "CANCELLED 1"
 
-    job = slurm.submit("--nodes=2", output, SCRIPT, settings, "optimizer.lrr=1", cwd=ROOT)
+    # With variables of one's own Slurm's srun would leave out those of the script.
+    own = "--export=WANDB_PROJECT=mine"
+    job = slurm.submit("--nodes=2", own, output, SCRIPT, settings, "optimizer.lrr=1", cwd=ROOT)
     slurm.wait(job, "FAILED 0", 120)
     said = (tmp_path / f"{job}.log").read_text()
     assert re.search(r"(\d): automix \[rank \1\]: error: .*optimizer\.lr\?", said), said  # Slurm ends who is slower
+
+
+@pytest.mark.slow
+def test_a_job_that_can_never_begin_does_not_come_round_for_ever(slurm, hosts, waiting, on_n2, tmp_path):
+    """One whose time is over before Slurm's signal, and one with a node on which no rank can start."""
+    log, environment = tmp_path / "job.log", f"--export=ALL,AUTOMIX_VENV={waiting}"
+    job = slurm.submit("--nodes=2", "--time=4", environment, f"--output={log}", SCRIPT, "CONFIG", cwd=ROOT)
+    slurm.wait(job, "FAILED 0", 150)
+    assert "before training has begun, as its time limit is that short" in log.read_text()
+    (tmp_path / "empty").mkdir()
+    on_n2(tmp_path / "empty", ROOT / "launch")
+    job = slurm.submit("--nodes=2", environment, f"--output={log}", SCRIPT, "CONFIG", cwd=ROOT)
+    slurm.wait(job, "FAILED 0", 120)
+    assert "rank.sh: No such file or directory" in log.read_text()
+    no_rank_is_left(hosts)
