@@ -240,8 +240,20 @@ def test_a_clock_that_is_off_is_told(hosts, two, tmp_path, on_n2):
     (tmp_path / "date").write_text("#!/bin/sh\necho 1000000000\n")
     (tmp_path / "date").chmod(0o755)
     on_n2(tmp_path / "date", shutil.which("date"))
-    output = launch(hosts, DEEPSPEED, "--hostfile", two, "--dry-run", "CONFIG")
+    visible = {"CUDA_VISIBLE_DEVICES": "2,3"}
+    output = launch(hosts, DEEPSPEED, "--hostfile", two, "--dry-run", "CONFIG", env=visible)
     assert "warning: n2: its clock is off by -" in output
+    assert "warning: CUDA_VISIBLE_DEVICES = 2,3 stays here" in output and "  CUDA_VISIBLE_DEVICES=2,3\n" not in output
+    output = launch(
+        hosts,
+        DEEPSPEED,
+        "--hostfile",
+        two,
+        "--dry-run",
+        "CONFIG",
+        env=visible | {"AUTOMIX_CARRY": "CUDA_VISIBLE_DEVICES"},
+    )
+    assert "stays here" not in output and "  CUDA_VISIBLE_DEVICES=2,3\n" in output
 
 
 def test_data_reaches_the_disk_of_every_node(hosts, two, digits, tmp_path, on_n2):
