@@ -27,7 +27,8 @@ command line has the last word:
 
     automix train configs/digits/automix_resnet10.yaml optimizer.lr=0.05 engine.name=ddp --print-config
 
-prints all values of a run and what they come to. A mistake names the key, what it got and what it takes.
+prints all values of a run and what they come to. In a path a leading `~` is the home folder. A mistake names the key,
+what it got and what it takes.
 """
 TYPES = {bool: "true, false", int: "whole number", float: "number", str: "text"}
 

@@ -134,8 +134,8 @@ def mix_attention(
         logits[b, i] = sum_j softmax_j(S[b, i, j]) * v[p, j] + (1 - l) * value_lambda + value_bias
 
     Differentiable in everything but partner and lam. The same inputs give the same bits every time. R draws of partners
-    and lambdas over one projection share their launches, and each has the bits of a call of its own. Only the first has
-    a gradient: for others to have one, call once for each.
+    and lambdas over one projection share their launches, and each has the numbers of a call of its own, up to
+    roundings. Only the first has a gradient: for others to have one, call once for each.
 
     Args:
         projection: [B, N, D] float32, bfloat16 or float16 (float64 in plain PyTorch). A slice of a wider tensor is

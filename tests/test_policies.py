@@ -1,4 +1,4 @@
-"""Hand-made policies against libraries, published formulas restated in loops, and what must hold for any of them."""
+"""Hand-crafted policies against libraries, published formulas restated in loops, and what must hold for any of them."""
 
 import dataclasses
 import json
