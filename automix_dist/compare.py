@@ -43,11 +43,12 @@ from automix_dist.whole_file import write_whole
 
 BUDGET = {"epochs", "batch_size", "eval_every_epochs", "model", "data"}
 """Settings and sections that are the same in all runs of a fair comparison, all but those of FREE."""
-FREE = {"model.drop_path", "data.workers", "data.batches_ahead"}
+SPEED_ONLY = {"data.workers", "data.batches_ahead", "eval_batch_size"}
+FREE = {"model.drop_path", *SPEED_ONLY}
 """Regularisation that a recipe chooses for its policy, and what changes the speed only."""
 IRRELEVANT = {"output", "log", "checkpoint", "engine", "profile"}
-"""Settings and sections that may differ from those of a finished run without changing its result; not so those of
-RELEVANT."""
+"""Settings and sections that may differ from those of a finished run without changing its result, as may SPEED_ONLY;
+not so those of RELEVANT."""
 RELEVANT = {"engine.precision", "engine.sync_batchnorm", "engine.accumulation_steps"}
 MUST_AGREE = {"device": "device", "autocast": "precision", "world_size": "number of ranks"}
 """What runs of one comparison share besides their settings, which leave it to the machine; and its name for people."""
@@ -323,7 +324,7 @@ def result(comparison: Comparison, policy: str, seed: int) -> float | None:
     wanted = flatten(to_dict(with_policy_settings(load_config(comparison.base, comparison.overrides(policy, seed)))))
     trained = flatten(to_dict(with_policy_settings(load_config(run / "config.yaml"))))
     for key in sorted(wanted.keys() | trained.keys()):
-        matters = key in RELEVANT or key.partition(".")[0] not in IRRELEVANT
+        matters = key in RELEVANT or (key.partition(".")[0] not in IRRELEVANT and key not in SPEED_ONLY)
         if matters and wanted.get(key) != trained.get(key):
             raise ConfigError(
                 f"{run} was trained with {key} = {trained.get(key)!r}, the comparison asks for {wanted.get(key)!r}: "
@@ -355,7 +356,8 @@ def summarize(values: dict[str, dict[int, float]]) -> list[dict[str, Any]]:
     for index, (policy, by_seed) in enumerate(values.items()):
         found = list(by_seed.values())
         differences = [by_seed[seed] - reference[seed] for seed in by_seed if seed in reference] if index else []
-        varied = len(differences) > 1 and max(differences) > min(differences)
+        # Accuracies are multiples of one image; equal differences of them are equal up to a rounding only.
+        varied = len(differences) > 1 and max(differences) - min(differences) > 1e-9
         rows.append(
             {
                 "policy": policy,
@@ -452,7 +454,7 @@ def _strip_chart(rows: list[dict[str, Any]]) -> str:
     every = [value for row in rows for value in row["values"].values()]
     margin = 0.05 * (max(every) - min(every) or 0.01)
     low, high = min(every) - margin, max(every) + margin
-    left, width, step = 110, 560, 26
+    left, width, step = 24 + 8 * max(len(row["policy"]) for row in rows), 560, 26
     bottom = step * len(rows) + 8
 
     def x(value: float) -> str:

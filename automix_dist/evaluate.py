@@ -59,12 +59,16 @@ class Conditions:
         unknown = [name for name in self.corruptions if name not in robustness.STRENGTHS]
         if unknown:
             raise ConfigError(f"--corruptions {unknown[0]}: expected some of {', '.join(robustness.STRENGTHS)}, or all")
+        if self.attack not in (None, "fgsm", "pgd"):
+            raise ConfigError(f"--attack {self.attack}: expected fgsm or pgd")
         if not 0 < self.epsilon <= 1:
             raise ConfigError(f"--epsilon {self.epsilon}: expected a number in (0, 1], such as 8/255")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed}: expected 0 or more")
         if any(not 0 < share < 1 for share in self.occlusion):
             raise ConfigError(f"--occlusion {self.occlusion}: expected shares above 0 and below 1")
+        if len(set(self.names())) < len(self.names()):
+            raise ConfigError(f"--occlusion {self.occlusion}: expected shares that differ in their first six digits")
 
     def names(self) -> list[str]:
         """Of all conditions, in the order of evaluation; the first is "clean"."""
@@ -270,7 +274,16 @@ def evaluate_model(
     for of_answer in counts.values():
         for each in of_answer.values():
             each.sum(process)
-    return _result(counts, conditions, loader)
+    return _without_nan(_result(counts, conditions, loader))
+
+
+def _without_nan(value: Any) -> Any:
+    """None for numbers that are not finite, as of a diverged model: JSON has none."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _counts_of(
@@ -314,6 +327,8 @@ def _conditions(
 
 
 def _attacked(model: nn.Module, batch: Batch, conditions: Conditions) -> Tensor:
+    """The images as the attack leaves them. Its gradients are float32's: of a confident answer float16's are zero, and
+    nothing would be attacked."""
     mean, std = (v[:, None, None] for v in (model.mean, model.std))
     pixels = batch.images.permute(0, 3, 1, 2).float() / 255
 
@@ -324,7 +339,12 @@ def _attacked(model: nn.Module, batch: Batch, conditions: Conditions) -> Tensor:
     if conditions.attack == "pgd":
         start = robustness.random_start(pixels, batch.indices, conditions.seed, conditions.epsilon)
         options = {"steps": PGD_STEPS, "step_size": 2.5 * conditions.epsilon / PGD_STEPS, "start": start}
-    return (robustness.attack(answer, pixels, batch.labels, epsilon=conditions.epsilon, **options) - mean) / std
+    autocast, model.autocast = model.autocast, torch.float32
+    try:
+        moved = robustness.attack(answer, pixels, batch.labels, epsilon=conditions.epsilon, **options)
+    finally:
+        model.autocast = autocast
+    return (moved - mean) / std
 
 
 def _result(counts: dict[str, dict[str, Counts]], conditions: Conditions, loader: EvalLoader) -> dict[str, Any]:

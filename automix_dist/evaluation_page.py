@@ -25,9 +25,11 @@ def write_evaluation(result: dict[str, Any], folder: Path, title: str, views: Vi
     keys = ("top1", "top5", "ece", "loss")
     rows = [(name, *(_number(key, result[f"{key}_{name}"]) for key in keys)) for name in answers]
     head = ("Answer", "Top-1", "Top-5", "ECE", "Loss")
-    made = ", ".join(
-        f"{key} {value}" for key, value in result.get("options", {}).items() if value not in (None, [], False)
-    )
+    options = dict(result.get("options", {}))
+    if not options.get("attack"):
+        options.pop("epsilon", None)
+    given = {k: v for k, v in options.items() if v is not None and v is not False and v != []}
+    made = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
     sections = {"Accuracy": f'{table(rows, head, "figures")}<p class="hint">{html.escape(made)}</p>'}
     if result["conditions"]:
         top1 = {name: [values[f"top1_{each}"] for each in answers] for name, values in result["conditions"].items()}
@@ -51,8 +53,8 @@ def write_evaluation(result: dict[str, Any], folder: Path, title: str, views: Vi
     return write_page(folder / "eval.html", "Evaluation", title, sections)
 
 
-def _number(key: str, value: float) -> str:
-    return f"{value:.4f}" if key == "loss" else percent_or_nothing(value)
+def _number(key: str, value: float | None) -> str:
+    return f"{value:.4f}" if key == "loss" and value is not None else percent_or_nothing(value)
 
 
 def _cam_sections(views: Views, classes: list[str], answer: str) -> dict[str, str]:
@@ -86,7 +88,10 @@ def _cam_sections(views: Views, classes: list[str], answer: str) -> dict[str, st
                 (_overlay(mixed[i], of_partner[i], PARTNER_COLOR), f"for {other}"),
             ]
         )
-    hint = "A mask is orange where it takes the partner. Coloured: what speaks for each of the two classes."
+    hint = (
+        "A mask is orange where it takes the partner. Coloured: what speaks for each of the two classes, by the head "
+        "for mixed images where there is one."
+    )
     sections["Grad-CAM of mixed pairs"] = f'<p class="hint">{hint}</p>{figures(cards, small)}'
     return sections
 

@@ -93,7 +93,7 @@ def reliability(bins: list[dict[str, Any]]) -> str:
         parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{at} %</text>')
         parts.append(f'<text x="{x}" y="{side + 24}" text-anchor="middle">{at} %</text>')
     for i, each in enumerate(bins):
-        if each["images"]:
+        if each["images"] and each["accuracy"] is not None:
             height = each["accuracy"] * side
             text = (
                 f"{each['images']:,} images, confidence {percent_or_nothing(each['confidence'])}, "

@@ -295,6 +295,8 @@ def _numbers(run: _Run) -> list[tuple[str, str, str]]:
     query = next((key for key in top1 if "momentum" not in key), None)
     numbers = []
     for name, key in (("Query top-1", query), ("Momentum top-1", momentum)):
+        if top1 and key is None:  # a plain classifier without a moving average
+            continue
         last = (percent(top1[key][-1][0]), f"{key}, last") if key else (NOTHING, "no evaluation yet")
         numbers.append((name, *last))
     fixed = {"top1_query": top1["top1_query"]} if "top1_query" in top1 else top1  # no choosing among heads
@@ -623,7 +625,7 @@ def _smooth(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _strip(picture: Image.Image, draw: ImageDraw.ImageDraw, frame: dict[str, Any], top: int, tile: int) -> None:
     """Pairs side by side: image, partner, mask and mixed sample below each other, `tile` pixels wide."""
-    _write(draw, _MARGIN, top + 14, f"Learned masks at step {frame['step']:,}", size=18, color="#1b1d20")
+    _write(draw, _MARGIN, top + 14, f"Masks at step {frame['step']:,}", size=18, color="#1b1d20")
     rows = {
         "image": frame["images"],
         "partner": frame["partners"],

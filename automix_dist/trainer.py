@@ -59,32 +59,44 @@ class Position:
     best_top1: float = -1.0
 
 
+JUDGED = ("generator", "cosine")
+"""Losses that there are only where the momentum encoder judges the Mix Block's samples; else they are 0."""
+
+
 class Tally:
     """Losses, gradient norms and skipped steps, summed on the device and read now and then."""
 
     def __init__(self, process: Process, fields: tuple[str, ...]):
         self._process = process
         self.fields = fields
-        self._sums = torch.zeros(len(fields) + 2, device=process.device)  # then the norms, and steps that were applied
+        # Then the norms, and how many steps were applied, and were judged.
+        self._sums = torch.zeros(len(fields) + 3, device=process.device)
         self._in_a_row = torch.zeros((), device=process.device)
         self._skipped = torch.zeros((), device=process.device)
         self.last = torch.zeros(len(fields), device=process.device)
 
-    def add(self, losses: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """The losses [fields] and the gradients' norm of one step, and 1 if it was skipped, which leaves them out."""
+    def add(self, losses: Tensor, grad_norm: Tensor, skipped: Tensor, judged: float = 1.0) -> None:
+        """The losses [fields] and the gradients' norm of one step, and 1 if it was skipped, which leaves them out;
+        `judged`: the share of its micro batches with the losses of JUDGED."""
         self.last = losses
-        counted = torch.cat([losses, grad_norm[None], torch.ones_like(losses[:1])])
+        one = torch.ones_like(losses[:1])
+        counted = torch.cat([losses, grad_norm[None], one, one * judged])
         self._sums += torch.where(skipped.bool(), 0.0, counted)
         self._in_a_row = (self._in_a_row + 1) * skipped
         self._skipped += skipped
 
     def read(self) -> tuple[dict[str, float], float, int]:
-        """Mean losses over ranks and applied steps since the last call, the mean of the gradients' norms (NaN if there
-        were none), and how many steps were skipped in this session so far."""
-        *sums, count = self._process.sum(self._sums.clone()).tolist()
+        """Mean losses over ranks and applied steps since the last call, those of JUDGED over the steps that have them,
+        if any; the mean of the gradients' norms (NaN if there were no steps); and how many steps were skipped in this
+        session so far."""
+        *sums, norms, count, judged = self._process.sum(self._sums.clone()).tolist()
         self._sums.zero_()
-        *means, grad_norm = [each / count if count else math.nan for each in sums]
-        return dict(zip(self.fields, means, strict=True)), grad_norm, int(self._skipped)
+        means = {}
+        for name, total in zip(self.fields, sums, strict=True):
+            among = judged if name in JUDGED else count
+            if among or name not in JUDGED:
+                means[name] = total / among if among else math.nan
+        return means, norms / count if count else math.nan, int(self._skipped)
 
     def skipped_in_a_row(self) -> int:
         """Up to the last step; the same on all ranks."""
@@ -213,7 +225,7 @@ class Trainer:
         set_learning_rates(self.engine.optimizer, values)
         self.statistics.keep()
         self.last_batches = []
-        losses_of_step = []
+        losses_of_step, judged = [], 0
         for micro_step in range(self.config.engine.accumulation_steps):
             self.progress.enter("loading")
             batch = next(batches)
@@ -226,6 +238,7 @@ class Trainer:
                 "rank": self.process.rank,
             }
             draws = self.model.draw(batch.images, **where, train_generator=values.train_generator)
+            judged += getattr(draws, "train_generator", True)
             seed_torch(**where)  # for dropout and stochastic depth
             self.progress.enter("forward")
             losses = self.engine(batch.images, batch.labels, draws, values.mask_loss_weight)
@@ -237,7 +250,8 @@ class Trainer:
         # Nobody waits for the verdict: what a skipped step did is undone on the device.
         self.statistics.restore(skipped)
         self.update_momentum(values.momentum, skipped)
-        self._tally.add(torch.stack(losses_of_step).mean(dim=0), self.engine.grad_norm, skipped)
+        judged /= self.config.engine.accumulation_steps
+        self._tally.add(torch.stack(losses_of_step).mean(dim=0), self.engine.grad_norm, skipped, judged)
 
     def _between_epochs(self) -> None:
         """What is due at the end of an epoch, unless a resumed run did it already."""

@@ -60,6 +60,16 @@ def test_few_and_unpaired_seeds():
     assert summarize({"a": {0: 0.5, 1: 0.5}, "b": {0: 0.75, 1: 0.75}})[1]["p"] is None  # differences without variance
 
 
+@pytest.mark.parametrize(("total", "reference", "gain"), [(355, (325, 314), -5), (355, (310, 308, 307), 2)])
+def test_differences_that_are_equal_but_for_a_rounding_have_no_p(total, reference, gain):
+    """A t-test would take the rounding for a spread, and find p = 1e-15."""
+    values = [dict(enumerate((n + more) / total for n in reference)) for more in (0, gain)]
+    differences = [values[1][seed] - values[0][seed] for seed in values[0]]
+    assert max(differences) > min(differences)
+    assert summarize(dict(zip("ab", values, strict=True)))[1]["p"] is None
+    assert summarize({"a": values[0], "b": values[1] | {0: values[1][0] + 1 / 50000}})[1]["p"] is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -117,6 +117,31 @@ def test_ensemble_and_flip_by_a_plain_loop(model):
     assert sum(map(sum, result["confusion"])) == IMAGES
 
 
+def test_a_confident_float16_model_is_attacked_too(model):
+    """float16's gradients of its loss are all zero; the attack's are float32's."""
+    model.query.head_one.weight.data.mul_(300)
+    hit = {}
+    for dtype in (torch.float32, torch.float16):
+        model.autocast = dtype
+        asked = Conditions(answer="query", attack="fgsm", epsilon=0.1)
+        hit[dtype] = evaluate_model(model, Loader(), Alone(), asked, COLOR)["conditions"]["fgsm"]["top1_query"]
+        assert model.autocast == dtype
+    assert hit[torch.float16] == pytest.approx(hit[torch.float32], abs=0.1)
+
+
+def test_a_diverged_model_has_no_numbers_that_json_has_not(model):
+    model.query.head_one.weight.data.fill_(torch.nan)
+    result = evaluate_model(model, Loader(), Alone(), Conditions(), COLOR)
+    assert result["loss_query"] is None and result["ece_query"] is None
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("wrong", [{"attack": "PGD"}, {"attack": "clean"}, {"occlusion": (0.25, 0.25000001)}])
+def test_conditions_that_cannot_be(wrong):
+    with pytest.raises(ConfigError):
+        Conditions(**wrong)
+
+
 def test_attacks_lower_the_attacked_answer(model):
     clean = evaluate_model(model, Loader(), Alone(), Conditions(answer="momentum"), COLOR)
     hit = {}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 OWNERS = {
     "ffcv": {"ffcv_parts", "bench.loader_candidates"},
-    "timm": {"backbone", "fused_batchnorm"},
+    "timm": {"backbone", "fused_batchnorm", "policies.transmix"},
     "deepspeed": {"engines"},
     "accelerate": {"distributed", "trackers"},
     "triton": set(),

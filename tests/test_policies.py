@@ -127,6 +127,10 @@ def test_mistakes_that_only_the_backbone_shows():
         Classifier(resnet, 3, make("manifoldmix", layers=["layer9"]))
     with pytest.raises(ConfigError, match="class token"):
         Classifier(resnet, 3, make("transmix"))
+    for name in ("vit_small_patch16_rope_224", "eva02_tiny_patch14_224", "vit_relpos_medium_patch16_cls_224"):
+        other = create_backbone(ModelConfig(name, timm_kwargs={"depth": 1}), None, 224)
+        with pytest.raises(ConfigError, match="plain attention"):
+            Classifier(other, 3, make("transmix"))
     with pytest.raises(ConfigError, match="CNN"):
         Classifier(create_backbone(ModelConfig("test_vit"), None, 160), 3, make("alignmix"))
     with pytest.raises(ConfigError, match="momentum encoder"):

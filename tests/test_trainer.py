@@ -25,7 +25,7 @@ from automix_dist.profiling import StepProfile
 from automix_dist.progress import Progress
 from automix_dist.replay import replay
 from automix_dist.run_log import RunLog
-from automix_dist.trainer import Position, Trainer, TrainingError
+from automix_dist.trainer import Position, Tally, Trainer, TrainingError
 
 STEPS, BATCH = 3, 16
 
@@ -125,6 +125,17 @@ def test_of_more_ranks_an_exchange_is_for_more_calls(world_size, exchanges, monk
     assert len(begun) == exchanges
     every = 128 // exchanges
     assert agreed == [0] * (4 * every - 1) + [signal.SIGUSR1] * (129 - 4 * every)
+
+
+def test_losses_of_judged_steps_are_means_of_those():
+    tally = Tally(mock.Mock(device=torch.device("cpu"), sum=lambda each: each), ("clean", "generator"))
+    for clean, generator, judged, skipped in ((1.0, 0.0, 0.0, 0), (2.0, 6.0, 1.0, 0), (3.0, 1.0, 0.5, 0), (9, 9, 1, 1)):
+        tally.add(torch.tensor([clean, generator]), torch.tensor(1.0), torch.tensor(float(skipped)), judged)
+    losses, norm, skips = tally.read()
+    assert losses == {"clean": 2.0, "generator": pytest.approx(7 / 1.5)} and (norm, skips) == (1.0, 1)
+    tally.add(torch.tensor([4.0, 0.0]), torch.tensor(1.0), torch.tensor(0.0), 0.0)
+    assert tally.read()[0] == {"clean": 4.0}
+    assert list(tally.read()[0]) == ["clean"]  # without any step
 
 
 def test_a_scheduler_s_signals_after_a_time_limit_do_not_cut_the_save(tmp_path):

@@ -6,6 +6,7 @@ The attention is the class token's in the last block, the mean over its heads, o
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,9 +22,19 @@ class Settings(BetaSettings):
 
 class Policy(cutmix.Policy):
     def check(self, backbone: nn.Module) -> None:
+        """Of a class token that nothing reads, or whose attention also has positions in it, `class_attention` would say
+        something else than the network does."""
         model = getattr(backbone, "model", None)
-        if getattr(model, "cls_token", None) is None or not hasattr(model.blocks[-1].attn, "qkv"):
-            raise ConfigError("policy.name = 'transmix' needs a ViT with a class token, such as deit_small_patch16_224")
+        blocks = getattr(model, "blocks", None) or [None]
+        if (
+            getattr(model, "cls_token", None) is None
+            or getattr(model, "global_pool", None) != "token"
+            or type(getattr(blocks[-1], "attn", None)) is not Attention
+        ):
+            raise ConfigError(
+                "policy.name = 'transmix' needs a ViT that reads its class token and has plain attention, such as "
+                "deit_small_patch16_224"
+            )
 
     def forward(self, encoder: nn.Module, images: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         model, seen = encoder.backbone.model, []
