@@ -235,8 +235,10 @@ class AutoMix(nn.Module):
         set_up_compiler()
         for region in (self.query, self.momentum, self.mix_block):
             region.compile(backend=backend, dynamic=False)
-        features = self.momentum.backbone.features
-        self.momentum.backbone.features = torch.compile(features, backend=backend, dynamic=False)
+        # What a step calls beside their `forward`.
+        others = ((self.momentum.backbone, "features"), (self.query, "clean_and_mixed"), (self.query, "with_features"))
+        for owner, name in others:
+            setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, dynamic=False))
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, draws: Draws | None = None, mask_loss_weight: float = 0.0

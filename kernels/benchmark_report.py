@@ -115,7 +115,13 @@ def targets(machine: Machine) -> list[Target]:
         if not (own and own.graph_ms and others):
             return None, ""
         best = min(others, key=lambda row: row.graph_ms)
-        return best.graph_ms / own.graph_ms, f"{{:.2f}} times: {best.candidate}, fastest of {len(others)} measured"
+        found = f"{{:.2f}} times: {best.candidate}, fastest of {len(others)} measured"
+        return best.graph_ms / own.graph_ms, found
+
+    def all_reached(operation: str, shape: str) -> bool:
+        """Whether no candidate is left out for want of time: a fast one may be among them."""
+        rows = (row for row in machine.rows if (row.operation, row.shape) == (operation, shape))
+        return not any(row.note == "not reached" for row in rows)
 
     block = "whole block nearest"
     for shape, limit in (("resnet50/256", 0.45), ("cifar_resnet18/100", 0.025), ("cifar_wrn28_8/100", 0.025)):
@@ -126,7 +132,8 @@ def targets(machine: Machine) -> list[Target]:
     aim(block, "resnet50/256", "at most 6 launches", row and row.launches, "{}", at_most=6)
 
     ratio, found = times_faster("mix attention", "resnet50/256", "both")
-    aim("mix attention", "resnet50/256", "3 times as fast as every alternative", ratio, found, at_least=3)
+    wanted, complete = "3 times as fast as every alternative", all_reached("mix attention", "resnet50/256")
+    aim("mix attention", "resnet50/256", wanted, ratio, found, at_least=3, comparable=complete)
     share = share_of_floor("mix attention", "resnet50/256", "both")
     wanted = "at most 1.7 floors, counted without a cache"
     floors = share and 1 / share
@@ -141,7 +148,8 @@ def targets(machine: Machine) -> list[Target]:
     for operation in ("batch norm", "batch norm and shortcut"):
         for shape in ("resnet50/256", "cifar_resnet18/100"):
             ratio, found = times_faster(operation, shape, "both")
-            aim(operation, shape, "as fast as every alternative", ratio, found, at_least=1)
+            complete = all_reached(operation, shape)
+            aim(operation, shape, "as fast as every alternative", ratio, found, at_least=1, comparable=complete)
 
     for opponent in ("definition", "foreach-lerp-without-skip"):
         ratio, found = times_faster("momentum update", "25.6M", "forward", opponent)

@@ -62,6 +62,34 @@ def test_compiled_regions_compute_the_same(immediate, backend, fused, monkeypatc
     counters.clear()
 
 
+@pytest.mark.parametrize(
+    ("source", "flags"),
+    [("momentum", {}), ("momentum", {"immediate_backward": True}), ("momentum", {"joint_query": True}), ("query", {})],
+)
+def test_all_convolutions_of_a_step_are_compiled(source, flags):
+    """Those of calls, too, that do not go through an encoder's forward."""
+    config = tiny_config(automix={"feature_source": source})
+    eager, compiled = (AutoMix(TinyBackbone(), CLASSES, config.automix, **flags) for _ in range(2))
+    executed = {"eager": 0, "compiled": 0}
+
+    def count(kind: str, number: int = 1) -> None:
+        executed[kind] += number
+
+    def backend(graph, _):
+        convolutions = sum("conv2d" in str(node.target) for node in graph.graph.nodes)
+        return lambda *inputs: (count("compiled", convolutions), graph(*inputs))[1]
+
+    for module in eager.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda *_: count("eager"))
+    compiled.compile_regions(backend)
+    for model in (eager, compiled):
+        gradients(model, config)
+    assert executed["compiled"] == executed["eager"] > 5
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 def train_compiled(config, folder, backend):
     """As train_with_engine, compiled: what `automix train` does with engine.compile."""
     import test_data_parallel

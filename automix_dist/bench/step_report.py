@@ -10,10 +10,26 @@ MIN_MOVE = 0.03
 TIME_RATIO = "AutoMix over vanilla, time"
 
 
+def measured(rows: list[dict], network: str, way: str) -> list[dict]:
+    """The measured rows of a network among the ways whose names begin so."""
+    return [row for row in rows if row["network"] == network and row["way"].startswith(way) and row["ms"]]
+
+
 def fastest(rows: list[dict], network: str, way: str) -> dict | None:
-    """The fastest measured row of a network among the ways whose names begin so."""
-    found = [row for row in rows if row["network"] == network and row["way"].startswith(way) and row["ms"]]
-    return min(found, key=lambda row: row["ms"], default=None)
+    return min(measured(rows, network, way), key=lambda row: row["ms"], default=None)
+
+
+def kind(row: dict) -> tuple[bool, bool]:
+    """How a way is run: compiled or not, recorded or not."""
+    return "compiled" in row["way"] or "max-autotune" in row["way"], "CUDA graph" in row["way"]
+
+
+def of_common_kinds(rows: list[dict], network: str) -> list[dict]:
+    """The measured rows of vanilla and AutoMix, of kinds that both have: what one has not reached yet must not be what
+    the other is compared with."""
+    ways = [measured(rows, network, way) for way in ("vanilla", "AutoMix")]
+    common = {kind(row) for row in ways[0]} & {kind(row) for row in ways[1]}
+    return [row for each in ways for row in each if kind(row) in common]
 
 
 def targets(result: dict) -> list[dict]:
@@ -40,7 +56,10 @@ def targets(result: dict) -> list[dict]:
     aim("H200", r50, "vanilla, images/s", speed(r50, "vanilla"), least=5000, stretch=7950)
     aim("H200", r50, "AutoMix, images/s", speed(r50, "AutoMix"), least=1650, stretch=2600)
     # A ratio below 2.9 is no success: fewer FLOPs than that are not in it, so the vanilla step must be slow.
-    aim("H200", r50, TIME_RATIO, times(r50, "vanilla", "AutoMix"), least=2.9, most=3.15, stretch=3.05)
+    alike = of_common_kinds(rows, r50)
+    best, automix = fastest(alike, r50, "vanilla"), fastest(alike, r50, "AutoMix")
+    ratio = best and automix and automix["ms"] / best["ms"]
+    aim("H200", r50, TIME_RATIO, ratio, least=2.9, most=3.15, stretch=3.05)
     aim("H200", r50, f"AutoMix over {reference}, images/s", times(r50, "AutoMix", reference), least=3)
     aim("H200", cifar, f"AutoMix over {reference}, images/s", times(cifar, "AutoMix", reference), least=4)
     for network in dict.fromkeys(row["network"] for row in rows):
@@ -87,8 +106,10 @@ def markdown(result: dict) -> str:
             cells.append(f"{launches:,}" if (launches := row.get("launches")) else "")
         lines.append(f"{head} {' | '.join(cells)} |")
     lines += [
-        "", "## Targets", "", "Of the fastest way of each kind; where the machine is another or a way has no figures, "
-        "not measured. A ratio below its range points to a slow vanilla step.", "",
+        "", "## Targets", "",
+        "Of the fastest way of each; the ratio of AutoMix and vanilla is of ways run alike (eager, compiled, recorded), "
+        "the fastest that both have. Where the machine is another or a way has no figures, not measured. A ratio below its range "
+        "points to a slow vanilla step.", "",
         "| on | network | what | target | stretch | is | |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [_target_line(target) for target in result["targets"]]
@@ -117,8 +138,10 @@ def vanilla_ratios(rows: list[dict], row: dict) -> tuple[float | None, float | N
     vanilla = fastest(rows, row["network"], "vanilla")
     if vanilla is None:
         return None, None
-    flops = row["gflop_per_image"] and vanilla["gflop_per_image"]
-    return row["ms"] / vanilla["ms"], row["gflop_per_image"] / vanilla["gflop_per_image"] if flops else None
+    # All vanilla steps have the same operations; of a fast one they are counted only if its twin was asked for.
+    counted = (each["gflop_per_image"] for each in measured(rows, row["network"], "vanilla"))
+    flops = next(filter(None, counted), None) if row["gflop_per_image"] else None
+    return row["ms"] / vanilla["ms"], row["gflop_per_image"] / flops if flops else None
 
 
 def bars_svg(result: dict) -> str:
