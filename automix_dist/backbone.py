@@ -338,8 +338,13 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 def classifier_names(model: nn.Module) -> Sequence[str]:
     """The modules that are a timm model's classifier: two of a distilled one, which averages their logits."""
-    named = model.pretrained_cfg.get("classifier") or ()
+    named = _published(model).get("classifier") or ()
     return [named] if isinstance(named, str) else named
+
+
+def _published(model: nn.Module) -> dict[str, Any]:
+    """What timm knows of a model's published weights; nothing of a module that timm has not built."""
+    return getattr(model, "pretrained_cfg", None) or {}
 
 
 def _classifier_prefixes(model: nn.Module) -> Iterator[str]:
@@ -378,9 +383,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def foreign_normalisation(model: nn.Module, config: ModelConfig, data: DataConfig) -> str | None:
     """What to set where timm's pretrained weights of a model expect another normalisation; None if they do not."""
-    if not config.pretrained and not config.weights:
+    if not (config.pretrained or config.weights) or "mean" not in _published(model):
         return None
-    theirs = {key: tuple(model.pretrained_cfg[key]) for key in ("mean", "std")}
+    theirs = {key: tuple(_published(model)[key]) for key in ("mean", "std")}
     if theirs == {"mean": data.mean, "std": data.std}:
         return None
     settings = " ".join(f"'data.{key}={list(values)}'" for key, values in theirs.items())

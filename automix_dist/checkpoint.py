@@ -253,6 +253,8 @@ class Checkpoints:
                 found = action()
             except CheckpointError as error:
                 found = error
+            except (OSError, SafetensorError) as error:
+                found = CheckpointError(f"{self.run}: a checkpoint cannot be read: {_reason(error)}")
         found = self.process.broadcast(found)
         if isinstance(found, CheckpointError):
             raise found

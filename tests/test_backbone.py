@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
-from automix_dist.backbone import create_backbone, foreign_normalisation
+from automix_dist.backbone import classifier_names, create_backbone, foreign_normalisation
 from automix_dist.checkpoint import CheckpointError, Saved, verify
-from automix_dist.config import ConfigError, DataConfig, ModelConfig, to_dict
+from automix_dist.config import AutoMixConfig, ConfigError, DataConfig, ModelConfig, to_dict
 from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
@@ -268,6 +268,15 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
     if not settings.get("small_stem") and not settings.get("timm_kwargs"):
         image_size = {"img_size": 64} if "deit" in name else {}
         timm.create_model(name, num_classes=3, **image_size).load_state_dict(load_file(out))
+
+
+def test_a_module_that_timm_has_not_built_has_no_classifier_by_name():
+    """One of the user's own that is registered as it is; nothing is known of it, and nothing fails for that."""
+    model = AutoMix(create_backbone(ModelConfig("test_resnet"), -2, 64), 3, AutoMixConfig())
+    del model.query.backbone.model.pretrained_cfg
+    config = from_dict({"model": {"backbone": "test_resnet", "weights": "own.pth"}})
+    assert foreign_normalisation(model.query.backbone.model, config.model, config.data) is None
+    assert classifier_names(model.query.backbone.model) == ()
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,9 @@ def markdown(result: dict) -> str:
         lines.append(f"{head} {' | '.join(cells)} |")
     lines += [
         "", "## Targets", "",
-        "Of the fastest way of each; the ratio of AutoMix and vanilla is of ways run alike (eager, compiled, recorded), "
-        "the fastest that both have. Where the machine is another or a way has no figures, not measured. A ratio below its range "
-        "points to a slow vanilla step.", "",
+        "Of the fastest way of each; the ratio of AutoMix and vanilla is of ways run alike (eager, compiled, "
+        "recorded), the fastest that both have. Where the machine is another or a way has no figures, not measured. "
+        "A ratio below its range points to a slow vanilla step.", "",
         "| on | network | what | target | stretch | is | |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [_target_line(target) for target in result["targets"]]
