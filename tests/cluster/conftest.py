@@ -53,9 +53,7 @@ def on_n2(hosts):
 @pytest.fixture
 def waiting(tmp_path) -> str:
     """An environment whose `automix` waits until a signal ends it."""
-    folder = tmp_path / "waiting" / "bin"
-    folder.mkdir(parents=True)
-    for name, line in {"automix": 'exec -a "waits $*" sleep 300', "python": f'exec {sys.executable} "$@"'}.items():
-        (folder / name).write_text(f"#!/bin/bash\n{line}\n")
-        (folder / name).chmod(0o755)
-    return str(folder.parent)
+    folder = tmp_path / "waiting"
+    automix, python = 'exec -a "waits $*" sleep 300', f'exec {sys.executable} "$@"'
+    hosts_module.write_programs(folder / "bin", automix=automix, python=python)
+    return str(folder)

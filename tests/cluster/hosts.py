@@ -49,6 +49,15 @@ def missing() -> str | None:
     return f"no namespaces: {tried.stderr.decode().strip()}" if tried.returncode else None
 
 
+def write_programs(folder: Path, **scripts: str) -> None:
+    """Executable bash scripts in a folder, by name; `_` stands for `-`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, script in scripts.items():
+        path = folder / name.replace("_", "-")
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+
+
 class Hosts:
     """Hosts n1, n2, ... with the addresses 10.77.0.1, 10.77.0.2, ...; each reaches all others by name and by ssh."""
 

@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from hosts import write_programs
 
 from automix_dist.errors import EXIT_STOPPED, EXIT_USAGE
 
@@ -100,15 +102,8 @@ def test_settings_of_the_user_win():
 def programs(tmp_path, monkeypatch):
     """A folder that comes first on PATH, filled by `programs(name=script)`."""
     folder = tmp_path / "programs"
-    folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def add(**scripts: str) -> None:
-        for name, script in scripts.items():
-            (folder / name.replace("_", "-")).write_text(f"#!/bin/bash\n{script}\n")
-            (folder / name.replace("_", "-")).chmod(0o755)
-
-    return add
+    return partial(write_programs, folder)
 
 
 def test_another_environment_can_be_named(tmp_path, monkeypatch):
@@ -129,12 +124,9 @@ def stand_in(tmp_path, monkeypatch):
     """`stand_in(code)`: an environment whose `automix train` is this Python program."""
 
     def make(code: str) -> None:
-        (tmp_path / "bin").mkdir()
         config = "[[ $* != *--print-config ]] || exec echo 'batch_size: 64\naccumulation_steps: 1'"
-        program = f"{config}\nexec {sys.executable} -c '{code}'"
-        for name, script in {"automix": program, "python": f'exec {sys.executable} "$@"'}.items():
-            (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
-            (tmp_path / "bin" / name).chmod(0o755)
+        automix, python = f"{config}\nexec {sys.executable} -c '{code}'", f'exec {sys.executable} "$@"'
+        write_programs(tmp_path / "bin", automix=automix, python=python)
         monkeypatch.setenv("AUTOMIX_VENV", str(tmp_path))
 
     return make
