@@ -65,6 +65,7 @@ POLICIES = {
     "automix": {"automix": {"upsampling": ["nearest", "bilinear"], "mask_adjust": 0.5, "switch_off": 0.5}},
     "one backward": {"engine": {"immediate_backward": False}},
     "operators": {"engine": {"fused_batchnorm": True}},
+    "joint query": {"engine": {"fused_batchnorm": True, "joint_query": True}},
     "samix": {"policy": {"name": "samix"}, "automix": {"lam_concat": False}},
     "adautomix": {"policy": {"name": "adautomix", "settings": {"random_samples": True}}},
     "none": {"policy": {"name": "none"}},

@@ -110,7 +110,7 @@ def test_a_step_that_waits_is_noticed(gpu):
         "engine.name=ddp engine.joint_query=true engine.fused_batchnorm=true engine.immediate_backward=false",
         "engine.name=ddp engine.compile=true engine.cuda_graph=true automix.feature_pass=cut",
         "engine.name=fsdp2 engine.fused_batchnorm=true",
-        "engine.zero_stage=1 engine.cuda_graph=true engine.fused_batchnorm=true",
+        "engine.zero_stage=1 engine.cuda_graph=true engine.fused_batchnorm=true engine.joint_query=true",
         "engine.zero_stage=2 engine.offload_optimizer=true engine.accumulation_steps=2",
         "engine.zero_stage=3",
         "policy.name=fmix engine.padded_stem=true",

@@ -215,7 +215,7 @@ def variant(twin: str, suffix: str, turn: int, build: Callable[[Case], Trained],
 
 
 TOGETHER, COMPILED, PADDED = {"immediate_backward": False}, {"compile": True}, {"padded_stem": True}
-RECORDED, FUSED = {"cuda_graph": True}, {"fused_batchnorm": True}
+RECORDED, FUSED, JOINT = {"cuda_graph": True}, {"fused_batchnorm": True}, {"joint_query": True}
 channels_last, cut = partial(vanilla, channels_last=True), partial(policy, feature_pass="cut")
 # What decides comes first, and of that what needs no compiler: turn 1 eager, 2 with fused BatchNorm, 3 recorded; 4
 # compiled, 5 compiled and recorded; then the rest, and last what compiles for many minutes.
@@ -259,9 +259,16 @@ WAYS = (
     variant("AutoMix, cut", "compiled, CUDA graph", 5, partial(cut, engine=COMPILED | RECORDED), graph=True),
     variant("AutoMix, cut", "CUDA graph", 3, partial(cut, engine=RECORDED), graph=True),
     variant("AutoMix, cut", "fused BatchNorm, CUDA graph", 3, partial(cut, engine=FUSED | RECORDED), graph=True),
+    variant(
+        "AutoMix, cut",
+        "fused BatchNorm, joint query, CUDA graph",
+        3,
+        partial(cut, engine=FUSED | JOINT | RECORDED),
+        True,
+    ),
     variant("AutoMix, cut", "fused BatchNorm, compiled", 7, partial(cut, engine=FUSED | COMPILED)),
-    variant("AutoMix, cut", "fused BatchNorm, joint query", 6, partial(cut, engine=FUSED | {"joint_query": True})),
-    Way("AutoMix, cut, joint query", partial(cut, engine={"joint_query": True}), unasked="gpu", turn=6),
+    variant("AutoMix, cut", "fused BatchNorm, joint query", 6, partial(cut, engine=FUSED | JOINT)),
+    Way("AutoMix, cut, joint query", partial(cut, engine=JOINT), unasked="gpu", turn=6),
     variant("AutoMix, cut", "padded stem", 6, partial(cut, engine=PADDED)),
     variant("AutoMix, cut", "one backward, compiled", 7, partial(cut, engine=COMPILED | TOGETHER)),
     # Not the published method (docs/throughput.md).
