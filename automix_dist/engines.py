@@ -203,7 +203,7 @@ class DeepSpeedEngine(Engine):
 
 
 class DDPEngine(Engine):
-    """torch's DistributedDataParallel."""
+    """torch's DistributedDataParallel; a lone rank has nobody to reduce with, and does without the buckets' copies."""
 
     name, sharded = "ddp", False
 
@@ -211,6 +211,9 @@ class DDPEngine(Engine):
         super().__init__(module, optimizer, config, process)
         if config.engine.compile:
             torch._dynamo.config.optimize_ddp = False  # it would split the compiled regions where buckets end
+        self.ddp = module
+        if process.world_size == 1:
+            return
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the key's new name is too new
             self.ddp = nn.parallel.DistributedDataParallel(
                 module,
@@ -226,7 +229,7 @@ class DDPEngine(Engine):
     def __call__(self, *arguments: Any) -> Any:
         # Whether gradients are reduced is decided here, by the forward pass of the last micro batch.
         last = (self._micro_step + 1) % self.accumulation_steps == 0
-        with contextlib.nullcontext() if last else self.ddp.no_sync():
+        with contextlib.nullcontext() if last or self.ddp is self.module else self.ddp.no_sync():
             return self.ddp(*arguments)
 
     def _backward(self, loss: Tensor) -> None:
