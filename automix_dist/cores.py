@@ -19,8 +19,9 @@ def local_world_size() -> int:
 
 def cores_of_rank() -> int:
     """This rank's share of the usable cores, 1 or more."""
-    sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS") or local_world_size())  # 1 where launch/env.sh has bound cores
+    ranks = local_world_size()
+    sharers = int(os.environ.get("AUTOMIX_CORE_SHARERS") or ranks)  # 1 where launch/env.sh has bound cores
     share, quota = len(os.sched_getaffinity(0)) // sharers, cpu_quota()
     if quota is not None:  # which is for all ranks, bound or not
-        share = min(share, int(quota) // local_world_size())
+        share = min(share, int(quota) // max(sharers, ranks))
     return max(1, share)

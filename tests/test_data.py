@@ -637,6 +637,16 @@ def test_ranks_share_a_quota_also_where_each_has_cores_of_its_own(limit, monkeyp
     assert cores_of_rank() == 16
 
 
+def test_runs_side_by_side_share_a_quota(limit, monkeypatch):
+    """As `automix compare --jobs 4` starts them."""
+    limit("cpu.max", "1600000 100000")
+    monkeypatch.setenv("AUTOMIX_CORE_SHARERS", "4")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert cores_of_rank() == 4
+
+
 def test_one_core_of_many(path):
     """FFCV 1.0.2 asks for all of the machine's cores and fails when the process may use fewer."""
     code = f"""
