@@ -30,12 +30,13 @@ import torch
 import yaml
 from scipy import stats
 
+from automix_dist.backbone import pretrained_not_loaded
 from automix_dist.beton import read_manifest
 from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.config_file import load_config, parse_yaml
 from automix_dist.distributed import for_this_machine
 from automix_dist.errors import EXIT_STOPPED, AutomixError, first_line, some
-from automix_dist.model import new_model
+from automix_dist.model import new_model, without_weights
 from automix_dist.page import percent_or_nothing, table, ticks, write_page
 from automix_dist.policy import with_policy_settings
 from automix_dist.run_log import METRICS, is_finished, read_metrics
@@ -150,8 +151,11 @@ def _check_models(comparison: Comparison, path: Path) -> None:
     whose evaluation has no such metric."""
     for name in comparison.policies:
         config = for_this_machine(load_config(comparison.base, comparison.overrides(name, comparison.seeds[0])))
+        if all(result(comparison, name, seed) is not None for seed in comparison.seeds):
+            config = without_weights(config)  # nothing is left to train, and their file may be gone
         try:
-            model = new_model(config, 2, torch.device("cpu")).eval()
+            with pretrained_not_loaded():
+                model = new_model(config, 2, torch.device("cpu")).eval()
         except ConfigError as error:
             raise ConfigError(f"{path}: policies.{name}: {error}") from error
         size = config.data.image_size

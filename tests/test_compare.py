@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from ranks import run
+from safetensors.torch import save_file
 from scipy import stats
 
 from automix_dist import compare as compare_module
+from automix_dist.backbone import create_timm_model
 from automix_dist.compare import CompareError, _check_models, compare, load_comparison, result, summarize, write_table
 from automix_dist.config import POLICIES, ConfigError
 from automix_dist.config_file import load_config, to_yaml
@@ -312,8 +314,13 @@ def test_trains_what_is_missing_and_nothing_twice(tmp_path, digits, capfd):
     settings = [f"data.train={tmp_path / 'train.beton'}", f"data.val={tmp_path / 'val.beton'}", "epochs=1"]
     settings += ["optimizer.warmup_epochs=0", "batch_size=480", "log.tensorboard=false", "log.gallery_pairs=0"]
     settings += ["model.timm_kwargs={layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_width: 8}"]
+    weights = tmp_path / "start.safetensors"
+    config = load_config(ROOT / "configs" / "digits" / "automix_resnet10.yaml", settings)
+    save_file(create_timm_model(config.model, config.data.image_size).state_dict(), weights)
+    settings.append(f"model.weights={weights}")
     file = write(tmp_path, settings=settings)
     shown = run("compare", file, "epochs=1", "--jobs", 2, "optimizer.warmup_epochs=0").stdout
+    weights.unlink()  # which finished runs do not need
     out = tmp_path / "out"
     rows = json.loads((out / "compare.json").read_text())["policies"]
     assert [(row["policy"], sorted(row["values"])) for row in rows] == [("none", ["0", "1"]), ("automix", ["0", "1"])]
