@@ -376,9 +376,19 @@ class OptimizerConfig:
                 raise ConfigError(
                     f"optimizer.mix_momentum = {self.mix_momentum} has no meaning for optimizer.name = {self.name}"
                 )
-        mix_lr = self.lr if self.mix_lr is None else self.mix_lr
-        mix_min_lr = self.min_lr if self.mix_min_lr is None else self.mix_min_lr
-        _require(0 <= mix_min_lr <= mix_lr, "optimizer.mix_min_lr", mix_min_lr, f"0 <= mix_min_lr <= mix_lr ({mix_lr})")
+        if self.mix_lrs is not None:
+            first, last = self.mix_lrs
+            _require(0 <= last <= first, "optimizer.mix_min_lr", last, f"0 <= mix_min_lr <= mix_lr ({first})")
+
+    @property
+    def mix_lrs(self) -> tuple[float, float] | None:
+        """The Mix Block's first and last learning rate; None if it follows the main one, warm-up included."""
+        if self.mix_lr is None and self.mix_min_lr is None:
+            return None
+        return (
+            self.lr if self.mix_lr is None else self.mix_lr,
+            self.min_lr if self.mix_min_lr is None else self.mix_min_lr,
+        )
 
 
 @dataclass(frozen=True)
@@ -395,8 +405,8 @@ class EngineConfig:
     """Micro batches per optimizer step."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Autocast of the forward passes over float32 weights; auto = bfloat16 on a GPU that computes with it (compute
-    capability 8.0 or higher), float32 elsewhere. float16, with a loss scale that follows what it can hold, is for older
-    GPUs (T4, RTX 20); on a CPU it is for tests alone."""
+    capability 8.0 or higher), float32 elsewhere. Asked for by name, float32 also keeps convolutions from TF32. float16,
+    with a loss scale that follows what it can hold, is for older GPUs (T4, RTX 20); on a CPU it is for tests alone."""
     immediate_backward: bool = True
     """Differentiate each of the three losses as soon as it is known: one set of activations lives at a time instead of
     three. The gradients are the same, up to the order in which they are summed."""

@@ -460,7 +460,10 @@ def describe(config: Config, world_size: int, device: torch.device) -> list[str]
     horizon = f"{config.epochs} epochs, cosine per {optimizer.lr_update} from {optimizer.lr:g} to {optimizer.min_lr:g}"
     warmup = f", after {optimizer.warmup_epochs:g} epochs of warm-up" if optimizer.warmup_epochs else ""
     decay = f"; times {optimizer.layer_decay:g} for each layer from the top" if optimizer.layer_decay < 1 else ""
-    return [*lines, f"learning rate: {horizon}{warmup}{decay}"]
+    lines.append(f"learning rate: {horizon}{warmup}{decay}")
+    if optimizer.mix_lrs is not None:
+        lines.append("learning rate of the Mix Block: from {:g} to {:g}, without warm-up".format(*optimizer.mix_lrs))
+    return lines
 
 
 def _when_reduced(config: Config) -> str:

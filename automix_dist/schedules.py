@@ -71,11 +71,9 @@ class Schedule:
         optimizer = self.config.optimizer
         if self._mix_block_rests(step):
             return 0.0
-        if optimizer.mix_lr is None and optimizer.mix_min_lr is None:
+        if optimizer.mix_lrs is None:
             return self._learning_rate(step)
-        start = optimizer.lr if optimizer.mix_lr is None else optimizer.mix_lr
-        end = optimizer.min_lr if optimizer.mix_min_lr is None else optimizer.mix_min_lr
-        return cosine(start, end, self._progress(step))
+        return cosine(*optimizer.mix_lrs, self._progress(step))
 
     def _momentum(self, step: int) -> float:
         """Constant, then a cosine whose progress is counted from step 0, so that it starts with a small jump

@@ -88,6 +88,9 @@ def test_the_description_says_what_the_settings_come_to():
     text = "\n".join(describe(config, 4, CPU))
     assert "8 images x 4 rank(s) x 2 micro batch(es) = 64" in text and "at 5" in text and "ZeRO 2" in text
     assert "clipping: none" in "\n".join(describe(tiny_config(engine={"name": "ddp"}), 1, CPU))
+    assert "of the Mix Block" not in text
+    config = tiny_config(optimizer={"lr": 0.001, "mix_lr": 0.01, "mix_min_lr": 0.0005})
+    assert "learning rate of the Mix Block: from 0.01 to 0.0005, without warm-up" in describe(config, 1, CPU)
 
 
 @pytest.mark.parametrize(("major", "expected"), [(7, torch.float32), (8, torch.bfloat16), (9, torch.bfloat16)])
