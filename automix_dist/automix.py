@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from automix_kernels import api as kernels
+from automix_kernels.reference import is_plain
 from torch import Tensor, nn
 
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, ConfigError, LossConfig
@@ -133,7 +134,7 @@ class AutoMix(nn.Module):
     """AutoMix (arXiv 2103.13027); its descendants in policies/ are subclasses.
 
     Args:
-        backbone: a Backbone, or any module with its attributes; it is copied for the momentum encoder.
+        backbone: a Backbone, or a module that stands in for one (see there); it is copied for the momentum encoder.
         num_classes: width of the heads.
         config: the method's settings.
         settings: of a descendant, its own ones.
@@ -153,8 +154,8 @@ class AutoMix(nn.Module):
 
     Losses = Losses
     loss_scale: Tensor | None = None
-    """By what the caller of `total.backward()` multiplies the loss for float16: `immediate_backward` does so too, and
-    takes it out again."""
+    """By what the caller multiplies `total` for float16; `immediate_backward` multiplies the losses that it
+    differentiates, and divides their gradients again."""
 
     def __init__(
         self,
@@ -368,8 +369,8 @@ class AutoMix(nn.Module):
         target = draws.mix_block.lam if self.config.mask_adjust_lam == "mix_block" else draw.lam
         own = 1 - kernels.upsample_mask(logits, tuple(images.shape[2:]), draw.upsampling)
         own = adjust_mask(own, target)
-        outside = (draw.lam <= self.config.lam_margin) | (draw.lam >= 1 - self.config.lam_margin)
-        own = torch.where(outside[:, None, None], draw.lam[:, None, None], own)
+        plain = is_plain(draw.lam, self.config.lam_margin)
+        own = torch.where(plain[:, None, None], draw.lam[:, None, None], own)
         mixed = torch.lerp(images[draw.partner], images, own.unsqueeze(1))
         return lay_out(mixed.to(surrounding_autocast(images.device)))
 

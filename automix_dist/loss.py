@@ -1,4 +1,6 @@
-"""The classification losses, on plain and on mixed labels."""
+"""The classification losses, on plain and on mixed labels (docs/method.md 2.5)."""
+
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -6,8 +8,13 @@ from torch.nn import functional as F
 from automix_dist.config import LossConfig
 
 
-def class_loss(logits: Tensor, labels: Tensor, config: LossConfig, reduction: str = "mean") -> Tensor:
-    """Loss of [B, classes] logits against [B] labels: a scalar, or [B] with reduction "none"."""
+def class_loss(
+    logits: Tensor, labels: Tensor, config: LossConfig, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    """Loss of [B, classes] logits against [B] labels: a scalar, or [B] with reduction "none".
+
+    The binary form, of the RSB recipes (arXiv 2110.00476), is summed over the classes.
+    """
     if config.name == "cross_entropy":
         return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=config.label_smoothing)
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)

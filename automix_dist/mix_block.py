@@ -151,6 +151,8 @@ def mask_loss(form: str, mask_mean: Tensor, mask_square_mean: Tensor, lam: Tenso
 
     Returns:
         a scalar; forms with a variance term can be negative.
+
+    Raises ValueError for another form.
     """
     mean, square = mask_mean.mean(), mask_square_mean.mean()
     if form == "sparsity":
@@ -161,4 +163,6 @@ def mask_loss(form: str, mask_mean: Tensor, mask_square_mean: Tensor, lam: Tenso
     variance = square - mean.square()
     if form == "l1_variance":
         return F.relu(deviation - margin) - 2 * variance
-    return F.relu(deviation.square() - margin**2) - 2 * variance
+    if form == "l2_variance":
+        return F.relu(deviation.square() - margin**2) - 2 * variance
+    raise ValueError(f"form = {form!r}: expected l1, sparsity, l1_variance or l2_variance")

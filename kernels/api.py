@@ -1,4 +1,5 @@
-"""The public operations: each checks its arguments once and picks an implementation.
+"""The public operations: each checks its arguments once and picks an implementation, but for `upsample_mask`, which is
+plain PyTorch everywhere.
 
     implementation = "auto"       Triton for tensors on a GPU where it can run what is asked, else plain PyTorch
                      "triton"     Triton, or an error that says why it cannot run

@@ -258,14 +258,17 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = to
 def upsample_mask(logits: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """[B, h, w] mask logits -> [B, H, W] mask of the partner in (0, 1): upsampling first, then the sigmoid.
 
-    mode: "nearest", or "bilinear" with the corners' pixels not aligned to the corners' cells.
+    mode: "nearest", or "bilinear" with the corners' pixels not aligned to the corners' cells; ValueError for another.
     """
-    return torch.sigmoid(_interpolate(logits.unsqueeze(1), size, mode).squeeze(1))
+    return torch.sigmoid(interpolate(logits.unsqueeze(1), size, mode).squeeze(1))
 
 
-def _interpolate(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+def interpolate(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """[B, C, h, w] -> [B, C, H, W] as `upsample_mask` upsamples. Raises ValueError for another mode."""
     if mode == "bilinear":
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    if mode != "nearest":
+        raise ValueError(f"mode must be 'nearest' or 'bilinear', got {mode!r}")
     # Plain "nearest" is off by a cell for a few whole factors (41, 47, ...), where 1 / factor is rounded down.
     return F.interpolate(maps, size=size, mode="nearest-exact")
 
@@ -312,11 +315,12 @@ def mask_blend(
 def _mask(logits: Tensor, lam: Tensor, size: tuple[int, int], mode: str, lam_margin: float | None) -> Tensor:
     mask = upsample_mask(logits.to(_accumulate_dtype(logits)), size, mode)
     if lam_margin is not None:
-        mask = torch.where(_is_plain(lam, lam_margin)[:, None, None], (1 - lam)[:, None, None].to(mask.dtype), mask)
+        mask = torch.where(is_plain(lam, lam_margin)[:, None, None], (1 - lam)[:, None, None].to(mask.dtype), mask)
     return mask
 
 
-def _is_plain(lam: Tensor, lam_margin: float) -> Tensor:
+def is_plain(lam: Tensor, lam_margin: float) -> Tensor:
+    """Where lambda is so near to 0 or 1 that the mask is constant, as plain mixup's."""
     return (lam <= lam_margin) | (lam >= 1 - lam_margin)
 
 
@@ -351,7 +355,7 @@ def mask_blend_backward(
         grad_mask += grad_square_mean[:, None, None] * 2 * mask / (size[0] * size[1])
     grad = (grad_mask * mask * (1 - mask)).unsqueeze(1)
     if lam_margin is not None:
-        grad = grad.masked_fill(_is_plain(lam, lam_margin)[:, None, None, None], 0)
+        grad = grad.masked_fill(is_plain(lam, lam_margin)[:, None, None, None], 0)
     shape = [logits.shape[0], 1, *logits.shape[1:]]
     if mode == "bilinear":
         grad_logits = torch.ops.aten.upsample_bilinear2d_backward(grad, size, shape, False)

@@ -90,6 +90,11 @@ def test_mask_losses(form, margin):
     assert got.item() == pytest.approx(float(expected), abs=1e-12)
 
 
+def test_another_mask_loss_is_refused():
+    with pytest.raises(ValueError, match="form = 'l1variance': expected l1, sparsity"):
+        mask_loss("l1variance", torch.ones(2), torch.ones(2), torch.ones(2), 0.1)
+
+
 def test_query_and_mix_block_learn_from_their_own_losses_only():
     """Another query encoder leaves the Mix Block's gradients as they are; without the Mix Block's losses the query
     encoder's are the same; the momentum encoder has none."""

@@ -412,7 +412,7 @@ def check_blend(logits, images, partner, lam, mode, lam_margin=None, dtype=torch
     # The comparison with the margin is one of float32 numbers.
     exact_lam = lam.double()
     if lam_margin is not None:
-        exact_lam = exact_lam.masked_fill(reference._is_plain(lam, lam_margin), -1.0)
+        exact_lam = exact_lam.masked_fill(reference.is_plain(lam, lam_margin), -1.0)
     exact = list(eager_exact(logits_exact, exact_images, partner, lam, exact_lam, mode))
     for name, ours, theirs, truth in zip(("mixed", "mean", "square mean"), actual, eager, exact, strict=True):
         assert_within_budget(ours, theirs, truth, name, sigmoid=True)

@@ -253,6 +253,11 @@ def test_bilinear_upsampling_comes_before_the_sigmoid():
     assert torch.equal(mask, expected)
 
 
+def test_another_upsampling_is_refused():
+    with pytest.raises(ValueError, match="mode must be 'nearest' or 'bilinear', got 'bicubic'"):
+        reference.upsample_mask(torch.randn(1, 4, 4), (16, 16), "bicubic")
+
+
 def test_normalisation_matches_its_formula():
     images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from automix_kernels import reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,17 +177,16 @@ class Model(AutoMix):
     def _masks(self, features: Tensor, draw: MultiDraw, images: Tensor) -> Tensor:
         """[B, S, H, W], the weights of the images in each mix; softmax after the upsampling."""
         logits = self.mix_block(features, draw)
-        mode = {"nearest": "nearest-exact", "bilinear": "bilinear"}[draw.upsampling]
-        return F.interpolate(logits, size=images.shape[2:], mode=mode).softmax(dim=1)
+        return reference.interpolate(logits, tuple(images.shape[2:]), draw.upsampling).softmax(dim=1)
 
     def _classifier_masks(self, features: Tensor, draw: MultiDraw, images: Tensor) -> Tensor:
         """The same, but constant where the first image's share is near 0 or 1."""
         first, margin = draw.lam[0], self.config.lam_margin
-        near_end = (first <= margin) | (first >= 1 - margin)
+        is_plain = reference.is_plain(first, margin)
         if self.settings.margin_as_published and len(draw.lam) > 2:
-            near_end = (first <= margin) | (first < 1 - margin)
+            is_plain = (first <= margin) | (first < 1 - margin)
         masks = self._masks(features, draw, images)
-        return torch.where(near_end[:, None, None, None], draw.lam.T[:, :, None, None], masks)
+        return torch.where(is_plain[:, None, None, None], draw.lam.T[:, :, None, None], masks)
 
     def _shared_loss(self, logits: Tensor, labels: Tensor, draw: MultiDraw) -> Tensor:
         """The loss for each image in a mix, weighted by its drawn share; mean over the batch."""
