@@ -33,7 +33,8 @@ _LOADS_PRETRAINED = ContextVar("loads_pretrained", default=True)
 class Backbone(nn.Module):
     """A timm model without its classifier. Raises ConfigError if what it pools is not one vector for each image.
 
-    Anything with `features`, `forward`, `feature_channels`, `feature_size` and `width` can stand in for it.
+    A module with `features`, `forward`, `feature_channels` and `width` can stand in for it under AutoMix and SAMix;
+    `automix.feature_source=query` and AdAutoMix call `features_and_embedding` as well, AlignMix `last_map` and `pool`.
     """
 
     feature_channels: int

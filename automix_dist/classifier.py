@@ -43,7 +43,7 @@ class Classifier(nn.Module):
     """An encoder with one head, trained on the mixed images of a policy.
 
     Args:
-        backbone: a Backbone, or any module with its attributes.
+        backbone: a Backbone, or a module that stands in for one (see there).
         num_classes: width of the head.
         policy: how images are mixed.
         loss: form of the classification loss.
@@ -55,7 +55,7 @@ class Classifier(nn.Module):
 
     Losses = Losses
     loss_scale: Tensor | None = None
-    """As AutoMix has it, for steps that are recorded."""
+    """See AutoMix; steps that are recorded differentiate with it."""
 
     def __init__(
         self,

@@ -314,11 +314,10 @@ def _what_it_comes_to(config: Config) -> str:
     """The engine's effective settings as YAML comments, for the number of processes that a launcher started, or one."""
     import torch
 
-    from automix_dist.distributed import resolve_device
+    from automix_dist.distributed import launched_ranks, resolve_device
     from automix_dist.engines import describe
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    lines = describe(config, world_size, torch.device(resolve_device(config.engine)))
+    lines = describe(config, launched_ranks(), torch.device(resolve_device(config.engine)))
     return "\n# What this comes to:\n" + "".join(f"#   {line}\n" for line in lines)
 
 

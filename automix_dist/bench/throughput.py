@@ -29,6 +29,7 @@ from automix_dist.bench import Clock, check_counts, describe_machine, replaced, 
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError
 from automix_dist.config_file import load_config
+from automix_dist.distributed import launched_ranks
 from automix_dist.prepare import prepare
 from automix_dist.run import train
 from automix_dist.run_log import WAITING
@@ -244,7 +245,7 @@ def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple
         try:
             beton.check(file)
         except beton.BetonError:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            if launched_ranks() > 1:
                 raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
             options = {"split": split, "write_mode": kind, "max_resolution": int(size), "progress": False}
             prepare(f"synthetic:{count}@1000", file, overwrite=True, **options)
@@ -305,7 +306,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=results_folder, help="folder for throughput.json and throughput.md")
     options = parser.parse_intermixed_args(arguments)
     check_counts(parser, options, steps=2, warmup=1, images=16)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and options.data is None:
+    if launched_ranks() > 1 and options.data is None:
         parser.error("--data FOLDER is needed under a launcher: all ranks share it")
     if options.storage.partition("@")[0] not in ("jpg", "raw") or not options.storage.partition("@")[2].isdigit():
         parser.error(f"--storage {options.storage}: expected jpg@SIZE or raw@SIZE, as jpg@500")
@@ -316,7 +317,7 @@ def run(arguments: list[str]) -> int:
     """Runs the job, measures and prints; returns the job's exit code."""
     options = parse(arguments)
     recipe = policy.with_policy_settings(load_config(options.config, options.overrides))
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world_size, rank = launched_ranks(), int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as stack:
         folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="automix-bench-")))
         files = (recipe.data.train, recipe.data.val)

@@ -35,7 +35,8 @@ class Settings(BetaSettings):
 class Policy(policy.Policy):
     def check(self, backbone: nn.Module) -> None:
         model = getattr(backbone, "model", None)
-        if getattr(model, "output_fmt", "NCHW") != "NCHW" or hasattr(model, "num_prefix_tokens"):
+        is_map = getattr(model, "output_fmt", "NCHW") == "NCHW" and not hasattr(model, "num_prefix_tokens")
+        if not is_map or not hasattr(backbone, "last_map"):
             raise ConfigError("policy.name = 'alignmix' needs a CNN, whose last feature map is [B, C, h, w]")
 
     def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
