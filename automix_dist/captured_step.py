@@ -101,7 +101,6 @@ class CapturedStep:
         self.record = recorder()
         self.captured: dict[Any, _Captured] = {}
         self._image_shape = torch.Size()
-        model.forward = self
 
     def __call__(
         self,
@@ -170,6 +169,14 @@ class CapturedStep:
                 f"engine.cuda_graph: the steps of this policy differ in more than {MAX_GRAPHS} ways that are decided "
                 f"on the host, each of which needs a graph: set engine.cuda_graph=false"
             )
+
+
+def capture_steps(
+    model: nn.Module, recorder: Callable[[], Callable[[Callable], Recording]] = CudaGraphs
+) -> CapturedStep:
+    """Have the model's training steps recorded and replayed from now on; what does so is its `forward` then."""
+    model.forward = CapturedStep(model, recorder)
+    return model.forward
 
 
 @contextlib.contextmanager

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from automix_dist import beton, distributed, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
-from automix_dist.captured_step import CapturedStep
+from automix_dist.captured_step import capture_steps
 from automix_dist.checkpoint import Checkpoints, Saved, committed_steps
 from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process
-from automix_dist.engines import autocast_name, build_engine, summary
+from automix_dist.engines import Engine, autocast_name, build_engine, summary
 from automix_dist.errors import EXIT_STOPPED, stopper
 from automix_dist.export import foreseen_refusal
 from automix_dist.fused_batchnorm import describe_fused
@@ -119,7 +120,6 @@ def _train(
 
     # From here on a signal is noted, and acted upon before the first step: no rank leaves the others alone.
     stop = distributed.StopRequest(process, say, config.checkpoint.stop_after_minutes)
-    model = checked.model
     _announce(config, process, checked, say)
     checkpoints = Checkpoints(run, config.checkpoint, process, say)
     saved = checkpoints.agree_on_newest() if resume else None
@@ -130,32 +130,10 @@ def _train(
     elif checked.weights_error is not None:
         raise checked.weights_error
 
-    share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
-    train_loader = TrainLoader(
-        config.data.train,
-        config.data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        accumulation_steps=config.engine.accumulation_steps,
-        **share,
-    )
-    _check_replaced("train", train_loader.manifest, checked.train, config)
+    train_loader, val_loader = _open_loaders(config, process, checked)
     say(train_loader.storage_note)
-    eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
-    val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
-    _check_replaced("val", val_loader.manifest, checked.val, config)
-    model.to(process.device)
-    if config.engine.sync_batchnorm:
-        model = synchronize_batchnorm(model)
-    if config.engine.activation_checkpointing:
-        checkpoint_blocks(model.query)
-    if config.engine.compile:
-        model.compile_regions()
-    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
-    if config.engine.cuda_graph:
-        CapturedStep(model)
-
-    position = Position()
+    engine = _engine_of(checked.model, config, process)
+    position, logged = Position(), set()
     if overwrite:
         on_rank_0(process, lambda: discard(run))
     if saved is not None:
@@ -195,6 +173,38 @@ def _train(
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""
     say(f"done: {position.step} steps{skipped}{best}; results in {run}")
     return 0
+
+
+def _open_loaders(config: Config, process: Process, checked: Checked) -> tuple[TrainLoader, EvalLoader]:
+    share = {"rank": process.rank, "world_size": process.world_size, "device": process.device}
+    train_loader = TrainLoader(
+        config.data.train,
+        config.data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation_steps=config.engine.accumulation_steps,
+        **share,
+    )
+    _check_replaced("train", train_loader.manifest, checked.train, config)
+    eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
+    val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
+    _check_replaced("val", val_loader.manifest, checked.val, config)
+    return train_loader, val_loader
+
+
+def _engine_of(model: nn.Module, config: Config, process: Process) -> Engine:
+    """The model on its device, changed as the section `engine` asks, in its engine."""
+    model.to(process.device)
+    if config.engine.sync_batchnorm:
+        model = synchronize_batchnorm(model)
+    if config.engine.activation_checkpointing:
+        checkpoint_blocks(model.query)
+    if config.engine.compile:
+        model.compile_regions()
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    if config.engine.cuda_graph:
+        capture_steps(model)
+    return engine
 
 
 def _announce(config: Config, process: Process, checked: Checked, say: Say) -> None:

@@ -20,7 +20,7 @@ from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench import step as bench
 from automix_dist.bench import step_report, step_ways
 from automix_dist.bench.published import PublishedStep
-from automix_dist.captured_step import CapturedStep
+from automix_dist.captured_step import capture_steps
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD
 from automix_dist.draws import draw_step
 from automix_dist.momentum import MomentumUpdate
@@ -95,7 +95,7 @@ def test_end_to_end(tmp_path, capsys):
 )
 def test_vanilla_is_plain_training(how, monkeypatch):
     """Whatever the layout, padded or recorded: against a loop in the open."""
-    monkeypatch.setattr(step_ways, "CapturedStep", partial(CapturedStep, recorder=lambda: Tape))
+    monkeypatch.setattr(step_ways, "capture_steps", partial(capture_steps, recorder=lambda: Tape))
     case = tiny_case()
     torch.manual_seed(0)
     trained = step_ways.vanilla(case, **how)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from automix_dist import captured_step
 from automix_dist.batchnorm import RunningStatistics
-from automix_dist.captured_step import CapturedStep, CudaGraphs
+from automix_dist.captured_step import CudaGraphs, capture_steps
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.draws import seed_torch
@@ -81,7 +81,7 @@ def train(config, captured: bool, steps: int = 8) -> tuple[list, dict]:
     model = build_model(config, Dropping(), CLASSES, torch.float32).train()
     optimizer, statistics = build_optimizer(model, config.optimizer), RunningStatistics(model)
     if captured:
-        CapturedStep(model, lambda: Tape)
+        capture_steps(model, lambda: Tape)
     update, losses = MomentumUpdate(model), []
     for step in range(steps):
         images, labels = micro_batch(step, 0, 8)
@@ -127,7 +127,7 @@ def test_recordings_have_nothing_to_do_with_the_graphs_of_others():
         seen.append([(a is not b, a.data_ptr() == b.data_ptr()) for a, b in zip(model.parameters(), own, strict=True)])
         return Tape(function)
 
-    CapturedStep(model, lambda: record)
+    capture_steps(model, lambda: record)
     images, labels = micro_batch(0, 0, 8)
     model(images, labels, model.draw(images, seed=0, step=0), 0.1).total.backward()
     assert seen == [[(True, True)] * len(own)]
@@ -140,7 +140,7 @@ def test_the_tape_keeps_what_python_decides():
     model = tiny_model(tiny_config())
     plain, number = model.forward, iter((1.0, 1.0, 5.0))
     model.forward = lambda *arguments: plain(*arguments)._replace(clean=plain(*arguments).total * next(number))
-    CapturedStep(model.train(), lambda: Tape)
+    capture_steps(model.train(), lambda: Tape)
     images, labels = micro_batch(0, 0, 8)
     draws = model.draw(images, seed=0, step=0)
     first, second = (model(images, labels, draws, 0.1).clean for _ in range(2))
@@ -150,7 +150,7 @@ def test_the_tape_keeps_what_python_decides():
 def test_graphs_of_another_size_make_room_and_too_many_are_refused(monkeypatch):
     config = tiny_config(automix={"upsampling": ["nearest", "bilinear"]})
     model = tiny_model(config).train()
-    captured = CapturedStep(model, lambda: Tape)
+    captured = capture_steps(model, lambda: Tape)
     for step, size in enumerate([SIZE] * 12 + [2 * SIZE]):
         images, labels = torch.zeros(4, size, size, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
         model(images, labels, model.draw(images, seed=0, step=step), 0.1)
@@ -165,7 +165,7 @@ def test_graphs_of_another_size_make_room_and_too_many_are_refused(monkeypatch):
 def train_recorded(config, folder):
     """As train_with_engine, recorded: what `automix train` does with engine.cuda_graph, but for the GPU."""
     process, model, engine = start_engine(config)
-    CapturedStep(model, lambda: Tape)
+    capture_steps(model, lambda: Tape)
     engine_steps(config, process, model, engine, 0, 4)
     assert Tape.made > 0
     return whole_parameters(engine, folder, process, config)
@@ -217,7 +217,7 @@ def test_a_cuda_graph_trains_as_steps_do(compiled):
     if compiled:
         plain.compile_regions()
         recorded.compile_regions()
-    CapturedStep(recorded)
+    capture_steps(recorded)
     for step in range(8):
         found = []
         for model in (plain, recorded):
@@ -261,7 +261,7 @@ def test_a_cuda_graph_is_recorded_beside_what_others_hold_of_the_parameters():
     config = tiny_config(engine={"device": "cuda"}, automix={"upsampling": ["nearest", "bilinear"]})
     model = tiny_model(config).cuda().train()
     held = [torch.autograd.graph.get_gradient_edge(p).node for p in model.parameters() if p.requires_grad]
-    captured = CapturedStep(model)
+    captured = capture_steps(model)
     losses = []
     for step, size in enumerate([SIZE] * 6 + [2 * SIZE] * 6):
         images = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, device="cuda")

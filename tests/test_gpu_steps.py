@@ -11,7 +11,7 @@ import torch
 from tiny import CLASSES, TinyBackbone, micro_batch, tiny_config
 
 from automix_dist import distributed
-from automix_dist.captured_step import CapturedStep
+from automix_dist.captured_step import capture_steps
 from automix_dist.data import Batch
 from automix_dist.engines import build_engine
 from automix_dist.model import build_model
@@ -57,7 +57,7 @@ def train(engine: dict) -> float:
         model.compile_regions()
     engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
     if config.engine.cuda_graph:
-        CapturedStep(model)
+        capture_steps(model)
     loader = SimpleNamespace(steps_per_epoch=WARM_UP + WATCHED)
     trainer = Trainer(config, process, engine, loader, None, None, None, None, {})
     batches = [micro_batch(step, 0, config.batch_size) for step in range(WARM_UP + WATCHED)]

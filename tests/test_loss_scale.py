@@ -10,7 +10,7 @@ from test_captured_step import Tape
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist import loss_scale
-from automix_dist.captured_step import CapturedStep
+from automix_dist.captured_step import capture_steps
 from automix_dist.checkpoint import Checkpoints, load_module_state, step_folder, verify
 from automix_dist.data import Batch
 from automix_dist.loss_scale import LossScale
@@ -180,7 +180,7 @@ def gradients(dtype: torch.dtype, scale: float | None, immediate: bool, recorded
         for head in (model.query.head_one, model.query.head_mix):
             head.weight.mul_(1e-3)
     if recorded:
-        CapturedStep(model, lambda: Tape)
+        capture_steps(model, lambda: Tape)
     total = model(*inputs(config, 0, 0, 1, 0.1)).total
     loss_scale.scaled(total, model.loss_scale).backward()
     return torch.cat([p.grad.flatten() / (scale or 1) for p in model.query.backbone.parameters()])

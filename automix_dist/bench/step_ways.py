@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from automix_dist.automix import lay_out
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench.published import PublishedStep
-from automix_dist.captured_step import CapturedStep
+from automix_dist.captured_step import capture_steps
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config
 from automix_dist.config_file import from_dict
 from automix_dist.convolutions import pad_stems
@@ -162,7 +162,7 @@ def vanilla(
     if compiler:
         network.compile(mode=compiler, dynamic=False)
     if graph:
-        CapturedStep(model)
+        capture_steps(model)
 
     def loss(step: int) -> Tensor:
         return model(case.images[step % POOL], case.labels[step % POOL], ()).total
@@ -180,7 +180,7 @@ def policy(case: Case, name: str = "automix", engine: dict | None = None, **sett
     if config.engine.compile:
         model.compile_regions()
     if config.engine.cuda_graph:
-        CapturedStep(model)
+        capture_steps(model)
     update, schedule = MomentumUpdate(model), Schedule(config, steps_per_epoch=1000)
     skipped = torch.zeros((), device=case.device)  # as every engine hands it over
 
