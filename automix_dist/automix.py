@@ -7,10 +7,6 @@ encoder learns from no loss; `momentum.py` moves it after each optimizer step.
 
 import copy
 import math
-from collections.abc import Callable
-from functools import partial
-from hashlib import sha256
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +15,14 @@ from automix_kernels.reference import is_plain
 from torch import Tensor, nn
 
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, AutoMixConfig, ConfigError, LossConfig
-from automix_dist.convolutions import surrounding_autocast
+from automix_dist.convolutions import lay_out
 from automix_dist.draws import Draws, MixDraw, draw_step, gallery_pairs, on_device
-from automix_dist.fused_batchnorm import FusedBatchNorm2d
+from automix_dist.encoder import Encoder, normalize_halves, set_up_compiler
+from automix_dist.immediate_backward import Differentiated, differentiate, sum_losses
 from automix_dist.loss import class_loss, mixed_loss
-from automix_dist.loss_scale import scaled
 from automix_dist.mix_block import MixBlock, mask_loss
+from automix_dist.policy import Mixes
+from automix_dist.precision import surrounding_autocast
 
 
 class Losses(NamedTuple):
@@ -53,81 +51,6 @@ class Logits(NamedTuple):
     query_mix: Tensor
     momentum: Tensor
     momentum_mix: Tensor
-
-
-RECOMPILE_LIMIT = 64
-"""How many versions torch.compile may make of a function, one for each image size of a schedule. Beyond the limit, 8 in
-PyTorch, it runs uncompiled."""
-
-
-def set_up_compiler() -> None:
-    """The limit above; and caches on disk that hold what was compiled for these very operators: their keys know an
-    operator's name, but not what it returns, and another version's code would be taken and fail."""
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
-    torch.compiler.config.cache_key_tag = sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-
-
-class Mixes(NamedTuple):
-    """What a policy makes of images, for people to look at."""
-
-    mask: Tensor
-    """[B, H, W], the weight of the partner in each pixel."""
-    images: Tensor
-    """[B, 3, H, W], normalised."""
-    lam: Tensor
-    """[B]"""
-    partner: Tensor
-    """[B]"""
-
-    def pixels(self, mean: Tensor, std: Tensor) -> Tensor:
-        """The images as [B, H, W, 3] uint8, for the normalisation [3] that they have."""
-        images = self.images * std[:, None, None] + mean[:, None, None]
-        return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
-
-
-class Encoder(nn.Module):
-    """A backbone with linear heads: `head_one` for clean images, `head_mix` for mixed ones (docs/method.md 2.1).
-
-    With `clean_head_only` the backbone does not learn from clean images in training.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        num_classes: int,
-        heads: tuple[str, ...] = ("one", "mix"),
-        clean_head_only: bool = False,
-    ):
-        super().__init__()
-        self.backbone = backbone
-        self.clean_head_only = clean_head_only
-        for head in heads:
-            setattr(self, f"head_{head}", _head(backbone.width, num_classes))
-
-    def forward(self, images: Tensor, head: str) -> Tensor:
-        """[B, 3, H, W] -> [B, classes] float32 logits of `head`: "one" or "mix"."""
-        head_alone = self.training and self.clean_head_only and head == "one"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not head_alone):
-            embedding = self.backbone(images)
-        return getattr(self, f"head_{head}")(embedding).float()
-
-    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's feature map for the Mix Block, without a graph, and the logits of the clean head."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.clean_head_only):
-            features, embedding = self.backbone.features_and_embedding(images)
-        return features.detach(), self.head_one(embedding).float()
-
-    def clean_and_mixed(self, clean: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of clean and of mixed images, each from its head, from one pass over both."""
-        clean_embedding, mixed_embedding = self.backbone(torch.cat([clean, mixed])).chunk(2)
-        if self.clean_head_only:
-            clean_embedding = clean_embedding.detach()
-        return self.head_one(clean_embedding).float(), self.head_mix(mixed_embedding).float()
-
-    def both_heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        embedding = self.backbone(images)
-        return self.head_one(embedding).float(), self.head_mix(embedding).float()
 
 
 class AutoMix(nn.Module):
@@ -190,7 +113,7 @@ class AutoMix(nn.Module):
         self.momentum = copy.deepcopy(self.query).requires_grad_(False)
         self.mix_block = self.make_mix_block(backbone.feature_channels)
         if joint_query:
-            _normalize_halves(self.query)
+            normalize_halves(self.query)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
@@ -312,20 +235,9 @@ class AutoMix(nn.Module):
             parts = (loss_clean, loss_mixed, loss_generator, loss_mask, mask_mean.mean(), accuracy)
             return Losses(total, *(part.detach() for part in parts))
 
-    def _differentiate(self, loss: Tensor, part: nn.Module) -> "Tensor | _Differentiated":
+    def _differentiate(self, loss: Tensor, part: nn.Module) -> Tensor | Differentiated:
         """The loss as it is; or with immediate_backward its value, with the gradients of `part` instead of a graph."""
-        if not (self.immediate_backward and loss.requires_grad):
-            return loss
-        parameters = [p for p in part.parameters() if p.requires_grad]
-        with torch.autocast(loss.device.type, enabled=False):  # as in a backward pass outside of the model
-            gradients = torch.autograd.grad(scaled(loss, self.loss_scale), parameters, allow_unused=True)
-        torch.clear_autocast_cache()  # its casts of the weights hang on the graph that was just freed
-        # Without those that the loss does not reach: ZeRO 3 has not gathered them, and autograd notes an empty shape.
-        reached = [(g, p) for g, p in zip(gradients, parameters, strict=True) if g is not None]
-        gradients, parameters = [g for g, _ in reached], [p for _, p in reached]
-        # Holding these graph nodes keeps the shapes of the gathered weights.
-        nodes = [torch.autograd.graph.get_gradient_edge(p).node for p in parameters]
-        return _Differentiated(loss.detach(), gradients, parameters, nodes, self.loss_scale)
+        return differentiate(loss, part, self.loss_scale) if self.immediate_backward else loss
 
     def _normalized(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return kernels.normalize(images, self.mean, self.std, dtype, implementation=self.implementation)
@@ -380,53 +292,6 @@ class AutoMix(nn.Module):
         return mixed_loss(logits, labels[:size], labels[draw.partner[:size]], draw.lam[:size], self.loss)
 
 
-class _Differentiated(NamedTuple):
-    """A loss whose backward pass has been done."""
-
-    loss: Tensor
-    gradients: list[Tensor]
-    parameters: list[nn.Parameter]
-    nodes: list[Any]
-    scale: Tensor | None
-    """Which the gradients have been multiplied by."""
-
-
-def sum_losses(early: "list[Tensor | _Differentiated]", last: Tensor) -> Tensor:
-    """Losses from `_differentiate`, and the one whose graph is the last, as one to differentiate.
-
-    Gradients that are there already go first in its backward pass; then each one is whole as soon as the last graph
-    delivers its part, and the engine's reduction overlaps with the rest of that graph.
-    """
-    for each in early:
-        if isinstance(each, _Differentiated):
-            each = HeldGradients.apply(each.loss, each.gradients, each.scale, *each.parameters)
-        last = last + each
-    return last
-
-
-class HeldGradients(torch.autograd.Function):
-    """A loss value whose backward pass returns gradients computed earlier, of the loss times `scale`, if there is one:
-    times the incoming gradient, over that scale. It can run once, as they are freed then."""
-
-    @staticmethod
-    def forward(ctx, loss: Tensor, gradients: list[Tensor], scale: Tensor | None, *parameters: Tensor) -> Tensor:
-        ctx.gradients, ctx.scale, ctx.parameters = gradients, scale, parameters
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, incoming: Tensor):
-        # ZeRO 3 has released the gathered weights, and autograd gives a gradient its weight's shape of this moment.
-        sharded = [p for p in ctx.parameters if hasattr(p, "ds_status") and p.ds_status.name == "NOT_AVAILABLE"]
-        if sharded:
-            sharded[0].all_gather(sharded)
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were handed out already: call backward once a forward pass")
-        factor = incoming if ctx.scale is None else incoming / ctx.scale
-        gradients, ctx.gradients = ctx.gradients, None
-        return None, None, None, *torch._foreach_mul(gradients, factor)
-
-
 def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
     """Rescale each image's own mask [B, H, W] to the area lam [B]: shrink it, or shrink its complement."""
     own = own.clamp(1e-8, 1 - 1e-8)
@@ -435,28 +300,3 @@ def adjust_mask(own: Tensor, lam: Tensor) -> Tensor:
     grown = 1 - (1 - own) * ((1 - lam) / (1 - area))
     adjusted = torch.where(area > lam, shrunk, grown)
     return torch.where((area - lam).abs() > 1e-8, adjusted, own)
-
-
-def _normalize_halves(encoder: Encoder) -> None:
-    """Have BatchNorm take each half of a training batch for a batch of its own, the first one first."""
-    for layer in encoder.modules():
-        if isinstance(layer, FusedBatchNorm2d):
-            layer.batches = 2
-        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.forward = partial(_forward_halves, layer, layer.forward)
-
-
-def _forward_halves(layer: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([forward(half) for half in images.chunk(2)]) if layer.training else forward(images)
-
-
-def lay_out(images: Tensor) -> Tensor:
-    """The layout in which convolutions are fast: channels-last on a GPU; on a CPU the weights' own, contiguous one."""
-    return images.contiguous(memory_format=torch.channels_last if images.is_cuda else torch.contiguous_format)
-
-
-def _head(width: int, num_classes: int) -> nn.Linear:
-    head = nn.Linear(width, num_classes)
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
-    return head

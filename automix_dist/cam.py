@@ -9,11 +9,12 @@ from automix_kernels import api as kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.automix import Encoder, Mixes
 from automix_dist.backbone import Backbone
 from automix_dist.config import ConfigError
 from automix_dist.data import Batch
 from automix_dist.distributed import Process
+from automix_dist.encoder import Encoder
+from automix_dist.policy import Mixes
 
 MAX_IMAGES = 64
 MIN_SIDE = 4

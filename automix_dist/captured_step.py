@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from automix_dist.automix import HeldGradients
 from automix_dist.config import ConfigError
 from automix_dist.errors import first_line
-from automix_dist.loss_scale import scaled
+from automix_dist.immediate_backward import HeldGradients
+from automix_dist.precision import scaled
 
 WARM_UP = 3
 """Passes before the recording: libraries choose their algorithms, and Triton and Inductor compile."""

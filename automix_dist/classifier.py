@@ -8,12 +8,13 @@ import torch
 from automix_kernels import api as kernels
 from torch import Tensor, nn
 
-from automix_dist.automix import Encoder, Mixes, lay_out, set_up_compiler
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, LossConfig
-from automix_dist.convolutions import surrounding_autocast
+from automix_dist.convolutions import lay_out
 from automix_dist.draws import gallery_pairs, shared_generator, step_generator
+from automix_dist.encoder import Encoder, set_up_compiler
 from automix_dist.loss import class_loss, mixed_loss
-from automix_dist.policy import Draw, Policy
+from automix_dist.policy import Draw, Mixes, Policy
+from automix_dist.precision import surrounding_autocast
 
 
 class Losses(NamedTuple):

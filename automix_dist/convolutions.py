@@ -1,4 +1,4 @@
-"""How convolutions read their weights: in the layout of the images, and in a stem with a channel of zeros if wanted.
+"""In which layout convolutions read images and weights, and in a stem with a channel of zeros if wanted.
 
 Weights are contiguous: DeepSpeed flattens them, and a checkpoint's slices are views into them. With channels-last
 images cuDNN reads channels-last weights, so that torch copies a weight twice in a forward pass, for its type and for
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automix_dist.config import ConfigError
+from automix_dist.precision import surrounding_autocast
 
 
 class LaidOutConv2d(nn.Conv2d):
@@ -40,9 +41,9 @@ def _reads_channels_last(images: Tensor) -> bool:
     return images.is_cuda and images.is_contiguous(memory_format=torch.channels_last)
 
 
-def surrounding_autocast(device: torch.device, otherwise: torch.dtype = torch.float32) -> torch.dtype:
-    """The dtype of the torch.autocast around a call, or another if there is none."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else otherwise
+def lay_out(images: Tensor) -> Tensor:
+    """The layout in which convolutions are fast: channels-last on a GPU; on a CPU the weights' own, contiguous one."""
+    return images.contiguous(memory_format=torch.channels_last if images.is_cuda else torch.contiguous_format)
 
 
 def lay_out_weights(model: nn.Module) -> None:

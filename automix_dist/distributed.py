@@ -136,14 +136,6 @@ def for_this_machine(config: Config) -> Config:
     return replace(config, engine=engine)
 
 
-def autocast_dtype(engine: EngineConfig, device: torch.device) -> torch.dtype:
-    """What engine.precision means on a device: "auto" leaves bfloat16 to GPUs that do not have to emulate it."""
-    if engine.precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, engine.precision)
-
-
 def _threads() -> int:
     """For this rank's operations on the CPU: what OMP_NUM_THREADS says, else its share of the cores it may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")

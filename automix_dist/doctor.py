@@ -186,7 +186,8 @@ def _torch_on_gpu() -> Check:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library that torch loads is missing
         return Check("torch on the GPU", "fail", f"torch cannot be imported: {error}", "install torch again")
-    from automix_dist.distributed import autocast_dtype, why_no_gpu
+    from automix_dist.distributed import why_no_gpu
+    from automix_dist.precision import autocast_dtype
 
     if torch.cuda.is_available():
         found = f"CUDA {torch.version.cuda or torch.version.hip}"

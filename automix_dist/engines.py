@@ -20,8 +20,8 @@ from automix_kernels.api import device_obstacle
 from torch import Tensor, nn
 
 from automix_dist.config import Config, ConfigError
-from automix_dist.distributed import Process, autocast_dtype
-from automix_dist.loss_scale import INITIAL, LossScale, scaled
+from automix_dist.distributed import Process
+from automix_dist.precision import INITIAL, LossScale, autocast_dtype, autocast_name, scaled
 
 
 class Engine:
@@ -472,10 +472,6 @@ def _when_reduced(config: Config) -> str:
     if config.engine.cuda_graph:
         return "after the backward pass"
     return f"overlapping with the backward pass{', after each compiled region' if config.engine.compile else ''}"
-
-
-def autocast_name(config: Config, device: torch.device) -> str:
-    return str(autocast_dtype(config.engine, device)).removeprefix("torch.")
 
 
 def _loss_scaling(config: Config, device: torch.device) -> str:

@@ -23,9 +23,9 @@ from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.data import Batch, EvalLoader
 from automix_dist.distributed import Process
-from automix_dist.engines import autocast_name
 from automix_dist.evaluation_page import write_evaluation
 from automix_dist.model import restored_model
+from automix_dist.precision import autocast_name
 from automix_dist.run_folder import on_rank_0
 from automix_dist.validate import top_hits
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from automix_dist.config import AutoMixConfig
-from automix_dist.convolutions import surrounding_autocast
+from automix_dist.precision import surrounding_autocast
 
 
 class MixBlock(nn.Module):

@@ -12,8 +12,8 @@ from automix_dist.checkpoint import Saved, load_module_state
 from automix_dist.classifier import Classifier
 from automix_dist.config import Config, ConfigError
 from automix_dist.convolutions import lay_out_weights, pad_stems
-from automix_dist.distributed import autocast_dtype
 from automix_dist.fused_batchnorm import fuse_batchnorms
+from automix_dist.precision import autocast_dtype
 
 
 def build_model(

@@ -51,6 +51,24 @@ class Mix(NamedTuple):
     """[B] float32, the share of each image's own label."""
 
 
+class Mixes(NamedTuple):
+    """What a policy makes of images, for people to look at."""
+
+    mask: Tensor
+    """[B, H, W], the weight of the partner in each pixel."""
+    images: Tensor
+    """[B, 3, H, W], normalised."""
+    lam: Tensor
+    """[B]"""
+    partner: Tensor
+    """[B]"""
+
+    def pixels(self, mean: Tensor, std: Tensor) -> Tensor:
+        """The images as [B, H, W, 3] uint8, for the normalisation [3] that they have."""
+        images = self.images * std[:, None, None] + mean[:, None, None]
+        return (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1)
+
+
 class Policy(nn.Module):
     """A way to mix a batch with a permutation of itself.
 

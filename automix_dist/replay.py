@@ -19,7 +19,7 @@ from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved, find_ch
 from automix_dist.config import CheckpointConfig, Config
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
-from automix_dist.loss_scale import BACKOFF, scaled
+from automix_dist.precision import BACKOFF, scaled
 
 DUMPS = "dumps"
 

@@ -18,13 +18,14 @@ from automix_dist.checkpoint import Checkpoints, Saved, committed_steps
 from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process
-from automix_dist.engines import Engine, autocast_name, build_engine, summary
+from automix_dist.engines import Engine, build_engine, summary
 from automix_dist.errors import EXIT_STOPPED, stopper
 from automix_dist.export import foreseen_refusal
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
 from automix_dist.model import describe_model
 from automix_dist.optimizer import build_optimizer
+from automix_dist.precision import autocast_name
 from automix_dist.rank_log import RankLog
 from automix_dist.run_check import Checked, check_run
 from automix_dist.run_folder import discard, is_of_this_job, on_rank_0, open_folder, store_settings, try_saving

@@ -8,7 +8,7 @@ import torch
 from tiny import CLASSES, TinyBackbone, micro_batch, rank_draws, tiny_config, tiny_model
 from torch import nn
 
-from automix_dist.automix import AutoMix, Losses, Mixes, adjust_mask
+from automix_dist.automix import AutoMix, Losses, adjust_mask
 from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.config import AutoMixConfig, ConfigError
@@ -16,6 +16,7 @@ from automix_dist.draws import Draws, MixDraw
 from automix_dist.mix_block import MixBlock, mask_loss
 from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
+from automix_dist.policy import Mixes
 
 
 def step(model: AutoMix, config, mask_loss_weight: float = 0.1, size: int = 16) -> Losses:

@@ -7,12 +7,12 @@ from ranks import run_ranks
 from torch.nn import functional as F
 
 from automix_dist import distributed
-from automix_dist.automix import Encoder
 from automix_dist.backbone import create_backbone
 from automix_dist.cam import MAX_IMAGES, Showcase, grad_cam, look
 from automix_dist.config import ConfigError, EngineConfig, ModelConfig
 from automix_dist.config_file import from_dict
 from automix_dist.data import Batch
+from automix_dist.encoder import Encoder
 from automix_dist.evaluation_page import write_evaluation
 from automix_dist.model import build_model
 

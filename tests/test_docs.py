@@ -15,11 +15,12 @@ from ranks import run
 from torch import nn
 
 from automix_dist import prepare, sources
-from automix_dist.automix import AutoMix, Losses, Mixes
+from automix_dist.automix import AutoMix, Losses
 from automix_dist.backbone import create_backbone
 from automix_dist.config import Config, ModelConfig, to_dict
 from automix_dist.draws import MixDraw
 from automix_dist.momentum import MomentumUpdate
+from automix_dist.policy import Mixes
 from automix_dist.schedules import StepValues
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from engine_steps import ENGINES, STEPS_PER_EPOCH, engine_steps, start_engine
 from ranks import run_ranks
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
-from automix_dist import distributed, engines
+from automix_dist import distributed, engines, precision
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, synchronize_batchnorm
 from automix_dist.config import ConfigError, ModelConfig
@@ -100,8 +100,8 @@ def test_automatic_precision_is_what_the_gpu_computes_with(major, expected, monk
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.version, "hip", None)
     auto = tiny_config(engine={"device": "auto"}).engine
-    assert distributed.autocast_dtype(auto, torch.device("cuda")) is expected
-    assert distributed.autocast_dtype(auto, CPU) is torch.float32
+    assert precision.autocast_dtype(auto, torch.device("cuda")) is expected
+    assert precision.autocast_dtype(auto, CPU) is torch.float32
 
 
 def test_kernels_run_where_the_gpu_and_the_packages_let_them(monkeypatch):

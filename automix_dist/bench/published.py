@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.automix import Encoder
 from automix_dist.config import AutoMixConfig
+from automix_dist.encoder import Encoder
 from automix_dist.mix_block import mask_loss
 
 

@@ -10,13 +10,12 @@ from automix_kernels import api as kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.automix import lay_out
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.bench.published import PublishedStep
 from automix_dist.captured_step import capture_steps
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, POLICIES, Config
 from automix_dist.config_file import from_dict
-from automix_dist.convolutions import pad_stems
+from automix_dist.convolutions import lay_out, pad_stems
 from automix_dist.draws import draw_step
 from automix_dist.fused_batchnorm import fuse_batchnorms
 from automix_dist.model import build_model

@@ -19,12 +19,14 @@ from automix_kernels import reference
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from automix_dist.automix import AutoMix, Mixes, lay_out, sum_losses
+from automix_dist.automix import AutoMix
 from automix_dist.config import AutoMixConfig, ConfigError
+from automix_dist.convolutions import lay_out
 from automix_dist.draws import gallery_pairs, on_device, pairing, shared_generator, step_generator
+from automix_dist.immediate_backward import sum_losses
 from automix_dist.loss import class_loss
 from automix_dist.mix_block import projection_norm, reset_projections
-from automix_dist.policy import require
+from automix_dist.policy import Mixes, require
 
 
 @dataclass(frozen=True)

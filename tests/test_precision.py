@@ -9,13 +9,13 @@ from ranks import run_ranks
 from test_captured_step import Tape
 from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
-from automix_dist import loss_scale
+from automix_dist import precision
 from automix_dist.captured_step import capture_steps
 from automix_dist.checkpoint import Checkpoints, load_module_state, step_folder, verify
 from automix_dist.data import Batch
-from automix_dist.loss_scale import LossScale
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer, set_learning_rates
+from automix_dist.precision import LossScale
 from automix_dist.replay import find_dump, replay, write_dump
 from automix_dist.schedules import Schedule
 
@@ -67,7 +67,7 @@ def train_plain(config, ranks: int) -> tuple[dict, list[float], list[float]]:
 
 def train_steps(config, process, model, engine, first: int, last: int) -> tuple[list[float], list[float], list[float]]:
     """The scale after each step, whether it was skipped, and the norm of its gradients."""
-    loss_scale.GROWTH_INTERVAL = INTERVAL
+    precision.GROWTH_INTERVAL = INTERVAL
     model.autocast = torch.float16
     model.train()
     update, schedule = MomentumUpdate(model), Schedule(config, STEPS_PER_EPOCH)
@@ -182,7 +182,7 @@ def gradients(dtype: torch.dtype, scale: float | None, immediate: bool, recorded
     if recorded:
         capture_steps(model, lambda: Tape)
     total = model(*inputs(config, 0, 0, 1, 0.1)).total
-    loss_scale.scaled(total, model.loss_scale).backward()
+    precision.scaled(total, model.loss_scale).backward()
     return torch.cat([p.grad.flatten() / (scale or 1) for p in model.query.backbone.parameters()])
 
 
