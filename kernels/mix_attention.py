@@ -39,7 +39,7 @@ import torch
 import triton
 import triton.language as tl
 from automix_kernels.operators import Operator, cdiv, next_power_of_2
-from automix_kernels.reference import split_projection
+from automix_kernels.projection import split_projection
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)

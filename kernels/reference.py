@@ -12,16 +12,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+from automix_kernels.projection import joined_rows, split_projection
 from torch import Tensor
-
-ROWS = 16
-"""Projection and value are one product, whose columns are filled up to a multiple of this: then each of its rows begins
-where matrix products and wide loads want it."""
-
-
-def joined_rows(width: int) -> int:
-    """Rows of the joined weight: D of queries and keys, one of the value, and zeros."""
-    return -(-(width + 1) // ROWS) * ROWS
 
 
 def split_weights(
@@ -54,14 +46,6 @@ def split_weights_backward(
         torch.cat([grad_query, grad_query_lambda.view(width, columns)], dim=1),
         torch.cat([grad_value, grad_value_lambda.view(1, columns)], dim=1),
     )
-
-
-def split_projection(projection: Tensor, value: Tensor | None, width: int | None) -> tuple[Tensor, Tensor]:
-    """Queries and keys [B, N, D], and the value [B, N]: without `value` column D = `width` of the projection."""
-    if value is not None:
-        return projection, value
-    queries, value, _ = projection.split([width, 1, projection.shape[2] - width - 1], dim=2)
-    return queries, value.squeeze(2)
 
 
 def mix_attention(

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from automix_kernels.operators import Operator, cdiv
-from automix_kernels.reference import joined_rows
+from automix_kernels.projection import joined_rows
 from torch import Tensor
 
 BLOCK = 1024

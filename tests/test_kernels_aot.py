@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from automix_kernels import batch_norm_relu, mask_blend, mix_attention, momentum, normalize, split_weights  # noqa: E402
-from automix_kernels.reference import joined_rows  # noqa: E402
+from automix_kernels.projection import joined_rows  # noqa: E402
 from launches import TARGETS, Recorder, compile_launch  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")

@@ -15,7 +15,7 @@ from test_kernels_interpreter import passed_in_a_process
 triton = pytest.importorskip("triton")
 
 from automix_kernels import batch_norm_relu, mask_blend, mix_attention, momentum, normalize  # noqa: E402
-from automix_kernels.reference import joined_rows  # noqa: E402
+from automix_kernels.projection import joined_rows  # noqa: E402
 from launches import machine_run  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")

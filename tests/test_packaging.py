@@ -87,6 +87,13 @@ def test_kernels_know_torch_and_triton_only():
         assert not foreign, f"{path.name} imports {foreign}"
 
 
+def test_kernels_do_not_import_their_definitions():
+    """What both are built from may be wrong in both."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        names = set(imported(ast.parse(path.read_text())))
+        assert not {"triton.language", "automix_kernels.reference"} <= names, path.name
+
+
 def test_kernels_folder_hides_no_package():
     """A kernels/__init__.py would hide the package `kernels` of that name from every library, in any checkout."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
