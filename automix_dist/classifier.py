@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from automix_dist.config import IMAGENET_MEAN, IMAGENET_STD, LossConfig
 from automix_dist.convolutions import lay_out
-from automix_dist.draws import gallery_pairs, shared_generator, step_generator
+from automix_dist.draws import gallery_pairs, shared_rng, step_rng
 from automix_dist.encoder import Encoder, set_up_compiler
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.policy import Draw, Mixes, Policy
@@ -90,7 +90,7 @@ class Classifier(nn.Module):
             train_generator: of AutoMix; all models are called alike.
             where: seed, step, and if not 0 micro_step and rank; the draws depend on nothing else.
         """
-        return self.policy.draw(step_generator(**where), shared_generator(**where), images)
+        return self.policy.draw(step_rng(**where), shared_rng(**where), images)
 
     def gallery_draw(self, images: Tensor, sweep: int = 0) -> Draw:
         """Pairs and lambdas for people to look at: see `draws.gallery_pairs`."""

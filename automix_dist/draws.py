@@ -75,12 +75,12 @@ def draw_step(
 
     Ranks and micro batches draw independently. The copies to a GPU are asynchronous, from pinned memory.
     """
-    generator = step_generator(seed=seed, step=step, micro_step=micro_step, rank=rank)
-    lams = generator.beta(config.alpha, config.alpha, size=2)
-    partners = [pairing(generator, batch_size, config.no_repeat) for _ in range(2)]
-    modes = [config.upsampling[i] for i in generator.integers(len(config.upsampling), size=2)]
-    adjust = generator.random()
-    switch = shared_generator(seed=seed, step=step, micro_step=micro_step).random()
+    rng = step_rng(seed=seed, step=step, micro_step=micro_step, rank=rank)
+    lams = rng.beta(config.alpha, config.alpha, size=2)
+    partners = [pairing(rng, batch_size, config.no_repeat) for _ in range(2)]
+    modes = [config.upsampling[i] for i in rng.integers(len(config.upsampling), size=2)]
+    adjust = rng.random()
+    switch = shared_rng(seed=seed, step=step, micro_step=micro_step).random()
     return Draws(
         lam=on_device(np.repeat(lams[:, None], batch_size, axis=1), device),
         partner=on_device(np.stack(partners), device),
@@ -90,16 +90,16 @@ def draw_step(
     )
 
 
-def step_generator(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
+def step_rng(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
     """The generator of one micro batch's draws."""
     return np.random.Generator(np.random.Philox(key=_key(seed, step, micro_step, rank)))
 
 
-def shared_generator(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
+def shared_rng(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
     """The same on every rank, for what decides which modules run: where weights are sharded, all ranks must run the
     same ones or wait for each other for ever."""
     del rank
-    return step_generator(seed=seed, step=step, micro_step=micro_step, rank=2**32)
+    return step_rng(seed=seed, step=step, micro_step=micro_step, rank=2**32)
 
 
 def on_device(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -134,13 +134,13 @@ def _key(seed: int, step: int, micro_step: int, rank: int) -> np.ndarray:
     return np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(2, np.uint64)
 
 
-def pairing(generator: np.random.Generator, size: int, no_repeat: bool) -> np.ndarray:
+def pairing(rng: np.random.Generator, size: int, no_repeat: bool) -> np.ndarray:
     """A random permutation of 0 .. size - 1, [size] int64; with no_repeat one that leaves no image with itself."""
     if not no_repeat:
-        return generator.permutation(size)
+        return rng.permutation(size)
     # Sattolo's algorithm: a uniformly random single cycle has no fixed point, and needs no retry.
     cycle = np.arange(size)
     for i in range(size - 1, 0, -1):
-        j = generator.integers(i)
+        j = rng.integers(i)
         cycle[i], cycle[j] = cycle[j], cycle[i]
     return cycle

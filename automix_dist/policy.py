@@ -97,26 +97,26 @@ class Policy(nn.Module):
         """The backbone's modules, by name, whose outputs `forward` changes by a hook that it removes again."""
         return {}
 
-    def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
+    def draw(self, rng: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
         """The draws of one micro batch: one lambda, a permutation, and what `draw_extra` adds.
 
-        `shared` is the same on all ranks (draws.shared_generator).
+        `shared` is the same on all ranks (draws.shared_rng).
         """
-        lam = np.full(len(images), self.draw_lam(generator))
-        return self.finish_draw(generator, lam, generator.permutation(len(images)), images)
+        lam = np.full(len(images), self.draw_lam(rng))
+        return self.finish_draw(rng, lam, rng.permutation(len(images)), images)
 
-    def draw_lam(self, generator: np.random.Generator) -> float:
-        return generator.beta(self.settings.alpha, self.settings.alpha)
+    def draw_lam(self, rng: np.random.Generator) -> float:
+        return rng.beta(self.settings.alpha, self.settings.alpha)
 
-    def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
+    def finish_draw(self, rng: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
         """A draw with given lambdas [B] and partners [B]; the images tell size and device."""
         height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:]
-        extra = self.draw_extra(generator, lam, height, width)
+        extra = self.draw_extra(rng, lam, height, width)
         device = images.device
         extra = {k: on_device(v, device) if isinstance(v, np.ndarray) else v for k, v in extra.items()}
         return Draw(on_device(lam, device), on_device(partner, device), extra)
 
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         """Further draws: arrays whose first axis is the batch, or plain numbers; for lambdas [B] and H x W pixels."""
         return {}
 

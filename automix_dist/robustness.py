@@ -86,10 +86,10 @@ def corrupt(images: Tensor, name: str, severity: int, samples: Tensor, seed: int
     size = published_size(images.shape[2])
     strength = STRENGTHS[name][size][severity - 1]
     pixels = images.permute(0, 3, 1, 2).float() / 255
-    generators = [generator(seed, sample, 1 + list(STRENGTHS).index(name), severity) for sample in samples.tolist()]
+    rngs = [rng_of(seed, sample, 1 + list(STRENGTHS).index(name), severity) for sample in samples.tolist()]
     if name in LENGTHS:
         strength = np.multiply(strength, images.shape[2] / size)
-    pixels = _CORRUPTIONS[name](pixels, strength, generators)
+    pixels = _CORRUPTIONS[name](pixels, strength, rngs)
     return (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
 
 
@@ -102,7 +102,7 @@ def occlude(images: Tensor, share: float, samples: Tensor, seed: int, color: tup
     """uint8 [B, H, W, 3] with `share` of its grid's cells, drawn for each sample, in `color` (on the [0, 1] scale)."""
     height, width = images.shape[1:3]
     cells = OCCLUSION_GRID**2
-    order = np.stack([generator(seed, sample, 0, 0).permutation(cells) for sample in samples.tolist()])
+    order = np.stack([rng_of(seed, sample, 0, 0).permutation(cells) for sample in samples.tolist()])
     hidden = torch.from_numpy(order < round(share * cells)).to(images.device).view(-1, OCCLUSION_GRID, OCCLUSION_GRID)
     rows, columns = (torch.arange(n, device=images.device) * OCCLUSION_GRID // n for n in (height, width))
     fill = (torch.tensor(color, device=images.device) * 255).round().byte()
@@ -142,33 +142,33 @@ def attack(
 
 def random_start(pixels: Tensor, samples: Tensor, seed: int, epsilon: float) -> Tensor:
     """Uniform displacements in [-epsilon, epsilon], like `pixels`."""
-    generators = [generator(seed, sample, 100, 0) for sample in samples.tolist()]
-    return (2 * _draw(pixels, generators, "random") - 1) * epsilon
+    rngs = [rng_of(seed, sample, 100, 0) for sample in samples.tolist()]
+    return (2 * _draw(pixels, rngs, "random") - 1) * epsilon
 
 
-def generator(*key: int) -> np.random.Generator:
-    """A generator of its own for each key of four numbers."""
+def rng_of(*key: int) -> np.random.Generator:
+    """An independent random generator for each key (seed, sample, kind, severity)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-def _draw(pixels: Tensor, generators: list[np.random.Generator], kind: str) -> Tensor:
+def _draw(pixels: Tensor, rngs: list[np.random.Generator], kind: str) -> Tensor:
     """Numbers for each image from its own generator: "random" or "standard_normal", like `pixels`."""
-    drawn = [getattr(g, kind)(pixels.shape[1:], dtype=np.float32) for g in generators]
+    drawn = [getattr(g, kind)(pixels.shape[1:], dtype=np.float32) for g in rngs]
     return torch.from_numpy(np.stack(drawn)).to(pixels.device)
 
 
-def _gaussian_noise(pixels: Tensor, strength: float, generators: list) -> Tensor:
-    return pixels + strength * _draw(pixels, generators, "standard_normal")
+def _gaussian_noise(pixels: Tensor, strength: float, rngs: list) -> Tensor:
+    return pixels + strength * _draw(pixels, rngs, "standard_normal")
 
 
-def _shot_noise(pixels: Tensor, strength: float, generators: list) -> Tensor:
+def _shot_noise(pixels: Tensor, strength: float, rngs: list) -> Tensor:
     means = (pixels * strength).cpu().numpy()
-    counts = np.stack([g.poisson(mean) for g, mean in zip(generators, means, strict=True)])
+    counts = np.stack([g.poisson(mean) for g, mean in zip(rngs, means, strict=True)])
     return torch.from_numpy(counts).to(pixels) / strength
 
 
-def _impulse_noise(pixels: Tensor, strength: float, generators: list) -> Tensor:
-    drawn = _draw(pixels, generators, "random")
+def _impulse_noise(pixels: Tensor, strength: float, rngs: list) -> Tensor:
+    drawn = _draw(pixels, rngs, "random")
     return torch.where(drawn < strength, (drawn < strength / 2).float(), pixels)
 
 
@@ -185,14 +185,14 @@ def _defocus_blur(pixels: Tensor, strength: tuple[float, float], _: list) -> Ten
     return _filter(pixels, F.conv2d(disk[None, None], _gaussian(deviation, rim)[None, None], padding=rim)[0, 0])
 
 
-def _motion_blur(pixels: Tensor, strength: tuple[float, float], generators: list) -> Tensor:
+def _motion_blur(pixels: Tensor, strength: tuple[float, float], rngs: list) -> Tensor:
     """A straight way of 2 * radius from each pixel, at the image's own angle between -45 and 45 degrees; what lies far
     along it weighs less."""
     radius, deviation = strength
     size = math.ceil(2 * radius)
     offsets = torch.arange(-size, size + 1.0)
     blurred = []
-    for image, g in zip(pixels, generators, strict=True):
+    for image, g in zip(pixels, rngs, strict=True):
         angle = math.radians(g.uniform(-45, 45))
         along = offsets[None, :] * math.cos(angle) + offsets[:, None] * math.sin(angle)
         across = offsets[None, :] * math.sin(angle) - offsets[:, None] * math.cos(angle)

@@ -30,7 +30,7 @@ from automix_dist.classifier import Classifier
 from automix_dist.cli import main
 from automix_dist.config import POLICIES, AutoMixConfig, ConfigError, LossConfig, ModelConfig, PolicyConfig
 from automix_dist.config_file import load_config
-from automix_dist.draws import Draws, MixDraw, draw_step, seed_torch, shared_generator, step_generator
+from automix_dist.draws import Draws, MixDraw, draw_step, seed_torch, shared_rng, step_rng
 from automix_dist.engines import build_engine
 from automix_dist.loss import class_loss, mixed_loss
 from automix_dist.model import build_model
@@ -51,7 +51,7 @@ def make(name: str, **values):
 
 def draw(made, images, step: int = 0):
     where = EACH_BATCH | {"step": step}
-    return made.draw(step_generator(**where), shared_generator(**where), images)
+    return made.draw(step_rng(**where), shared_rng(**where), images)
 
 
 def images_of(size: int, height: int = SIZE, width: int = SIZE) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_gridmixup_cuts_the_published_holes():
     made, images = make("gridmixup", hole_aspect=[0.5, 1.5]), images_of(2, 28, 40)
     for step in range(30):
         this = draw(made, images, step)
-        generator = step_generator(**EACH_BATCH, step=step)
+        generator = step_rng(**EACH_BATCH, step=step)
         lam = generator.beta(0.2, 0.2)
         generator.permutation(2)
         holes, hole_aspect = generator.integers(2, 7), generator.uniform(0.5, 1.5)

@@ -68,7 +68,7 @@ def test_motion_blur_drags_a_point_along_a_way_as_long_as_its_severity():
     image = torch.zeros(1, 97, 97, 3, dtype=torch.uint8)
     image[0, 48, 48] = 255
     for severity, (radius, deviation) in zip(SEVERITIES, STRENGTHS["motion_blur"][224], strict=True):
-        generators = [robustness.generator(0, 0, 1, severity)]
+        generators = [robustness.rng_of(0, 0, 1, severity)]
         blurred = robustness._motion_blur(image.permute(0, 3, 1, 2).double() / 255, (radius, deviation), generators)[
             0, 0
         ]

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from automix_dist.automix import AutoMix
 from automix_dist.config import AutoMixConfig, ConfigError
 from automix_dist.convolutions import lay_out
-from automix_dist.draws import gallery_pairs, on_device, pairing, shared_generator, step_generator
+from automix_dist.draws import gallery_pairs, on_device, pairing, shared_rng, step_rng
 from automix_dist.immediate_backward import sum_losses
 from automix_dist.loss import class_loss
 from automix_dist.mix_block import projection_norm, reset_projections
@@ -115,18 +115,18 @@ class Model(AutoMix):
 
     def draw(self, images: Tensor, *, train_generator: bool = True, **where: int) -> Draws:
         config, settings, size = self.config, self.settings, len(images)
-        generator, shared = step_generator(**where), shared_generator(**where)
+        rng, shared = step_rng(**where), shared_rng(**where)
         samples = int(shared.integers(2, settings.samples + 1)) if settings.random_samples else settings.samples
-        lam = generator.beta(config.alpha, config.alpha, size=samples)
+        lam = rng.beta(config.alpha, config.alpha, size=samples)
 
         def multi(shares: np.ndarray) -> MultiDraw:
-            members = [pairing(generator, size, config.no_repeat) for _ in range(samples)]
+            members = [pairing(rng, size, config.no_repeat) for _ in range(samples)]
             if samples == 2:
                 members[0] = np.arange(size)
             elif config.no_repeat:
                 for i in range(1, samples):  # powers of one cycle: no image twice in a mix of a batch of S or more
                     members[i] = members[0][members[i - 1]]
-            mode = config.upsampling[generator.integers(len(config.upsampling))]
+            mode = config.upsampling[rng.integers(len(config.upsampling))]
             shares = np.repeat(shares[:, None], size, axis=1)
             return MultiDraw(on_device(shares, images.device), on_device(np.stack(members), images.device), mode)
 

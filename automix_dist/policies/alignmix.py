@@ -39,8 +39,8 @@ class Policy(policy.Policy):
         if not is_map or not hasattr(backbone, "last_map"):
             raise ConfigError("policy.name = 'alignmix' needs a CNN, whose last feature map is [B, C, h, w]")
 
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
-        align, partner_moves = generator.integers(2, size=2)
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+        align, partner_moves = rng.integers(2, size=2)
         return {"align": bool(align), "partner_moves": bool(partner_moves)}
 
     def mix(self, images: Tensor, draw: Draw) -> None:

@@ -19,10 +19,10 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         share = np.sqrt(1 - lam)
-        rows = box_edges(generator.integers(height), share, height)
-        columns = box_edges(generator.integers(width), share, width)
+        rows = box_edges(rng.integers(height), share, height)
+        columns = box_edges(rng.integers(width), share, width)
         return {"boxes": np.stack([*rows, *columns], axis=1)}
 
     def mask(self, images: Tensor, draw: Draw) -> Tensor:

@@ -26,9 +26,9 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
-        noise = generator.standard_normal((1, height, width // 2 + 1, 2))
-        rounded = np.ceil if generator.integers(2) else np.floor
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+        noise = rng.standard_normal((1, height, width // 2 + 1, 2))
+        rounded = np.ceil if rng.integers(2) else np.floor
         return {"noise": noise, "own_pixels": rounded(lam * height * width).astype(np.int64)}
 
     def mask(self, images: Tensor, draw: Draw) -> Tensor:

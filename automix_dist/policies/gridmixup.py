@@ -36,11 +36,11 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         settings = self.settings
-        holes = generator.integers(settings.holes[0], settings.holes[1] + 1)
+        holes = rng.integers(settings.holes[0], settings.holes[1] + 1)
         hole_aspect, area, aspect = (
-            generator.uniform(*each) for each in (settings.hole_aspect, settings.crop_area, settings.crop_aspect)
+            rng.uniform(*each) for each in (settings.hole_aspect, settings.crop_area, settings.crop_aspect)
         )
         crop_width = min(int(math.sqrt(int(height * width * area) / aspect)), width)
         crop_height = min(int(crop_width * aspect), height)
@@ -48,8 +48,8 @@ class Policy(policy.Policy):
         cell_height = max(int(cell_width * hole_aspect), 1)
         share = np.sqrt(1 - lam)[:, None]
         return {
-            "rows": _holes(height, crop_height, cell_height, share, generator.random()),
-            "columns": _holes(width, crop_width, cell_width, share, generator.random()),
+            "rows": _holes(height, crop_height, cell_height, share, rng.random()),
+            "columns": _holes(width, crop_width, cell_width, share, rng.random()),
         }
 
     def mask(self, images: Tensor, draw: Draw) -> Tensor:

@@ -34,8 +34,8 @@ class Policy(policy.Policy):
     def changed_layers(self, backbone: nn.Module) -> dict[str, nn.Module]:
         return {name: _model(backbone).get_submodule(name) for name in self.settings.layers if name}
 
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
-        return {"layer": self.settings.layers[generator.integers(len(self.settings.layers))]}
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+        return {"layer": self.settings.layers[rng.integers(len(self.settings.layers))]}
 
     def mix(self, images: Tensor, draw: Draw) -> None:
         return None

@@ -17,7 +17,7 @@ class Settings:
 class Policy(policy.Policy):
     mixes = False
 
-    def draw_lam(self, generator: np.random.Generator) -> float:
+    def draw_lam(self, rng: np.random.Generator) -> float:
         return 1.0
 
     def mix(self, images: Tensor, draw: Draw) -> None:

@@ -67,10 +67,10 @@ class Settings(BetaSettings):
 
 
 class Policy(policy.Policy):
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
         fitting = [n for n in self.settings.blocks if height % n == 0 and width % n == 0]
         require(bool(fitting), "blocks", self.settings.blocks, f"a divisor of the image's {height} x {width} pixels")
-        return {"blocks": fitting[generator.integers(len(fitting))]}
+        return {"blocks": fitting[rng.integers(len(fitting))]}
 
     def prepare(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
         pixels, training = images.detach().requires_grad_(), encoder.training

@@ -23,8 +23,8 @@ class Settings:
 
 
 class Policy(cutmix.Policy):
-    def draw_lam(self, generator: np.random.Generator) -> float:
-        return 1 - generator.uniform(*self.settings.scale) ** 2
+    def draw_lam(self, rng: np.random.Generator) -> float:
+        return 1 - rng.uniform(*self.settings.scale) ** 2
 
     def partners(self, images: Tensor, draw: Draw) -> Tensor:
         """Each partner shrunk into its box, by the nearest pixel; what lies outside of the box does not matter."""

@@ -24,12 +24,12 @@ class Settings:
 
 
 class Policy(policy.Policy):
-    def draw_lam(self, generator: np.random.Generator) -> float:
+    def draw_lam(self, rng: np.random.Generator) -> float:
         return 0.5  # of no account: the mask's mean decides
 
-    def draw_extra(self, generator: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
-        centre = generator.integers(height), generator.integers(width)
-        sigma = generator.uniform(*self.settings.sigma) * height
+    def draw_extra(self, rng: np.random.Generator, lam: np.ndarray, height: int, width: int) -> dict[str, Any]:
+        centre = rng.integers(height), rng.integers(width)
+        sigma = rng.uniform(*self.settings.sigma) * height
         rows, columns = (
             np.exp(-((np.arange(size) - at) ** 2) / (2 * sigma**2))[None]
             for size, at in zip((height, width), centre, strict=True)

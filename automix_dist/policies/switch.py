@@ -50,12 +50,12 @@ class Policy(policy.Policy):
     def changed_layers(self, backbone: nn.Module) -> dict[str, nn.Module]:
         return {name: layer for each in self.policies for name, layer in each.changed_layers(backbone).items()}
 
-    def draw(self, generator: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
+    def draw(self, rng: np.random.Generator, shared: np.random.Generator, images: Tensor) -> Draw:
         chosen = int(shared.choice(len(self.policies), p=self.shares))
-        return self._mark(chosen, self.policies[chosen].draw(generator, shared, images))
+        return self._mark(chosen, self.policies[chosen].draw(rng, shared, images))
 
-    def finish_draw(self, generator: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
-        return self._mark(0, self.policies[0].finish_draw(generator, lam, partner, images))
+    def finish_draw(self, rng: np.random.Generator, lam: np.ndarray, partner: np.ndarray, images: Tensor) -> Draw:
+        return self._mark(0, self.policies[0].finish_draw(rng, lam, partner, images))
 
     def prepare(self, encoder: nn.Module, images: Tensor, labels: Tensor | None, draw: Draw) -> Draw:
         return self.policies[draw.extra["policy"]].prepare(encoder, images, labels, draw)
