@@ -161,9 +161,21 @@ def launched_ranks() -> int:
     return world_size
 
 
+def _set_up_torch(engine: EngineConfig) -> None:
+    """This process's threads, and which algorithms its operations may choose."""
+    threads = _threads()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = not engine.deterministic
+    torch.backends.cudnn.allow_tf32 = engine.precision != "float32"
+    if engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so; read at its start
+        torch.use_deterministic_algorithms(True)
+
+
 def start(engine: EngineConfig) -> Process:
     """Join the processes that a launcher started, or be the only one. Sets what users should not have to set:
-    DeepSpeed's accelerator, gloo's interface, thread counts. Call once, before the first collective.
+    DeepSpeed's accelerator, gloo's interface, threads, cuDNN. Call once, before the first collective.
     """
     device = resolve_device(engine)
     world_size = launched_ranks()
@@ -174,14 +186,7 @@ def start(engine: EngineConfig) -> Process:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if world_size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
         _name_gloo_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-    threads = _threads()
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = not engine.deterministic
-    torch.backends.cudnn.allow_tf32 = engine.precision != "float32"
-    if engine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be so; read at its start
-        torch.use_deterministic_algorithms(True)
+    _set_up_torch(engine)
 
     from accelerate import PartialState
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from automix_dist.config import Config, ConfigError
 from automix_dist.distributed import Process
+from automix_dist.optimizer import state_keys
 from automix_dist.precision import INITIAL, LossScale, autocast_dtype, autocast_name, scaled
 
 
@@ -76,15 +77,16 @@ class Engine:
         square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self.process.device)
         if self.sharded:
             self.process.sum(square)
-        scale = self.module.loss_scale
-        norm = square.sqrt() if scale is None else square.sqrt() / scale
+        loss_scale = self.module.loss_scale
+        norm = square.sqrt() if loss_scale is None else square.sqrt() / loss_scale
         self.grad_norm = norm
         skipped = (~norm.isfinite()).float()
+        divisor = loss_scale
         if self.clip_norm:
-            scale = scaled(((norm + 1e-6) / self.clip_norm).clamp(min=1), scale)
+            divisor = scaled(((norm + 1e-6) / self.clip_norm).clamp(min=1), loss_scale)
         # Where the optimizer is offloaded, its gradients and its step are on the host.
         self.optimizer.found_inf = skipped.to(gradients[0].device)
-        self.optimizer.grad_scale = scale if scale is None else scale.to(gradients[0].device)
+        self.optimizer.grad_scale = divisor if divisor is None else divisor.to(gradients[0].device)
         self._step()
         if self.loss_scale:
             self.loss_scale.update(skipped)
@@ -99,11 +101,7 @@ class Engine:
         """
         if self.loss_scale:
             self.loss_scale.load(scalars or {})
-        tensors, numbers = {
-            "SGD": (["momentum_buffer"], []),
-            "AdamW": (["exp_avg", "exp_avg_sq"], ["step"]),
-            "Lamb": (["exp_avg", "exp_avg_sq"], ["step"]),
-        }[type(self.optimizer).__name__]
+        tensors, numbers = state_keys(self.optimizer)
         for group, stepped in self._stepped():
             state = self.optimizer.state[stepped]
             for key in tensors if group.get("momentum", 1) else []:

@@ -93,18 +93,18 @@ class Lamb(torch.optim.Optimizer):
         # A gradient that is not finite counts as 0, and what comes of it is multiplied by 0.
         gradients = [torch.nan_to_num(p.grad / scale, 0.0, 0.0, 0.0) for p in tensors]
         torch._foreach_add_(counts, kept, alpha=1)  # without alpha it would read `kept` as a number, and wait for it
-        (first, second), count = group["betas"], counts[0].clamp(min=1)
+        (beta1, beta2), count = group["betas"], counts[0].clamp(min=1)
         for averages, values, beta in (
-            (means, gradients, first),
-            (squares, torch._foreach_mul(gradients, gradients), second),
+            (means, gradients, beta1),
+            (squares, torch._foreach_mul(gradients, gradients), beta2),
         ):
             change = torch._foreach_sub(values, averages)
             torch._foreach_mul_(change, (1 - beta) * kept)
             torch._foreach_add_(averages, change)
-        denominator = torch._foreach_div(squares, 1 - second**count)
+        denominator = torch._foreach_div(squares, 1 - beta2**count)
         torch._foreach_sqrt_(denominator)
         torch._foreach_add_(denominator, group["eps"])
-        update = torch._foreach_div(means, 1 - first**count)
+        update = torch._foreach_div(means, 1 - beta1**count)
         torch._foreach_div_(update, denominator)
         length = group["lr"] * kept
         if group["weight_decay"]:
@@ -114,6 +114,13 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_mul_(update, ratios)
         torch._foreach_mul_(update, -length)
         torch._foreach_add_(tensors, update)
+
+
+def state_keys(optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What an optimizer of `build_optimizer` keeps for each parameter: tensors of its shape, and plain numbers."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return ("momentum_buffer",), ()
+    return ("exp_avg", "exp_avg_sq"), ("step",)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:

@@ -50,7 +50,7 @@ FIXED_ON_RESUME = (
 )
 """Settings, or whole sections, whose change would make a checkpoint's tensors or its place in the data meaningless."""
 
-GROUND = {
+BITWISE_CONDITIONS = {
     "device": "device",
     "gpus": "GPUs",
     "world_size": "ranks",
@@ -263,10 +263,10 @@ def _check_continuation(saved: Saved, config: Config, about: dict[str, Any], tot
     for change in changed:
         say(f"resuming with another setting: {change}")
     then, now = flatten(saved.manifest.get("environment", {})), flatten(about["environment"])
-    ground = [key for key in GROUND if key in then and then[key] != now[key]]
+    ground = [key for key in BITWISE_CONDITIONS if key in then and then[key] != now[key]]
     if now["device"] != "cpu" and "threads" in ground:
         ground.remove("threads")
-    ground = [f"{GROUND[key]} {then[key]} -> {now[key]}" for key in ground]
+    ground = [f"{BITWISE_CONDITIONS[key]} {then[key]} -> {now[key]}" for key in ground]
     if ground:
         say(f"resuming, but not bit for bit: {', '.join(ground)}")
     if saved.manifest.get("classes", about["classes"]) != about["classes"]:
