@@ -394,7 +394,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     name: Literal["deepspeed", "ddp", "fsdp2"] = "deepspeed"
-    """Who reduces gradients and steps: DeepSpeed, torch's DDP (shards nothing) or FSDP2 (shards everything)."""
+    """What reduces gradients and steps: DeepSpeed, torch's DDP (shards nothing) or FSDP2 (shards everything)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed shards: nothing (plain data parallel), optimizer, + gradients, + parameters."""
     offload_optimizer: bool = False

@@ -91,7 +91,7 @@ def draw_step(
 
 
 def step_rng(*, seed: int, step: int, micro_step: int = 0, rank: int = 0) -> np.random.Generator:
-    """The generator of one micro batch's draws."""
+    """The random generator of one micro batch's draws."""
     return np.random.Generator(np.random.Philox(key=_key(seed, step, micro_step, rank)))
 
 

@@ -56,6 +56,7 @@ class Encoder(nn.Module):
         return self.head_one(clean_embedding).float(), self.head_mix(mixed_embedding).float()
 
     def both_heads(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, H, W] -> the [B, classes] float32 logits of the clean and of the mixed head, from one pass."""
         embedding = self.backbone(images)
         return self.head_one(embedding).float(), self.head_mix(embedding).float()
 

@@ -1,4 +1,4 @@
-"""The momentum encoder follows the query encoder: k <- c k + (1 - c) q in float32, in place, without communication.
+"""The momentum encoder follows the query encoder: k <- c k + (1 - c) q (docs/method.md 2.7) in float32, in place.
 
 Where the engine keeps whole parameters on every rank (DDP, ZeRO 0, 1, 2), each rank updates them all, and the ranks
 agree because their query encoders do. Where it shards parameters (ZeRO 3, FSDP2), each rank updates its own shards.
