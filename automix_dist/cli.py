@@ -260,21 +260,23 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 def _prepare(options: argparse.Namespace) -> int:
     from automix_dist import beton
-    from automix_dist.prepare import prepare
+    from automix_dist.prepare import PrepareOptions, prepare
 
     warnings.showwarning = lambda message, *_: _to_stderr(f"warning: {message}")
     manifest = prepare(
         options.source,
         options.out,
+        PrepareOptions(
+            holdout=options.holdout,
+            per_class=options.per_class,
+            write_mode=options.write_mode,
+            max_resolution=options.max_resolution,
+            quality=options.quality,
+            skip_broken=options.skip_broken,
+        ),
         split=options.split,
         classes=beton.read_classes(options.classes) if options.classes else None,
-        holdout=options.holdout,
-        per_class=options.per_class,
-        write_mode=options.write_mode,
-        max_resolution=options.max_resolution,
-        quality=options.quality,
         workers=options.workers,
-        skip_broken=options.skip_broken,
         overwrite=options.overwrite,
         progress=True,
     )

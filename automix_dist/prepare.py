@@ -7,7 +7,6 @@ Nothing that looks finished exists before it is: the file is written under anoth
 manifest, without which nothing reads the file, comes last.
 """
 
-import dataclasses
 import fcntl
 import io
 import json
@@ -16,9 +15,10 @@ import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 import PIL
@@ -57,7 +57,6 @@ from automix_dist.whole_file import sync
 SMART_RATIO = 4
 """Mode "smart" stores a JPEG where it is at least this many times smaller than the pixels."""
 
-
 WriteMode = Literal["raw", "jpg", "proportion", "smart"]
 
 
@@ -81,69 +80,69 @@ class Broken(NamedTuple):
     reason: str
 
 
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Which images of a source are written, and how they are stored; the manifest keeps it. Raises ConfigError."""
+
+    holdout: float | None = None
+    """Of a source without splits, the share of each class that is "val"; the rest is "train". Which images these are
+    depends on their names alone, so that two calls on the same images part them exactly."""
+    per_class: int | None = None
+    """Only the first so many images of each class, in the source's order; None = all."""
+    write_mode: WriteMode = "jpg"
+    """Pixels with "raw"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least four times
+    smaller."""
+    max_resolution: int | None = None
+    """Images with a longer side are reduced to it (antialiased bicubic)."""
+    quality: int = 90
+    """Of the JPEGs made here."""
+    restart_markers: bool = True
+    """In the JPEGs made here, so that training decodes crops faster."""
+    skip_broken: bool = False
+    """Images that cannot be read or have an unknown class are left out, and named in the manifest."""
+
+    def __post_init__(self) -> None:
+        if self.holdout is not None and not 0 < self.holdout < 1:
+            raise ConfigError(f"--holdout {self.holdout}: expected a share of the images between 0 and 1, such as 0.1")
+        if self.per_class is not None and self.per_class < 1:
+            raise ConfigError(f"--per-class {self.per_class}: expected 1 or more")
+        if self.write_mode not in get_args(WriteMode):
+            raise ConfigError(f"--write-mode {self.write_mode}: expected raw, jpg, proportion or smart")
+        if self.max_resolution is not None and not 1 <= self.max_resolution <= 65535:
+            raise ConfigError(f"--max-resolution {self.max_resolution}: expected 1 to 65535 pixels")
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"--quality {self.quality}: expected 1 to 100")
+
+
 def prepare(
     source: str,
     out: Path,
+    options: PrepareOptions = PrepareOptions(),
     *,
     split: Split = "train",
     classes: list[str] | None = None,
-    holdout: float | None = None,
-    per_class: int | None = None,
-    write_mode: WriteMode = "jpg",
-    max_resolution: int | None = None,
-    quality: int = 90,
-    restart_markers: bool = True,
     workers: int = 0,
-    skip_broken: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Write a source's images to a .beton file with a manifest beside it, and return the manifest.
 
     classes: the class list to number the images by, as of the training set; None = the source's own.
-    holdout: of a source without splits, the share of each class that is "val"; the rest is "train". Which images these
-    are depends on their names alone, so that two calls on the same images part them exactly.
-    per_class: only the first so many images of each class, in the source's order; None = all.
-    write_mode: "raw" pixels; "jpg"; "proportion" = every second image as JPEG; "smart" = JPEG where it is at least
-    four times smaller. max_resolution: images with a longer side are reduced to it (antialiased bicubic).
-    quality: of the JPEGs made here. restart_markers: in the JPEGs made here, so that training decodes crops faster.
     workers: threads, 0 = one for each core that this process may use.
     An image is read as torchvision reads it, `Image.open(...).convert("RGB")`: no EXIF rotation, first frame, alpha
     dropped. A file that holds the same source with the same options is replaced, with overwrite any; where `out` is a
     link, the file that it leads to.
 
-    Raises ConfigError for an option that cannot be used. Raises BetonError for an unknown or missing source, for images
-    that cannot be read or have an unknown class (all are listed; with skip_broken they are left out and named in the
-    manifest), where the system fails to read one that is there, for a file that cannot be written, and, unless with
-    overwrite, for one that holds something else. Warns of what is unusual in the source, of classes of which no
-    image is left, and of images with more than 8 bits a pixel.
+    Raises ConfigError for an argument that cannot be used. Raises BetonError for an unknown or missing source, for
+    images that cannot be read or have an unknown class (all are listed), where the system fails to read one that is
+    there, for a file that cannot be written, and, unless with overwrite, for one that holds something else. Warns of
+    what is unusual in the source, of classes of which no image is left, and of images with more than 8 bits a pixel.
     """
     out = Path(out)
-    for path in (out, manifest_path(out)):
-        if path.is_dir():
-            raise BetonError(
-                f"{path} is a folder: expected the name of a file to write, such as {path / 'train.beton'}"
-            )
-    _check_options(out, split, holdout, per_class, write_mode, max_resolution, quality, workers)
-    if write_mode != "raw":
+    _check_arguments(out, split, workers)
+    if options.write_mode != "raw":
         library()  # if the decoder is missing, that is not to be said of each image
-    try:
-        images = open_source(source, split, classes, holdout)
-    except SourceError as error:
-        raise BetonError(str(error)) from error
-    except OSError as error:
-        raise BetonError(f"cannot read source {source!r}: {error}") from error
-    for remark in images.remarks:
-        warnings.warn(f"source {source!r}: {remark}", stacklevel=2)
-    options = {
-        "holdout": holdout,
-        "per_class": per_class,
-        "write_mode": write_mode,
-        "max_resolution": max_resolution,
-        "quality": quality,
-        "restart_markers": restart_markers,
-        "skip_broken": skip_broken,
-    }
+    images = _open(source, split, classes, options.holdout)
     # Where `out` is a link, the file that it leads to is written, on the disk where that lies.
     place, manifest_place = (Path(os.path.realpath(path)) for path in (out, manifest_path(out)))
     unfinished = place.with_name(place.name + ".partial")
@@ -151,61 +150,49 @@ def prepare(
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished) as file:
             if not overwrite and place.exists():
-                _check_replaced(out, {"source": source, "split": split, **options}, images.classes)
+                _check_replaced(out, {"source": source, "split": split, **asdict(options)}, images.classes)
             records, skipped = _write_file(file, images, options, workers or usable_cores(), progress)
-            lost = np.setdiff1d(images.labels[images.labels >= 0], records["label"])
-            if len(lost):
-                names = some([images.classes[label] for label in lost])
-                warnings.warn(f"classes of which no image is left: {names}", stacklevel=2)
-            file_size = os.fstat(file.fileno()).st_size
+            _warn_of_lost_classes(images, records)
             manifest = Manifest(
                 source=source,
                 split=split,
-                options=options,
-                count=len(records),
+                options=asdict(options),
                 classes=images.classes,
-                class_counts=np.bincount(records["label"], minlength=len(images.classes)).tolist(),
-                jpeg_count=int(np.sum(records["image"]["mode"] == JPEG)),
-                height_range=_range(records["image"]["height"]),
-                width_range=_range(records["image"]["width"]),
                 skipped=skipped,
-                file_size=file_size,
-                checksum=file_checksum(file, file_size, progress),
-                index_checksum=parse_index(file, file_size).checksum,
                 versions=_versions(),
+                **_contents(file, records, len(images.classes), progress),
             )
-            _replace_both(unfinished, place, manifest_place, json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+            _replace_both(unfinished, place, manifest_place, json.dumps(asdict(manifest), indent=1) + "\n")
     except OSError as error:
         raise BetonError(f"cannot write {out}: {error.strerror or error}") from error
     return manifest
 
 
-def _check_options(
-    out: Path,
-    split: str,
-    holdout: float | None,
-    per_class: int | None,
-    write_mode: str,
-    max_resolution: int | None,
-    quality: int,
-    workers: int,
-) -> None:
+def _check_arguments(out: Path, split: str, workers: int) -> None:
+    for path in (out, manifest_path(out)):
+        if path.is_dir():
+            raise BetonError(
+                f"{path} is a folder: expected the name of a file to write, such as {path / 'train.beton'}"
+            )
     if out.suffix != ".beton":
         raise ConfigError(f"output {str(out)!r}: expected a name that ends in .beton")
-    if split not in ("train", "val"):
+    if split not in get_args(Split):
         raise ConfigError(f"--split {split}: expected train or val")
-    if holdout is not None and not 0 < holdout < 1:
-        raise ConfigError(f"--holdout {holdout}: expected a share of the images between 0 and 1, such as 0.1")
-    if per_class is not None and per_class < 1:
-        raise ConfigError(f"--per-class {per_class}: expected 1 or more")
-    if write_mode not in ("raw", "jpg", "proportion", "smart"):
-        raise ConfigError(f"--write-mode {write_mode}: expected raw, jpg, proportion or smart")
-    if max_resolution is not None and not 1 <= max_resolution <= 65535:
-        raise ConfigError(f"--max-resolution {max_resolution}: expected 1 to 65535 pixels")
-    if not 1 <= quality <= 100:
-        raise ConfigError(f"--quality {quality}: expected 1 to 100")
     if workers < 0:
         raise ConfigError(f"--workers {workers}: expected 0 (all cores) or a number of threads")
+
+
+def _open(source: str, split: Split, classes: list[str] | None, holdout: float | None) -> Source:
+    """The source's images; warns of what is unusual in it. Raises BetonError."""
+    try:
+        images = open_source(source, split, classes, holdout)
+    except SourceError as error:
+        raise BetonError(str(error)) from error
+    except OSError as error:
+        raise BetonError(f"cannot read source {source!r}: {error}") from error
+    for remark in images.remarks:
+        warnings.warn(f"source {source!r}: {remark}", stacklevel=3)
+    return images
 
 
 def _check_replaced(out: Path, options: dict[str, Any], classes: list[str]) -> None:
@@ -249,11 +236,11 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _write_file(
-    file: BinaryIO, images: Source, options: dict[str, Any], workers: int, progress: bool
+    file: BinaryIO, images: Source, options: PrepareOptions, workers: int, progress: bool
 ) -> tuple[np.ndarray, list[str]]:
     """Write the whole file and sync it; returns the records and the names of the images that were left out."""
     usable = np.ones(len(images.labels), bool)
-    chosen = _first_of_each_class(images.labels, usable, options["per_class"])
+    chosen = _first_of_each_class(images.labels, usable, options.per_class)
     count = len(chosen)
     records = np.zeros(count, RECORD)
     allocations = np.zeros(count, ALLOCATION)
@@ -281,10 +268,10 @@ def _write_file(
                 kept += 1
                 cut += [i] if stored.cut else []
         # The next ones of their classes stand in for those that could not be read.
-        wanted = _first_of_each_class(images.labels, usable, options["per_class"])
-        todo = np.setdiff1d(wanted, chosen) if options["skip_broken"] else chosen[:0]
+        wanted = _first_of_each_class(images.labels, usable, options.per_class)
+        todo = np.setdiff1d(wanted, chosen) if options.skip_broken else chosen[:0]
         chosen = np.concatenate([chosen, todo])
-    _judge(broken, len(chosen), options["skip_broken"])
+    _judge(broken, len(chosen), options.skip_broken)
     if cut:
         warnings.warn(
             f"{len(cut)} images have more than 8 bits a pixel, such as {images.name(cut[0])}: as torchvision reads "
@@ -331,7 +318,7 @@ def _align(offset: int, unit: int) -> int:
     return -(-offset // unit) * unit
 
 
-def _encode(images: Source, options: dict[str, Any], numbered: tuple[int, int]) -> Stored | Broken:
+def _encode(images: Source, options: PrepareOptions, numbered: tuple[int, int]) -> Stored | Broken:
     """An image, given as (its place in the file, its number in the source), in the form in which it is stored."""
     place, i = numbered
     if i in images.unknown:
@@ -360,11 +347,11 @@ def _reason_beside_the_image(error: Exception, name: str) -> str | None:
 
 
 def _stored_form(
-    loaded: bytes | Image.Image, image: Image.Image, options: dict[str, Any], place: int
+    loaded: bytes | Image.Image, image: Image.Image, options: PrepareOptions, place: int
 ) -> tuple[int, int, int, bytes]:
     """(mode, height, width, data) of one image."""
-    limit = options["max_resolution"] or 65535
-    mode = options["write_mode"]
+    limit = options.max_resolution or 65535
+    mode = options.write_mode
     wants_jpeg = mode in ("jpg", "smart") or (mode == "proportion" and place % 2 == 1)
     width, height = image.size
     fits = max(width, height) <= limit
@@ -377,13 +364,13 @@ def _stored_form(
 
     image = image.convert("RGB")
     if not fits:
-        if options["max_resolution"] is None:
+        if options.max_resolution is None:
             raise ValueError(f"{width} x {height} pixels; the largest side that the format holds is {limit}")
         scale = limit / max(width, height)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if wants_jpeg and jpeg is None:
-        jpeg = _encode_jpeg(image, options["quality"], options["restart_markers"])
+        jpeg = _encode_jpeg(image, options.quality, options.restart_markers)
     if jpeg is not None and (mode != "smart" or SMART_RATIO * len(jpeg) <= 3 * height * width):
         return JPEG, height, width, jpeg
     return RAW, height, width, image.tobytes()
@@ -414,6 +401,28 @@ def _judge(broken: list[Broken], count: int, skip_broken: bool) -> None:
                 [f"{len(broken)} of {count} images cannot be read or have an unknown class; {advice}:", *lines, *more]
             )
         )
+
+
+def _contents(file: BinaryIO, records: np.ndarray, num_classes: int, progress: bool) -> dict[str, Any]:
+    """What the manifest says of a written file itself."""
+    file_size = os.fstat(file.fileno()).st_size
+    return {
+        "count": len(records),
+        "class_counts": np.bincount(records["label"], minlength=num_classes).tolist(),
+        "jpeg_count": int(np.sum(records["image"]["mode"] == JPEG)),
+        "height_range": _range(records["image"]["height"]),
+        "width_range": _range(records["image"]["width"]),
+        "file_size": file_size,
+        "checksum": file_checksum(file, file_size, progress),
+        "index_checksum": parse_index(file, file_size).checksum,
+    }
+
+
+def _warn_of_lost_classes(images: Source, records: np.ndarray) -> None:
+    lost = np.setdiff1d(images.labels[images.labels >= 0], records["label"])
+    if len(lost):
+        names = some([images.classes[label] for label in lost])
+        warnings.warn(f"classes of which no image is left: {names}", stacklevel=3)
 
 
 def _range(values: np.ndarray) -> tuple[int, int]:

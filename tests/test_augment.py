@@ -54,7 +54,7 @@ def tree(tmp_path_factory) -> Path:
 
 def write(tree: Path, mode: str) -> Path:
     out = tree.parent / f"{tree.name}_{mode}.beton"
-    prepare.prepare(str(tree), out, write_mode=mode, progress=False)
+    prepare.prepare(str(tree), out, prepare.PrepareOptions(write_mode=mode), progress=False)
     return out
 
 
@@ -263,7 +263,7 @@ def test_centre_crop_against_opencv_and_pillow(raw_file):
 
 
 def test_whole_image_at_its_own_size_is_a_copy(tmp_path):
-    prepare.prepare("synthetic:9x48@3", tmp_path / "x.beton", write_mode="raw", progress=False)
+    prepare.prepare("synthetic:9x48@3", tmp_path / "x.beton", prepare.PrepareOptions(write_mode="raw"), progress=False)
     images, _ = run(tmp_path / "x.beton", [CropResizeDecoder(48, (1.0, 1.0))], range(9))
     source = sources.open_source("synthetic:9x48@3", "train")
     assert all(np.array_equal(images[i], np.asarray(source.load(i))) for i in range(9))

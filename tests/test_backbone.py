@@ -15,7 +15,7 @@ from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
 from automix_dist.export import export_encoder, foreseen_refusal, transform_code
-from automix_dist.prepare import open_source, prepare
+from automix_dist.prepare import PrepareOptions, open_source, prepare
 
 # name, settings, image size, feature -> channels, size of the feature map (AUTOMIX's table of layers and scales)
 FEATURES = [
@@ -301,7 +301,7 @@ def test_a_head_that_cannot_take_the_classifier_s_place_is_not_exported(name, me
     [("bicubic", 56, 0.949), ("bilinear", 40, 0.875), ("bilinear", 42, 0.875), ("area", 40, 0.875), ("area", 64, 1.0)],
 )
 def test_the_transform_of_an_export_is_that_of_evaluation(resize, size, ratio, tmp_path):
-    prepare("synthetic:6@3", tmp_path / "x.beton", write_mode="raw", progress=False)
+    prepare("synthetic:6@3", tmp_path / "x.beton", PrepareOptions(write_mode="raw"), progress=False)
     data = DataConfig(image_size=size, eval_crop_ratio=ratio, resize=resize, mean=(0.5, 0.4, 0.3))
     loader = EvalLoader(tmp_path / "x.beton", data, batch_size=6, rank=0, world_size=1, device=torch.device("cpu"))
     ((pixels, *_),) = loader

@@ -24,10 +24,20 @@ from automix_dist import beton, prepare, sources
 from automix_dist.beton import BetonError
 from automix_dist.config import ConfigError
 from automix_dist.jpeg import DecoderError, library
+from automix_dist.prepare import PrepareOptions
 
 
-def write(source, out, **options) -> beton.Manifest:
-    return prepare.prepare(str(source), out, **{"write_mode": "raw", "progress": False} | options)
+def write(source, out, *, split="train", classes=None, workers=0, overwrite=False, **options) -> beton.Manifest:
+    return prepare.prepare(
+        str(source),
+        out,
+        PrepareOptions(**{"write_mode": "raw"} | options),
+        split=split,
+        classes=classes,
+        workers=workers,
+        overwrite=overwrite,
+        progress=False,
+    )
 
 
 def stored(path: Path, i: int) -> bytes:
@@ -703,7 +713,7 @@ def test_a_shard_that_went_away_is_no_broken_image(tmp_path):
     images = sources.open_source(f"webdataset:{tmp_path}", "train")
     (tmp_path / "s.tar").unlink()
     with pytest.raises(BetonError, match=r"cannot read .*s\.tar:1\.jpg: No such file"):
-        prepare._encode(images, {}, (0, 0))
+        prepare._encode(images, PrepareOptions(), (0, 0))
 
 
 def test_skip_broken_tells_how_many_and_which_classes_are_lost(damaged_tree, tmp_path):

@@ -40,7 +40,7 @@ AUGMENTED = replace(
 def path(tmp_path_factory) -> Path:
     """53 images of 32 x 32 in 5 classes, half of them JPEG."""
     out = tmp_path_factory.mktemp("data") / "small.beton"
-    prepare.prepare(f"synthetic:{COUNT}x32@5", out, write_mode="proportion", progress=False)
+    prepare.prepare(f"synthetic:{COUNT}x32@5", out, prepare.PrepareOptions(write_mode="proportion"), progress=False)
     return out
 
 

@@ -124,7 +124,8 @@ def test_the_backbone_shown_can_be_trained():
 def test_the_dataset_shown_can_be_written(tmp_path):
     try:
         exec(block("Checkers"), {"np": np, "Image": Image, "Source": sources.Source})
-        manifest = prepare.prepare("checkers:10", tmp_path / "checkers.beton", write_mode="raw", workers=1)
+        options = prepare.PrepareOptions(write_mode="raw")
+        manifest = prepare.prepare("checkers:10", tmp_path / "checkers.beton", options, workers=1)
     finally:
         sources.SOURCES.pop("checkers", None)
     assert (manifest.count, manifest.classes) == (10, ["fine", "coarse"])

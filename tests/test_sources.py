@@ -209,9 +209,7 @@ def test_both_splits_are_read_with_the_same_classes(trees, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind not in ("imagenet", "tiny-imagenet", "places205")])
 def test_jpegs_are_stored_as_they_are(trees, kind, tmp_path):
-    manifest = prepare.prepare(
-        f"{kind}:{trees[kind]}", tmp_path / "x.beton", write_mode="jpg", split="val", progress=False
-    )
+    manifest = prepare.prepare(f"{kind}:{trees[kind]}", tmp_path / "x.beton", split="val", progress=False)
     source = open_source(f"{kind}:{trees[kind]}", "val")
     assert [stored(tmp_path / "x.beton", i) for i in range(manifest.count)] == [source.load(i) for i in range(2)]
     assert manifest.classes == source.classes
@@ -325,11 +323,11 @@ def test_images_with_an_unknown_class_are_listed(tree, kind, tmp_path):
     source = open_source(f"{kind}:{root}", split)
     ((wrong, why),) = source.unknown.items()
     assert reason in why
-    options = {"split": split, "progress": False}
+    arguments = {"source": f"{kind}:{root}", "out": tmp_path / "x.beton", "split": split, "progress": False}
     with pytest.raises(BetonError, match="have an unknown class") as error:
-        prepare.prepare(f"{kind}:{root}", tmp_path / "x.beton", **options)
+        prepare.prepare(**arguments)
     assert str(error.value).splitlines()[1:] == [f"  {source.name(wrong)}: {why}"]
-    manifest = prepare.prepare(f"{kind}:{root}", tmp_path / "x.beton", skip_broken=True, **options)
+    manifest = prepare.prepare(options=prepare.PrepareOptions(skip_broken=True), **arguments)
     assert manifest.skipped == [source.name(wrong)]
     assert manifest.count == len(source.labels) - 1
 
@@ -534,9 +532,7 @@ def test_parquet_of_hugging_face(hugging_face, tmp_path):
     assert train.name(3) == f"{hugging_face}/data/train-00001-of-00002.parquet: row 0"
     sums = set()
     for workers in (1, 4):
-        manifest = prepare.prepare(
-            f"parquet:{hugging_face}", tmp_path / "x.beton", write_mode="jpg", workers=workers, progress=False
-        )
+        manifest = prepare.prepare(f"parquet:{hugging_face}", tmp_path / "x.beton", workers=workers, progress=False)
         sums.add(manifest.checksum)
         assert [stored(tmp_path / "x.beton", i) for i in range(5)] == PICTURES[:5]
     assert len(sums) == 1

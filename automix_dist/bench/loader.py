@@ -37,7 +37,7 @@ from automix_dist.bench import check_counts, cpu_name, results_folder, write_res
 from automix_dist.bench.loader_candidates import BATCH, CANDIDATES, QUALITY, SIDE, ours
 from automix_dist.bench.loader_report import bars_svg, markdown, targets
 from automix_dist.cores import usable_cores
-from automix_dist.prepare import prepare
+from automix_dist.prepare import PrepareOptions, prepare
 from automix_dist.provenance import installed_version
 
 STORAGES = ("jpg@500", "jpg@400", "raw@256")
@@ -194,10 +194,10 @@ def make_data(folder: Path, storage: str, images: int, workers: int) -> dict:
         try:
             beton.check(path)
         except beton.BetonError:
-            prepare(
-                f"synthetic:{images}", path, write_mode=kind, max_resolution=int(size), quality=QUALITY,
-                restart_markers=path == file, overwrite=True, progress=False,
-            )  # fmt: skip
+            options = PrepareOptions(
+                write_mode=kind, max_resolution=int(size), quality=QUALITY, restart_markers=path == file
+            )
+            prepare(f"synthetic:{images}", path, options, overwrite=True, progress=False)
     data = {"beton": str(file), "plain": str(plain), "bytes": file.stat().st_size}
     if kind == "raw":
         return data
@@ -294,7 +294,7 @@ def measure_memory(folder: Path, tree: Path, limit_mib: int, workers: int) -> di
                 size -= 3 * image.width * image.height
             number += 1
         print(f"memory: writing {number} raw images", file=sys.stderr, flush=True)
-        prepare(str(links), file, write_mode="raw", overwrite=True, progress=False)
+        prepare(str(links), file, PrepareOptions(write_mode="raw"), overwrite=True, progress=False)
     with open(file, "rb") as opened:  # what is in the page cache already would count as somebody else's
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     print("memory: streaming", file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError
 from automix_dist.config_file import load_config
 from automix_dist.distributed import launched_ranks
-from automix_dist.prepare import prepare
+from automix_dist.prepare import PrepareOptions, prepare
 from automix_dist.run import train
 from automix_dist.run_log import WAITING
 
@@ -247,8 +247,8 @@ def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple
         except beton.BetonError:
             if launched_ranks() > 1:
                 raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
-            options = {"split": split, "write_mode": kind, "max_resolution": int(size), "progress": False}
-            prepare(f"synthetic:{count}@1000", file, overwrite=True, **options)
+            options = PrepareOptions(write_mode=kind, max_resolution=int(size))
+            prepare(f"synthetic:{count}@1000", file, options, split=split, overwrite=True, progress=False)
     return files[0], files[1]
 
 
