@@ -25,7 +25,7 @@ import PIL
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from automix_dist import __version__, datasets  # noqa: F401 - datasets enters its own in the table of sources
+from automix_dist import __version__, datasets, shards  # noqa: F401 - they enter their own in the table of sources
 from automix_dist.beton import (
     ALIGNMENT,
     ALLOCATION,

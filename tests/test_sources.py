@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_beton import jpeg, make_shard, make_tree, photo, stored
 
-from automix_dist import beton, datasets, prepare, sources
+from automix_dist import beton, datasets, prepare, shards, sources
 from automix_dist.beton import BetonError
 from automix_dist.sources import SourceError, open_source
 
@@ -547,8 +547,8 @@ def test_a_missing_shard_is_named(hugging_face):
     (remark,) = open_source(f"parquet:{hugging_face}/data/train-*", "train").remarks
     assert remark == f"the pattern leaves out 1 shards: '{hugging_face}/data/train-00000-of-00002'"
     hashed = [f"a/train-{i:05d}-of-00011-0123456789abcdef.parquet" for i in (*range(9), 10)]
-    assert sources.missing_shards(hashed) == ["a/train-00009-of-00011"]
-    assert sources.missing_shards(["x-1-of-2.tar", "x-2-of-2.tar", "y-0-of-1.tar", "z-3-of-4/y.tar"]) == []
+    assert shards.missing_shards(hashed) == ["a/train-00009-of-00011"]
+    assert shards.missing_shards(["x-1-of-2.tar", "x-2-of-2.tar", "y-0-of-1.tar", "z-3-of-4/y.tar"]) == []
 
 
 def test_a_class_name_that_stands_for_two_classes(tmp_path):
@@ -582,7 +582,7 @@ def test_parquet_reads_each_row_group_once(tmp_path, monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(source.load, range(60))) == [image["bytes"] for image in images]
     assert reads == sorted(set(reads)) == list(range(6))
-    monkeypatch.setattr(sources, "ROWS_IN_MEMORY", 1)
+    monkeypatch.setattr(shards, "ROWS_IN_MEMORY", 1)
     for i in (0, 59, 0):
         source.load(i)
     assert len(source._loaded) == 2
@@ -734,7 +734,7 @@ def test_an_image_whose_name_has_more_dots_is_not_lost(tmp_path):
 )
 def test_braces_are_expanded_as_a_shell_does(pattern):
     shells = subprocess.run(["bash", "-c", f"echo {pattern}"], capture_output=True, text=True, check=True).stdout
-    assert {*sources.expand_braces(pattern)} == {*shells.split()}
+    assert {*shards.expand_braces(pattern)} == {*shells.split()}
 
 
 def test_shards_by_braces_and_names_with_brackets(tmp_path, monkeypatch):
@@ -817,7 +817,7 @@ def test_a_further_source_needs_its_class_only(monkeypatch):
 
 def test_import_is_light():
     heavy = "{'torch', 'torchvision', 'scipy', 'sklearn', 'pyarrow'}"
-    code = f"import sys, automix_dist.sources; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, automix_dist.shards, automix_dist.datasets; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
