@@ -218,35 +218,6 @@ def _find_source(source: str, split: Split) -> Source:
     raise SourceError(f"source {source!r}: expected an existing folder or one of {usages}{hint}")
 
 
-class Digits(Source, usage="digits[:COUNT]"):
-    """scikit-learn's handwritten digits, 8x8 gray enlarged to 32x32 RGB; every fifth of a class is for validation, or
-    with COUNT all but so many of each class."""
-
-    def __init__(self, argument: str, split: Split) -> None:
-        super().__init__(argument, split)
-        from sklearn.datasets import load_digits  # 1 s to import, needed by this source only
-
-        data = load_digits()
-        rank_in_class = np.zeros(len(data.target), np.int64)
-        for label in range(10):
-            rank_in_class[data.target == label] = np.arange(np.sum(data.target == label))
-        most = int(np.bincount(data.target).min()) - 1
-        if argument and not (argument.isdecimal() and 1 <= int(argument) <= most):
-            raise SourceError(
-                f"source 'digits:{argument}': expected digits, or digits:COUNT for 1 to {most} training images a class"
-            )
-        for_training = rank_in_class < int(argument) if argument else rank_in_class % 5 != 4
-        self.chosen = np.flatnonzero(for_training == (split == "train"))
-        self.pixels = np.round(data.images[self.chosen] * (255 / 16)).astype(np.uint8)
-        self.label([str(d) for d in range(10)], data.target[self.chosen].tolist())
-
-    def load(self, i: int) -> Image.Image:
-        return Image.fromarray(self.pixels[i]).resize((32, 32), Image.Resampling.BICUBIC)
-
-    def name(self, i: int) -> str:
-        return f"digit {self.chosen[i]}"
-
-
 class Synthetic(Source, usage="synthetic:COUNT[xSIZE][@CLASSES]"):
     """Generated images: ImageNet's shapes, or SIZE x SIZE; the class sets colours and the angle of a stripe pattern."""
 
