@@ -299,25 +299,7 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         root = Path(argument)
         if not root.is_dir():
             raise self.error(f"no such folder{similar(root)}")
-        folder = class_root = root
-        names = subfolders(root)
-        splits = [name for name in names if name.lower() in SPLIT_WORDS]
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            folder, class_root = root / split, root / "train"
-        elif splits and (len(splits) > 1 or len(names) == 1):
-            raise self.error(
-                f"{some(splits)} are splits, not classes: call the folders train and val, or give one of them alone"
-            )
-        elif len(names) == 1 and any(name.lower() in SPLIT_WORDS for name in subfolders(root / names[0])):
-            meant = shlex.quote(f"{self.kind}:{root / names[0]}")
-            raise self.error(f"its only folder has the splits; did you mean {meant}?")
-        elif split == "val":
-            raise self.error(
-                "it has no folders train and val to choose from: leave --split val out to write all of it, or hold "
-                "out a share of each class: write --split train --holdout 0.1 and --split val --holdout 0.1"
-            )
-        else:
-            self.has_splits = False
+        folder, class_root = self._split_folders(root, split)
         classes = subfolders(class_root)
         if not classes:
             raise SourceError(f"{class_root} has no subfolders; expected one per class, with the images inside")
@@ -346,6 +328,27 @@ class ImageFolder(Files, usage="imagefolder:DIR"):
         if hidden := [file for file in self.files if "/." in file[len(str(folder)) :]]:
             self.remarks.append(f"{len(hidden)} images are hidden, by names that begin with a dot: {some(hidden)}")
         self.label(classes, labels)
+
+    def _split_folders(self, root: Path, split: Split) -> tuple[Path, Path]:
+        """(the folder of the images, the folder whose subfolders are the classes); notes where there are no splits."""
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            return root / split, root / "train"
+        names = subfolders(root)
+        splits = [name for name in names if name.lower() in SPLIT_WORDS]
+        if splits and (len(splits) > 1 or len(names) == 1):
+            raise self.error(
+                f"{some(splits)} are splits, not classes: call the folders train and val, or give one of them alone"
+            )
+        if len(names) == 1 and any(name.lower() in SPLIT_WORDS for name in subfolders(root / names[0])):
+            meant = shlex.quote(f"{self.kind}:{root / names[0]}")
+            raise self.error(f"its only folder has the splits; did you mean {meant}?")
+        if split == "val":
+            raise self.error(
+                "it has no folders train and val to choose from: leave --split val out to write all of it, or hold "
+                "out a share of each class: write --split train --holdout 0.1 and --split val --holdout 0.1"
+            )
+        self.has_splits = False
+        return root, root
 
     def key(self, i: int) -> str:
         return os.path.relpath(self.files[i], self.argument)
