@@ -151,7 +151,10 @@ class Part(Source):
 
     def __init__(self, whole: Source, chosen: list[int]) -> None:
         self.whole, self.chosen = whole, chosen
-        self.classes, self.labels, self.remarks = whole.classes, whole.labels[chosen], whole.remarks
+        self.kind, self.argument = whole.kind, whole.argument
+        self.layout, self.has_splits = whole.layout, whole.has_splits
+        self.remarks, self.empty, self.unused, self.ignored = whole.remarks, whole.empty, whole.unused, whole.ignored
+        self.classes, self.labels = whole.classes, whole.labels[chosen]
         self.unknown = {place: whole.unknown[i] for place, i in enumerate(chosen) if i in whole.unknown}
 
     def load(self, i: int) -> bytes | Image.Image:
@@ -159,6 +162,9 @@ class Part(Source):
 
     def name(self, i: int) -> str:
         return self.whole.name(self.chosen[i])
+
+    def key(self, i: int) -> str:
+        return self.whole.key(self.chosen[i])
 
 
 def open_source(source: str, split: Split, classes: list[str] | None = None, holdout: float | None = None) -> Source:

@@ -313,6 +313,20 @@ def test_a_share_of_each_class_is_held_out(collection, tmp_path, monkeypatch):
     assert held.remarks == ["classes with one image only, which is for training: 'a'"]
 
 
+def test_held_out_images_are_a_source_like_any_other(collection):
+    whole, held = (
+        sources.open_source(str(collection), "train"),
+        sources.open_source(str(collection), "val", holdout=0.2),
+    )
+    assert [held.key(i) for i in range(6)] == [os.path.relpath(held.name(i), collection) for i in range(6)]
+    assert (held.kind, held.argument, held.has_splits) == (whole.kind, whole.argument, whole.has_splits)
+    assert (held.empty, held.unused, held.ignored) == (whole.empty, whole.unused, whole.ignored)
+    held.use_classes([*"dcba"])
+    assert held.labels.tolist() == [2, 1, 1, 0, 0, 0]
+    with pytest.raises(sources.SourceError, match=r"^source 'imagefolder:.*my photos' has images of 'b', not in the"):
+        held.use_classes([*"cd"])
+
+
 def test_at_most_all_but_one_of_a_class_are_held_out(photos):
     for share, expected in ((0.001, [1, 1]), (0.999, [5, 5])):
         held = sources.open_source(str(photos), "val", holdout=share)
