@@ -57,7 +57,7 @@ class WebDataset(Source, usage="webdataset:GLOB_OR_DIR"):
         if not self.images:
             raise self.error(f"there are no images in {len(chosen)} shard(s)")
         labels = [whole_number(text.decode(errors="replace")) for text in texts]
-        self.label(self.numbers(labels), labels)
+        self.label(self.numbered_classes(labels), labels)
 
     def _read_shard(self, shard: str) -> tuple[dict[str, tuple[int, int, str]], dict[str, bytes]]:
         """By sample key: each image's (place, size, name), and the text of each label."""
@@ -141,7 +141,7 @@ class Parquet(Source, usage="parquet:GLOB_OR_DIR"):
         labels = {file: self._labels(file, label_column) for file in (self.files if classes else every_split)}
         if classes is None:
             observed = [label for each in labels.values() for label in each]
-            classes = sorted({label for label in observed if isinstance(label, str)}) or self.numbers(observed)
+            classes = sorted({label for label in observed if isinstance(label, str)}) or self.numbered_classes(observed)
         groups = [
             (number, group, metadata.row_group(group).num_rows)
             for number, metadata in enumerate(self._metadata)

@@ -110,8 +110,8 @@ class Source(ABC):
             found.append(label_id)
         self.classes, self.labels, self.unknown = classes, np.array(found, np.int64), unknown
 
-    def numbers(self, labels: Iterable[int | str]) -> list[str]:
-        """The classes of a source that has numbers only: 0 to the largest. Notes which of them no image has."""
+    def numbered_classes(self, labels: Iterable[int | str]) -> list[str]:
+        """The classes of a source that has numbers only: 0 to the largest. Those that no image has go into `unused`."""
         used = {label for label in labels if isinstance(label, int) and 0 <= label < MAX_CLASSES}
         classes = range(max(used, default=0) + 1)
         self.unused = [str(label) for label in classes if used and label not in used]
