@@ -93,12 +93,10 @@ class TrainLoader:
                 f"batch_size = {batch_size}: expected a multiple of {world_size} rank(s) x {accumulation_steps} "
                 "micro batch(es)"
             )
-        count = self.manifest.count
-        if batch_size > count:
-            raise ConfigError(f"batch_size = {batch_size}: expected at most {count}, the number of images in {path}")
+        check_batch_size(batch_size, self.manifest.count, path)
         check_crop(config, self.manifest)
         self.num_classes = len(self.manifest.classes)
-        self.steps_per_epoch = count // batch_size
+        self.steps_per_epoch = self.manifest.count // batch_size
         self._seed, self._config = seed, config
         self._shares = (batch_size, accumulation_steps, world_size, rank)
         self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=seed)
@@ -348,6 +346,12 @@ class _Pipeline:
             for tensor in batch:
                 tensor.record_stream(stream)  # its memory belongs to the copy stream, which must not reuse it earlier
         return batch
+
+
+def check_batch_size(batch_size: int, count: int, path: str | Path) -> None:
+    """Raise ConfigError where a training file of `count` images does not fill one batch."""
+    if batch_size > count:
+        raise ConfigError(f"batch_size = {batch_size}: expected at most {count}, the number of images in {path}")
 
 
 def check_crop(config: DataConfig, manifest: beton.Manifest) -> None:

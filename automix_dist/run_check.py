@@ -10,7 +10,7 @@ from torch import nn
 from automix_dist import beton, provenance
 from automix_dist.checkpoint import committed_steps
 from automix_dist.config import Config, ConfigError
-from automix_dist.data import check_crop
+from automix_dist.data import check_batch_size, check_crop
 from automix_dist.distributed import launched_ranks, resolve_device
 from automix_dist.engines import deepspeed_settings
 from automix_dist.errors import some
@@ -88,11 +88,7 @@ def _check_data(config: Config) -> tuple[beton.Manifest, beton.Manifest]:
                 f"data.{key}), or set data.{key} to another file{beton.looked_for_in(Path(path))}"
             )
     train, val = beton.check(Path(config.data.train)), beton.check(Path(config.data.val))
-    if config.batch_size > train.count:
-        raise ConfigError(
-            f"batch_size = {config.batch_size} exceeds the {train.count} images of data.train = "
-            f"{config.data.train!r}: expected {train.count} or less"
-        )
+    check_batch_size(config.batch_size, train.count, config.data.train)
     check_crop(config.data, train)
     if train.index_checksum == val.index_checksum:
         raise ConfigError(

@@ -130,7 +130,7 @@ def test_a_job_is_the_recipe_but_for_its_length(tmp_path):
         resized = load_config(CONFIG, [*SMALL, f"data.resolution_schedule={schedule}"])
         assert bench.training_sizes(resized) == sizes
         assert bench.job(resized, tmp_path, files, 7, 2).data.resolution_schedule == kept
-    with pytest.raises(ConfigError, match="batch_size = 41 exceeds the 40 images"):
+    with pytest.raises(ConfigError, match="batch_size = 41: expected at most 40"):
         bench.job(dataclasses.replace(recipe, batch_size=41), tmp_path, files, 7, 2)
 
 

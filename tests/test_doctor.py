@@ -339,7 +339,7 @@ def test_a_config_that_can_be_trained(recipe):
     [
         ("model.backbone=resnet99", "model.backbone = 'resnet99' is not a timm model"),
         ("automix.feature=77", "automix.feature = 77: resnet18 has 5 feature maps, 0 to 4"),
-        ("batch_size=5000", "batch_size = 5000 exceeds the 64 images of data.train"),
+        ("batch_size=5000", "batch_size = 5000: expected at most 64, the number of images in "),
         ("model.weights=nosuch.pth", "model.weights = 'nosuch.pth' cannot be read"),
         ("data.train={sets}/other.beton", "--classes {sets}/other.beton"),
         ("data.val={sets}/train.beton", "holds the images of data.train"),

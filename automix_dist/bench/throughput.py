@@ -210,10 +210,7 @@ def job(recipe: Config, folder: Path, files: tuple[str, str], steps: int, warmup
     Of several training sizes the largest one is kept.
     """
     count = beton.check(Path(files[0])).count
-    if recipe.batch_size > count:
-        raise ConfigError(
-            f"batch_size = {recipe.batch_size} exceeds the {count} images of {files[0]}: set a smaller one"
-        )
+    data.check_batch_size(recipe.batch_size, count, files[0])
     epochs = math.ceil((warmup + steps) / (count // recipe.batch_size))
     schedule = ((0, max(training_sizes(recipe))),) if recipe.data.resolution_schedule else ()
     return dataclasses.replace(
