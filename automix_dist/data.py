@@ -99,12 +99,12 @@ class TrainLoader:
         self.steps_per_epoch = self.manifest.count // batch_size
         self._seed, self._config = seed, config
         self._shares = (batch_size, accumulation_steps, world_size, rank)
-        self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=seed)
-
-    @property
-    def storage_note(self) -> str:
+        self._pipeline = _Pipeline(path, index, config, device, train_seed=seed)
+        size, free = self.manifest.file_size, _free_memory()
+        if size > free:
+            self._pipeline.read_from_storage(config)
+        self.storage_note = _storage_note(Path(path), size, free, config)
         """One line on how the file's size compares with free memory, and what follows for reading it."""
-        return self._pipeline.storage_note
 
     @property
     def skipped(self) -> int:
@@ -158,7 +158,7 @@ class EvalLoader:
         self._indices = np.arange(rank, self.manifest.count, world_size)
         self.num_batches = math.ceil(math.ceil(self.manifest.count / world_size) / batch_size)
         """Of the rank with the most, so the same on all; this one may have less, and its last may be smaller."""
-        self._pipeline = _Pipeline(path, self.manifest, index, config, device, train_seed=None)
+        self._pipeline = _Pipeline(path, index, config, device, train_seed=None)
 
     def __iter__(self) -> Iterator[Batch]:
         starts = range(0, len(self._indices), self.batch_size)
@@ -180,7 +180,6 @@ class _Pipeline:
     def __init__(
         self,
         path: str | Path,
-        manifest: beton.Manifest,
         index: beton.Index,
         config: DataConfig,
         device: torch.device,
@@ -210,34 +209,22 @@ class _Pipeline:
             self._records["data_ptr"][self.by_place],
             index.sizes[self.by_place].astype(np.uint64),
         )
-        self.storage_note = self._plan_reading(config, train=train_seed is not None)
+        self._chunk_of: np.ndarray | None = None  # sample -> chunk, where the file is read from storage
+        self._chunk_size, self._window_chunks = 1, config.window_chunks
         self._key = augment.AugmentKey(train_seed or 0)
         self._sums = index.sums  # compiled code knows its address only
-        operations = _operations(augment, config, self._key, train=train_seed is not None, sums=self._sums)
+        operations = _operations(config, self._key, train=train_seed is not None, sums=self._sums)
         self._decode, *self._transforms = [self._code(operation) for operation in operations]
         self._copy_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._worker = _Worker(count_workers(config))
 
-    def _plan_reading(self, config: DataConfig, *, train: bool) -> str:
-        """Decide what to announce to the kernel before it is read; returns what to tell the user."""
-        size, free = len(self._mapping), _free_memory()
+    def read_from_storage(self, config: DataConfig) -> None:
+        """Announce to the kernel what is read next, as a file that does not fit in memory needs it."""
         quasi_random = config.order == "quasi_random"
-        self._chunk_of: np.ndarray | None = None
-        self._window_chunks = config.window_chunks
-        numbers = f"{self._path}: {size / 1e9:.2f} GB, free memory {free / 1e9:.2f} GB"
-        if size <= free:
-            return f"{numbers}: the file stays in memory once it is read"
-        if train:
-            self._chunk_size = config.chunk_size if quasi_random else 1
-            self._chunk_of = np.argsort(self.by_place) // self._chunk_size  # sample -> chunk
-            if not quasi_random:  # what lies around an image would be read in vain
-                self._mapping.madvise(mmap.MADV_RANDOM)
-        if quasi_random:
-            return f"{numbers}: read from storage in every epoch, {config.chunk_size} neighbouring images at a time"
-        return (
-            f"{numbers}: read from storage in every epoch, image by image in random order; data.order=quasi_random "
-            "reads neighbouring images together"
-        )
+        self._chunk_size = config.chunk_size if quasi_random else 1
+        self._chunk_of = np.argsort(self.by_place) // self._chunk_size
+        if not quasi_random:  # what lies around an image would be read in vain
+            self._mapping.madvise(mmap.MADV_RANDOM)
 
     def _first_uses(self, batches: Sequence[np.ndarray]) -> Iterator[tuple[int, int, int]]:
         """Of each chunk of the file that these batches read: the batch that is the first to, and from where to where
@@ -373,9 +360,10 @@ def check_crop(config: DataConfig, manifest: beton.Manifest) -> None:
         )
 
 
-def _operations(augment, config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
+def _operations(config: DataConfig, key, *, train: bool, sums: np.ndarray) -> list:
     """The FFCV operations for a file: a decoder, then operations that work in place."""
-    from automix_dist.resize import RESIZE_METHODS  # as augment
+    from automix_dist import augment  # these bring numba, which only loaders should pay for
+    from automix_dist.resize import RESIZE_METHODS
 
     size, method = config.image_size, RESIZE_METHODS[config.resize]
     if not train:
@@ -402,6 +390,18 @@ def _operations(augment, config: DataConfig, key, *, train: bool, sums: np.ndarr
         pixel = config.erasing_mode == "pixel"
         operations.append(augment.RandomErasing(key, config.random_erasing, config.mean, config.std, pixel=pixel))
     return operations
+
+
+def _storage_note(path: Path, size: int, free: int, config: DataConfig) -> str:
+    numbers = f"{path}: {size / 1e9:.2f} GB, free memory {free / 1e9:.2f} GB"
+    if size <= free:
+        return f"{numbers}: the file stays in memory once it is read"
+    if config.order == "quasi_random":
+        return f"{numbers}: read from storage in every epoch, {config.chunk_size} neighbouring images at a time"
+    return (
+        f"{numbers}: read from storage in every epoch, image by image in random order; data.order=quasi_random "
+        "reads neighbouring images together"
+    )
 
 
 def _free_memory() -> int:
