@@ -8,7 +8,7 @@ The loops are compiled functions, kept on disk (compiled_loops.py), with all set
 first compiles them, and no new epoch or crop does. Each operation's `generate_code` returns a few lines
 that call them, which runs as it is and in FFCV's own Loader too (with `os_cache=True`).
 
-Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, sorted places, their sizes). They decode
+Decoders share the storage state of FFCV's memory-mapped reading: (file bytes, sorted offsets, their sizes). They decode
 the crop alone (jpeg.py) and resize it (resize.py), both faster than FFCV's own, which call OpenCV.
 """
 
@@ -73,9 +73,9 @@ def _pixels(image, storage, scratch, sum_address, box):
 
     With a sum (address not 0) the stored bytes are compared with it first; see beton.word_sum.
     """
-    data, places, sizes = storage
+    data, offsets, sizes = storage
     start = image["data_ptr"]
-    size = sizes[np.searchsorted(places, start)]
+    size = sizes[np.searchsorted(offsets, start)]
     if sum_address != 0:
         words = data[start : start + (size + np.uint64(7)) // np.uint64(8) * np.uint64(8)].view(np.uint64)
         total, weight = np.uint64(0), np.uint64(1)

@@ -118,7 +118,7 @@ class TrainLoader:
         config, count = self._config, self.manifest.count
         if config.order == "quasi_random":
             places = quasi_random_order(count, self._seed, epoch, config.chunk_size, config.window_chunks)
-            order = self._pipeline.by_place[places]
+            order = self._pipeline.by_offset[places]
         else:
             order = epoch_order(count, self._seed, epoch)
         # Copies in one micro batch would be fewer images for BatchNorm, and mixed with each other.
@@ -199,15 +199,15 @@ class _Pipeline:
         }
         self._records = index.records["image"]
         self._labels = index.records["label"]
-        # FFCV's reader state: the mapped file, and the sorted places of all images with their sizes.
-        self.by_place = np.argsort(self._records["data_ptr"], kind="stable")
+        # FFCV's reader state: the mapped file, and the sorted offsets of all images with their sizes.
+        self.by_offset = np.argsort(self._records["data_ptr"], kind="stable")
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._file)
         self._mapping = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
         self._storage = (
             np.frombuffer(self._mapping, np.uint8),
-            self._records["data_ptr"][self.by_place],
-            index.sizes[self.by_place].astype(np.uint64),
+            self._records["data_ptr"][self.by_offset],
+            index.sizes[self.by_offset].astype(np.uint64),
         )
         self._chunk_of: np.ndarray | None = None  # sample -> chunk, where the file is read from storage
         self._chunk_size, self._window_chunks = 1, config.window_chunks
@@ -222,7 +222,7 @@ class _Pipeline:
         """Announce to the kernel what is read next, as a file that does not fit in memory needs it."""
         quasi_random = config.order == "quasi_random"
         self._chunk_size = config.chunk_size if quasi_random else 1
-        self._chunk_of = np.argsort(self.by_place) // self._chunk_size
+        self._chunk_of = np.argsort(self.by_offset) // self._chunk_size
         if not quasi_random:  # what lies around an image would be read in vain
             self._mapping.madvise(mmap.MADV_RANDOM)
 
@@ -231,15 +231,15 @@ class _Pipeline:
         the chunk lies. Nothing where the file stays in memory."""
         if self._chunk_of is None:
             return
-        _, places, sizes = self._storage
+        _, offsets, sizes = self._storage
         known: set[int] = set()
         for number, indices in enumerate(batches):
             for chunk in np.unique(self._chunk_of[indices % len(self._records)]).tolist():
                 if chunk not in known:
                     known.add(chunk)
                     first = chunk * self._chunk_size
-                    last = min(first + self._chunk_size, len(places)) - 1
-                    yield number, int(places[first]), int(places[last] + sizes[last])
+                    last = min(first + self._chunk_size, len(offsets)) - 1
+                    yield number, int(offsets[first]), int(offsets[last] + sizes[last])
 
     def _code(self, operation):
         """The code of an FFCV operation, ready to run."""

@@ -189,17 +189,17 @@ def _store_pixel(builder, values, address) -> None:
     values = builder.select(builder.fcmp_ordered(">", values, high), high, values)
     for channel in range(3):
         value = builder.extract_element(values, ir.IntType(32)(channel))
-        place = builder.inttoptr(builder.add(address, ir.IntType(64)(channel)), ir.IntType(8).as_pointer())
-        builder.store(builder.fptoui(value, ir.IntType(8)), place)
+        pointer = builder.inttoptr(builder.add(address, ir.IntType(64)(channel)), ir.IntType(8).as_pointer())
+        builder.store(builder.fptoui(value, ir.IntType(8)), pointer)
 
 
 @intrinsic
-def _interpolate_line(typing_context, places, x, target):
+def _interpolate_line(typing_context, addresses, x, target):
     """Store the cubic through the pixels at four addresses, at x."""
 
     def codegen(context, builder, signature, arguments):
-        places, x, target = arguments
-        pixels = [_load_pixel(builder, builder.extract_value(places, i)) for i in range(4)]
+        addresses, x, target = arguments
+        pixels = [_load_pixel(builder, builder.extract_value(addresses, i)) for i in range(4)]
         _store_pixel(builder, _cubic(builder, pixels, x), target)
         return context.get_dummy_value()
 
@@ -215,8 +215,8 @@ def _interpolate_square(typing_context, rows, columns, x, y, target):
         lines = []
         for i in range(4):
             row = builder.extract_value(rows, i)
-            places = [builder.add(row, builder.extract_value(columns, j)) for j in range(4)]
-            lines.append(_cubic(builder, [_load_pixel(builder, place) for place in places], x))
+            addresses = [builder.add(row, builder.extract_value(columns, j)) for j in range(4)]
+            lines.append(_cubic(builder, [_load_pixel(builder, address) for address in addresses], x))
         _store_pixel(builder, _cubic(builder, lines, y), target)
         return context.get_dummy_value()
 
@@ -251,18 +251,18 @@ def _warp(image, across, down, fill):
             left, top = math.floor(x - 0.5), math.floor(y - 0.5)
             dx, dy = x - 0.5 - left, y - 0.5 - top
             columns, rows = _around(left, width, 3), _around(top, height, 3 * width)
-            place = target + 3 * (row * width + column)
+            address = target + 3 * (row * width + column)
             if dy == 0:  # as in horizontal shears and shifts: the cubic is its second value
                 start = source + rows[1]
                 line = (start + columns[0], start + columns[1], start + columns[2], start + columns[3])
-                _interpolate_line(line, dx, place)
+                _interpolate_line(line, dx, address)
             elif dx == 0:
                 start = source + columns[1]
                 line = (start + rows[0], start + rows[1], start + rows[2], start + rows[3])
-                _interpolate_line(line, dy, place)
+                _interpolate_line(line, dy, address)
             else:
                 lines = (source + rows[0], source + rows[1], source + rows[2], source + rows[3])
-                _interpolate_square(lines, columns, dx, dy, place)
+                _interpolate_square(lines, columns, dx, dy, address)
 
 
 @compiled(parallel=True)

@@ -67,8 +67,8 @@ def _weigh_pixels(typing_context, source, weights, pairs, target):
         total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * 8))
         with cgutils.for_range(builder, pairs) as loop:
             pixels = _load_bytes(builder, builder.add(source, builder.mul(loop.index, ir.IntType(64)(6))), 8)
-            place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(32)))
-            weight = builder.load(builder.inttoptr(place, kind.as_pointer()), align=4)
+            address = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(32)))
+            weight = builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
             builder.store(builder.add(builder.load(total), builder.mul(pixels, weight)), total)
         both = builder.load(total)
         one = builder.add(_shuffle(builder, both, [0, 1, 2, 6]), _shuffle(builder, both, [3, 4, 5, 7]))
@@ -88,8 +88,8 @@ def _weigh_rows(typing_context, source, stride, weights, count, target):
         total = cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * 16))
         with cgutils.for_range(builder, count) as loop:
             values = _load_bytes(builder, builder.add(source, builder.mul(loop.index, stride)), 16)
-            place = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(4)))
-            weight = builder.load(builder.inttoptr(place, _INT.as_pointer()), align=4)
+            address = builder.add(weights, builder.mul(loop.index, ir.IntType(64)(4)))
+            weight = builder.load(builder.inttoptr(address, _INT.as_pointer()), align=4)
             first = builder.insert_element(ir.Constant(kind, ir.Undefined), weight, _INT(0))
             product = builder.mul(values, _shuffle(builder, first, [0] * 16))
             builder.store(builder.add(builder.load(total), product), total)
