@@ -3,20 +3,14 @@ matter which thread asks for them, when, or after what."""
 
 import numpy as np
 
+from automix_dist import sampling
 from automix_dist.compiled_loops import compiled, uint64_at
-from automix_dist.sampling import GOLDEN_GAMMA
 
 CROP, FLIP, JITTER, ERASE, POLICY = 1, 2, 3, 4, 5
 """The operations' own streams."""
 
-
-@compiled()
-def splitmix64(x):
-    """Splitmix64's mixing of 64 bits: a bijection in which each bit of x decides about half of the result's."""
-    x = np.uint64(x)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+GOLDEN_GAMMA = sampling.GOLDEN_GAMMA
+splitmix64 = compiled()(sampling.splitmix64)
 
 
 @compiled()

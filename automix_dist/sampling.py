@@ -6,13 +6,20 @@ GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 """What splitmix64 counts by: 2^64 over the golden ratio, made odd."""
 
 
+def splitmix64(x: np.ndarray) -> np.ndarray:
+    """Splitmix64's mixing of uint64: a bijection in which each bit of x decides about half of the result's."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0 .. count - 1, [count] int64, that depends on seed and epoch only.
 
     Sorting by a hash of our own keeps it the same in all versions of numpy, so that any old run can be resumed.
     """
-    key = _splitmix64(_splitmix64(np.array([seed], np.uint64) + GOLDEN_GAMMA) + np.uint64(epoch) + GOLDEN_GAMMA)
-    return np.argsort(_splitmix64(key + GOLDEN_GAMMA * np.arange(1, count + 1, dtype=np.uint64)), kind="stable")
+    key = splitmix64(splitmix64(np.array([seed], np.uint64) + GOLDEN_GAMMA) + np.uint64(epoch) + GOLDEN_GAMMA)
+    return np.argsort(splitmix64(key + GOLDEN_GAMMA * np.arange(1, count + 1, dtype=np.uint64)), kind="stable")
 
 
 def quasi_random_order(count: int, seed: int, epoch: int, chunk_size: int, window_chunks: int) -> np.ndarray:
@@ -21,7 +28,7 @@ def quasi_random_order(count: int, seed: int, epoch: int, chunk_size: int, windo
     The file is cut into chunks of chunk_size places. Each window is a random set of window_chunks of them, whose places
     come in random order. Depends on seed and epoch only.
     """
-    chunks = epoch_order(-(-count // chunk_size), int(_splitmix64(np.array([seed], np.uint64))[0]), epoch)
+    chunks = epoch_order(-(-count // chunk_size), int(splitmix64(np.array([seed], np.uint64))[0]), epoch)
     window_of_chunk = np.argsort(chunks) // window_chunks
     order = epoch_order(count, seed, epoch)
     return order[np.argsort(window_of_chunk[order // chunk_size], kind="stable")]
@@ -53,10 +60,3 @@ def rank_batches(
     if dealt:
         return order.reshape(steps, micro, accumulation_steps, world_size)[..., rank].transpose(0, 2, 1)
     return order.reshape(steps, accumulation_steps, world_size, micro)[:, :, rank]
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """The hash of 64 bits, on uint64 arrays."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
