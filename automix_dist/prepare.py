@@ -150,7 +150,7 @@ def prepare(
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(unfinished) as file:
             if not overwrite and place.exists():
-                _check_replaced(out, {"source": source, "split": split, **asdict(options)}, images.classes)
+                _check_may_replace(out, {"source": source, "split": split, **asdict(options)}, images.classes)
             records, skipped = _write_file(file, images, options, workers or usable_cores(), progress)
             _warn_of_lost_classes(images, records)
             manifest = Manifest(
@@ -195,7 +195,7 @@ def _open(source: str, split: Split, classes: list[str] | None, holdout: float |
     return images
 
 
-def _check_replaced(out: Path, options: dict[str, Any], classes: list[str]) -> None:
+def _check_may_replace(out: Path, options: dict[str, Any], classes: list[str]) -> None:
     """Raise BetonError unless the file at `out` holds the same source with the same options, or was left by a writing
     that was interrupted before its manifest."""
     instead = "give another name, or replace it with --overwrite"

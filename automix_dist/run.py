@@ -186,10 +186,10 @@ def _open_loaders(config: Config, process: Process, checked: Checked) -> tuple[T
         accumulation_steps=config.engine.accumulation_steps,
         **share,
     )
-    _check_replaced("train", train_loader.manifest, checked.train, config)
+    _check_not_replaced("train", train_loader.manifest, checked.train, config)
     eval_batch_size = config.eval_batch_size or config.micro_batch_size(process.world_size)
     val_loader = EvalLoader(config.data.val, config.data, batch_size=eval_batch_size, **share)
-    _check_replaced("val", val_loader.manifest, checked.val, config)
+    _check_not_replaced("val", val_loader.manifest, checked.val, config)
     return train_loader, val_loader
 
 
@@ -237,7 +237,7 @@ def _restored_position(
     return position
 
 
-def _check_replaced(split: str, opened: beton.Manifest, checked: beton.Manifest, config: Config) -> None:
+def _check_not_replaced(split: str, opened: beton.Manifest, checked: beton.Manifest, config: Config) -> None:
     if opened.index_checksum != checked.index_checksum:
         raise beton.BetonError(
             f"data.{split} = {getattr(config.data, split)!r} was replaced while the run was starting: start it again"
