@@ -1,4 +1,4 @@
-"""How the command ends: its exit codes, and what those errors have in common that a user can do something about."""
+"""Exit codes, the base class of errors a user can fix, and phrases for their messages."""
 
 import difflib
 import signal
@@ -19,15 +19,15 @@ class AutomixError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str] | Mapping[str, object], most: int = 1) -> str:
-    """The end of a message on a name that is not known: what was meant, perhaps; or nothing. A mapping gives, for each
-    name that is known, what to show for it."""
+    """Suffix for an unknown name: `; did you mean X?`, or an empty string if nothing is close. A mapping's values are
+    shown in place of its keys."""
     shown = known if isinstance(known, Mapping) else {each: each for each in known}
     near = [str(shown[each]) for each in difflib.get_close_matches(name, shown, n=most)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def stopper(number: Any) -> str:
-    """What stopped a training that has saved, by its signal's number; a time limit is told as SIGALRM."""
+def stop_reason(number: Any) -> str:
+    """What to call the signal that stopped a training: its name, or "its time limit" for SIGALRM."""
     try:
         return "its time limit" if number == signal.SIGALRM else signal.Signals(number).name
     except ValueError:

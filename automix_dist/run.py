@@ -19,7 +19,7 @@ from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process
 from automix_dist.engines import Engine, build_engine, summary
-from automix_dist.errors import EXIT_STOPPED, stopper
+from automix_dist.errors import EXIT_STOPPED, stop_reason
 from automix_dist.export import foreseen_refusal
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
@@ -168,7 +168,7 @@ def _train(
         val_loader.close()
     if stopped:
         kept = "saved" if position.step else "nothing to save yet"
-        say(f"stopped by {stopper(stopped)} at step {position.step}, {kept}; continue with --resume")
+        say(f"stopped by {stop_reason(stopped)} at step {position.step}, {kept}; continue with --resume")
         return EXIT_STOPPED
     best = "" if position.best_step is None else f", best top-1 {position.best_top1:.2%} at step {position.best_step}"
     skipped = f", {trainer.skipped_steps} of them skipped as not finite" if trainer.skipped_steps else ""

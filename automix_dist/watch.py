@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from automix_dist.errors import stopper
+from automix_dist.errors import stop_reason
 from automix_dist.report import check_run_folder, duration
 from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics, waiting
 
@@ -60,7 +60,7 @@ def _state(last: dict[str, Any], finished: bool, now: datetime) -> str:
     if finished:
         return "finished"
     if last["kind"] == "stopped":
-        return f"stopped by {stopper(last.get('signal'))}; continue with --resume"
+        return f"stopped by {stop_reason(last.get('signal'))}; continue with --resume"
     if last["kind"] == "failed":
         return f"failed: {last.get('error')}"
     age = _age(last, now)

@@ -1,4 +1,4 @@
-"""Files of which nobody ever sees half, neither after a crash nor while they are written."""
+"""Atomic writes: a reader sees the old file or the new one, also after a crash."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's names, on the disk. Raises OSError."""
+    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,6 +35,6 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text as such a file. Raises OSError."""
+    """Write a text file atomically. Raises OSError."""
     with whole_file(path) as file:
         file.write(text.encode(errors="replace"))  # a class may be named by bytes that are no text
