@@ -72,7 +72,7 @@ class TrainLoader:
     """Shuffled, augmented micro batches of one rank, a function of (seed, epoch, step): any position can be started at.
 
     batch_size is that of an optimizer step, over all ranks and micro batches. Raises BetonError for a file that cannot
-    be used and ConfigError for settings that do not fit it.
+    be used and ConfigError for settings that do not fit it or this machine; iteration raises LoaderError.
     """
 
     def __init__(
@@ -112,7 +112,10 @@ class TrainLoader:
         return self._pipeline.skipped
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The micro batches of an epoch from an optimizer step on; what comes before is not read."""
+        """The micro batches of an epoch from an optimizer step on; what comes before is not read.
+
+        Raises ValueError for a step that the epoch does not have.
+        """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step = {start_step}: expected 0 to {self.steps_per_epoch}, the steps of an epoch")
         config, count = self._config, self.manifest.count
@@ -138,7 +141,8 @@ class TrainLoader:
 class EvalLoader:
     """Centre crops of one rank's share, samples rank, rank + world_size, ..., each once: sums over ranks are exact.
 
-    Can be iterated many times. Raises BetonError for a file that cannot be used.
+    Can be iterated many times. Raises BetonError for a file that cannot be used and ConfigError for settings that do
+    not fit this machine; iteration raises LoaderError.
     """
 
     def __init__(
