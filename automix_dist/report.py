@@ -26,7 +26,7 @@ from automix_dist.config import Config, flatten, to_dict
 from automix_dist.errors import AutomixError
 from automix_dist.gallery import GALLERY_ARRAYS, SWEEP_ARRAYS, gallery_files, gallery_step, mask_colors
 from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style_sheet, table, ticks
-from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics
+from automix_dist.run_log import METRICS, accuracy_name, percent, read_metrics, state_of
 from automix_dist.whole_file import whole_file, write_whole
 
 MAX_POINTS = 1500  # of a curve; more records are averaged in groups, which a screen cannot tell apart
@@ -132,6 +132,9 @@ def _load_records(run: _Run, folder: Path) -> None:
         run.notes.append("No training step has been recorded yet.")
     if not run.of("eval"):
         run.notes.append("No evaluation has been recorded yet, so there is no validation accuracy.")
+    state, record = state_of(run.records)
+    if state == "failed":
+        run.notes.append(f"The training failed: {record.get('error')}")
     for key, steps in _nonfinite(run.records).items():
         run.notes.append(
             f"{key} was not a finite number in {_count(len(steps), 'record')}, first at step {steps[0]:,}."
@@ -343,13 +346,13 @@ def duration(seconds: float) -> str:
 
 def _status(run: _Run) -> tuple[str, str]:
     """How the run stands: (a word for the style, words for a person)."""
-    if is_finished(run.records):
-        return "done", "finished"
+    state, _ = state_of(run.records)
+    if state == "finished":
+        return state, state
+    if state in ("stopped", "failed"):
+        return state, f"{state} at step {run.step:,}"
     total = run.started_with("total_steps")
-    last_start = max((i for i, record in enumerate(run.records) if record["kind"] == "start"), default=0)
-    if any(record["kind"] == "stopped" for record in run.records[last_start:]):
-        return "stopped", f"stopped at step {run.step:,}"
-    return "open", f"not finished, step {run.step:,}" + (f" of {total:,}" if total else "")
+    return state, f"not finished, step {run.step:,}" + (f" of {total:,}" if total else "")
 
 
 # The page

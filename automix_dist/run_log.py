@@ -333,6 +333,19 @@ def is_finished(records: Sequence[dict[str, Any]]) -> bool:
     return bool(total) and any(r["kind"] == "checkpoint" and r["step"] >= total for r in records)
 
 
+def last_session(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The records from a run's last start on."""
+    return records[max((i for i, record in enumerate(records) if record["kind"] == "start"), default=0) :]
+
+
+def state_of(records: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """How a run stands: "finished"; "stopped" or "failed", with the record of it; "open" if it trains or was killed."""
+    if is_finished(records):
+        return "finished", {}
+    ends = [record for record in last_session(records) if record["kind"] in ("stopped", "failed")]
+    return (ends[-1]["kind"], ends[-1]) if ends else ("open", {})
+
+
 def accuracy_name(key: str) -> str:
     """Which accuracy a metric's key stands for, "top-1" or "top-5"; empty if for none."""
     if "top5" in key:

@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from automix_dist.errors import stop_reason
 from automix_dist.report import check_run_folder, duration
-from automix_dist.run_log import METRICS, accuracy_name, is_finished, percent, read_metrics, waiting
+from automix_dist.run_log import METRICS, accuracy_name, last_session, percent, read_metrics, state_of, waiting
 
 RECENT = 20
 """Training records that the time left is judged by."""
@@ -39,14 +39,13 @@ def describe(run: Path, now: datetime) -> tuple[list[str], bool]:
     records = read_metrics(run)[0] if (run / METRICS).is_file() else []
     if not records:
         return [f"{run}: nothing recorded yet"], False
-    start = max((i for i, r in enumerate(records) if r["kind"] == "start"), default=0)
+    session = last_session(records)
     last_of = {record["kind"]: record for record in records}
-    step = records[-1]["step"]
-    finished = is_finished(records)
-    session = [r for r in records[start:] if r["kind"] == "train"]
+    state, end = state_of(records)
+    finished = state == "finished"
     lines = [
-        f"{run}: {_state(records[-1], finished, now)}",
-        _place(step, records[start], finished, session),
+        f"{run}: {_state(state, end or records[-1], now)}",
+        _place(session, finished),
         _values("train", last_of.get("train"), lambda key: key.startswith("loss")),
         _values("top-1", last_of.get("eval"), lambda key: accuracy_name(key) == "top-1"),
         _speed(last_of.get("train")),
@@ -56,12 +55,12 @@ def describe(run: Path, now: datetime) -> tuple[list[str], bool]:
     return [line for line in lines if line], finished
 
 
-def _state(last: dict[str, Any], finished: bool, now: datetime) -> str:
-    if finished:
-        return "finished"
-    if last["kind"] == "stopped":
+def _state(state: str, last: dict[str, Any], now: datetime) -> str:
+    if state == "finished":
+        return state
+    if state == "stopped":
         return f"stopped by {stop_reason(last.get('signal'))}; continue with --resume"
-    if last["kind"] == "failed":
+    if state == "failed":
         return f"failed: {last.get('error')}"
     age = _age(last, now)
     if age is None:
@@ -69,13 +68,15 @@ def _state(last: dict[str, Any], finished: bool, now: datetime) -> str:
     return f"training, last record {duration(age)} ago" + (" (silent)" if age > SILENT_SECONDS else "")
 
 
-def _place(step: int, start: dict[str, Any], finished: bool, session: list[dict[str, Any]]) -> str:
+def _place(session: Sequence[dict[str, Any]], finished: bool) -> str:
+    start, step = session[0], session[-1]["step"]
     total, per_epoch = start.get("total_steps", 0), start.get("steps_per_epoch", 0)
     if not (total and per_epoch):
         return f"step {step:,}"
     text = f"step {step:,} of {total:,} ({step / total:.0%})"
     text += f", epoch {max(-(-step // per_epoch), 1)} of {-(-total // per_epoch)}"
-    recent = [(r["step"], moment) for r in session[-RECENT:] if (moment := _moment(r)) is not None]
+    trained = [record for record in session if record["kind"] == "train"]
+    recent = [(r["step"], moment) for r in trained[-RECENT:] if (moment := _moment(r)) is not None]
     if finished or len(recent) < 2 or recent[-1][0] == recent[0][0]:
         return text
     per_step = (recent[-1][1] - recent[0][1]).total_seconds() / (recent[-1][0] - recent[0][0])

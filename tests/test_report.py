@@ -350,6 +350,22 @@ def test_time_does_not_count_pauses(run, tmp_path):
     assert "stopped at step 130" in text
 
 
+def test_a_run_that_has_failed(run, tmp_path):
+    """By its last session alone: one that was continued is open again."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    start = {"kind": "start", "step": 120, "total_steps": 240, "steps_per_epoch": 20}
+    failure = {"kind": "failed", "step": 140, "error": "rank 1 was lost"}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n" + json.dumps(failure) + "\n")
+    text = write_report(folder).read_text()
+    assert '<span class="status failed">failed at step 140</span>' in text
+    assert "<li>The training failed: rank 1 was lost</li>" in text
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    text = write_report(folder).read_text()
+    assert "not finished, step 140 of 240" in text and "The training failed" not in text
+
+
 def test_a_run_that_has_just_started(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(Config()))
     text = write_report(tmp_path).read_text()
