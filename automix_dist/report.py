@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from automix_dist.config import Config, flatten, to_dict
 from automix_dist.errors import AutomixError
-from automix_dist.gallery import GALLERY_ARRAYS, SWEEP_ARRAYS, gallery_files, gallery_step, mask_colors
+from automix_dist.gallery import Gallery, gallery_files, gallery_step, mask_colors, read_gallery
 from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style_sheet, table, ticks
 from automix_dist.run_log import METRICS, accuracy_name, percent, read_metrics, state_of
 from automix_dist.whole_file import whole_file, write_whole
@@ -48,8 +48,8 @@ class _Run:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
-    frames: list[dict[str, Any]] = field(default_factory=list)
-    """The gallery: step and arrays, see `gallery.write_gallery`."""
+    galleries: dict[int, Gallery] = field(default_factory=dict)
+    """By rising step."""
     notes: list[str] = field(default_factory=list)
     """One sentence for each thing that is missing or broken."""
 
@@ -175,34 +175,11 @@ def _load_gallery(run: _Run, folder: Path) -> None:
         files = [files[round(i * (len(files) - 1) / (MAX_FRAMES - 1))] for i in range(MAX_FRAMES)]
     for path in files:
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = {name: stored[name][:MAX_PAIRS] for name in GALLERY_ARRAYS}
-                arrays |= {name: stored[name] for name in SWEEP_ARRAYS if name in stored}
-            for name, of_a_pair in zip(SWEEP_ARRAYS, ("masks", "mixed", "lam"), strict=True):
-                arrays.setdefault(name, arrays[of_a_pair][:0])  # a run of an earlier version has no sweep
-            _check_gallery(arrays)
+            run.galleries[gallery_step(path)] = read_gallery(path, MAX_PAIRS)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             run.notes.append(f"gallery/{path.name} could not be read and was left out.")
-        else:
-            run.frames.append({"step": gallery_step(path), **arrays})
-    if not run.frames:
+    if not run.galleries:
         run.notes.append("There is no gallery of image pairs and masks yet.")
-
-
-def _check_gallery(arrays: dict[str, np.ndarray]) -> None:
-    pairs, height, width, channels = arrays["images"].shape
-    pictures = [arrays[name] for name in ("images", "partners", "mixed")]
-    if channels != 3 or any(a.shape != (pairs, height, width, 3) or a.dtype != np.uint8 for a in pictures):
-        raise ValueError("pictures must be uint8 [P, H, W, 3]")
-    if arrays["masks"].shape != (pairs, height, width):
-        raise ValueError("masks must be [P, H, W]")
-    if any(arrays[name].shape != (pairs,) for name in ("lam", "labels", "partner_labels")):
-        raise ValueError("lam and labels must be [P]")
-    (sweep,) = arrays["sweep_lam"].shape
-    if arrays["sweep_masks"].shape != (sweep, height, width):
-        raise ValueError("sweep_masks must be [S, H, W]")
-    if arrays["sweep_mixed"].shape != (sweep, height, width, 3) or arrays["sweep_mixed"].dtype != np.uint8:
-        raise ValueError("sweep_mixed must be uint8 [S, H, W, 3]")
 
 
 # Curves and numbers
@@ -461,7 +438,7 @@ def _events(run: _Run) -> str:
 
 def _most(run: _Run, name: str) -> int:
     """The largest number of entries that an array of the gallery has at any step."""
-    return max((len(frame[name]) for frame in run.frames), default=0)
+    return max((len(getattr(gallery, name)) for gallery in run.galleries.values()), default=0)
 
 
 def _pair_card(pair: int) -> str:
@@ -488,7 +465,7 @@ def _tile(group: str, index: int, kind: str) -> str:
 
 def _gallery(run: _Run) -> dict[str, Any] | None:
     """The gallery for the page's script: each picture once as a data URI, and for each step what is shown by number."""
-    if not run.frames:
+    if not run.galleries:
         return None
     pictures: dict[str, int] = {}
 
@@ -503,21 +480,22 @@ def _gallery(run: _Run) -> dict[str, Any] | None:
             "area": float(np.mean(np.nan_to_num(masks[i].astype(np.float32)))),
         }
 
+    small = all(gallery.images.shape[1] <= PNG_SIDE for gallery in run.galleries.values())
     frames = []
-    for frame in run.frames:
+    for step, gallery in run.galleries.items():
         pairs = [
             {
-                "image": picture(picture_uri(frame["images"][p])),
-                "partner": picture(picture_uri(frame["partners"][p])),
-                "label": _class_name(run, frame["labels"][p]),
-                "partnerLabel": _class_name(run, frame["partner_labels"][p]),
-                **mix(frame["masks"], frame["mixed"], frame["lam"], p),
+                "image": picture(picture_uri(gallery.images[p])),
+                "partner": picture(picture_uri(gallery.partners[p])),
+                "label": _class_name(run, gallery.labels[p]),
+                "partnerLabel": _class_name(run, gallery.partner_labels[p]),
+                **mix(gallery.masks, gallery.mixed, gallery.lam, p),
             }
-            for p in range(len(frame["lam"]))
+            for p in range(len(gallery.lam))
         ]
-        sweep = [mix(*(frame[name] for name in SWEEP_ARRAYS), i) for i in range(len(frame["sweep_lam"]))]
-        frames.append({"step": frame["step"], "pairs": pairs, "sweep": sweep})
-    return {"frames": frames, "pictures": list(pictures), "small": run.frames[0]["images"].shape[1] <= PNG_SIDE}
+        sweep = (gallery.sweep_masks, gallery.sweep_mixed, gallery.sweep_lam)
+        frames.append({"step": step, "pairs": pairs, "sweep": [mix(*sweep, i) for i in range(len(gallery.sweep_lam))]})
+    return {"frames": frames, "pictures": list(pictures), "small": small}
 
 
 def _class_name(run: _Run, label: np.integer) -> str:
@@ -536,8 +514,8 @@ _LARGEST_TILE = 140
 def _picture(run: _Run) -> Image.Image:
     """A row of two charts over a row of the last gallery's pairs: image, partner, mask, mixed sample."""
     charts = {chart["title"]: chart for chart in _charts(run.records)}
-    frame = run.frames[-1] if run.frames else None
-    columns = len(frame["lam"]) if frame else 0
+    step, gallery = max(run.galleries.items(), default=(0, None))
+    columns = len(gallery.lam) if gallery else 0
     tile = min(_LARGEST_TILE, (_WIDTH - 2 * _MARGIN - _LABEL_WIDTH) // columns - _GAP) if columns else 0
     charts_height = 36 + _PLOT_HEIGHT + 32 + _LEGEND_LINES * _LEGEND_LINE
     height = 2 * _MARGIN + charts_height + (36 + 4 * (tile + _GAP) if columns else 0)
@@ -548,7 +526,7 @@ def _picture(run: _Run) -> Image.Image:
         left = _MARGIN + column * (plot_width + _MARGIN)
         _plot(draw, left, _MARGIN, plot_width, title, charts.get(title))
     if columns:
-        _strip(picture, draw, frame, _MARGIN + charts_height, tile)
+        _strip(picture, draw, step, gallery, _MARGIN + charts_height, tile)
     return picture.resize((_WIDTH, height), Image.Resampling.LANCZOS)
 
 
@@ -626,14 +604,14 @@ def _smooth(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed
 
 
-def _strip(picture: Image.Image, draw: ImageDraw.ImageDraw, frame: dict[str, Any], top: int, tile: int) -> None:
+def _strip(picture: Image.Image, draw: ImageDraw.ImageDraw, step: int, gallery: Gallery, top: int, tile: int) -> None:
     """Pairs side by side: image, partner, mask and mixed sample below each other, `tile` pixels wide."""
-    _write(draw, _MARGIN, top + 14, f"Masks at step {frame['step']:,}", size=18, color="#1b1d20")
+    _write(draw, _MARGIN, top + 14, f"Masks at step {step:,}", size=18, color="#1b1d20")
     rows = {
-        "image": frame["images"],
-        "partner": frame["partners"],
-        "mask": mask_colors(frame["masks"]),
-        "mixed": frame["mixed"],
+        "image": gallery.images,
+        "partner": gallery.partners,
+        "mask": mask_colors(gallery.masks),
+        "mixed": gallery.mixed,
     }
     for row, (name, pixels) in enumerate(rows.items()):
         y = top + 36 + row * (tile + _GAP)

@@ -17,10 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from automix_dist.gallery import GALLERY, cut_gallery, gallery_picture, write_gallery
+from automix_dist.gallery import GALLERY, Gallery, cut_gallery, gallery_picture, write_gallery
 from automix_dist.trackers import LABELS, Tracker, forget_runs, open_tracker
 from automix_dist.whole_file import whole_file
 
@@ -139,16 +138,13 @@ class RunLog:
             self._append({"kind": kind, "step": step, "time": _now(), **values})
             self._restart_clock()
 
-    def gallery(self, step: int, **arrays: np.ndarray) -> None:
-        """Keep image pairs, their masks and mixed samples for the report, and show them in the trackers.
-
-        The arrays are those of `write_gallery`.
-        """
+    def gallery(self, step: int, gallery: Gallery) -> None:
+        """Keep image pairs, their masks and mixed samples for the report, and show them in the trackers."""
         if not self.is_main:
             return
-        self._attempt("the gallery", lambda: write_gallery(self._folder, step, **arrays))
+        self._attempt("the gallery", lambda: write_gallery(self._folder, step, gallery))
         if self._trackers:
-            pixels = gallery_picture(**arrays)
+            pixels = gallery_picture(gallery)
             self._track(lambda tracker: tracker.picture("gallery", pixels, step))
         self._restart_clock()
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from automix_dist.distributed import Process, StopRequest
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine
 from automix_dist.errors import AutomixError, first_line
+from automix_dist.gallery import make_gallery
 from automix_dist.heartbeat import is_lost
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
@@ -362,27 +362,12 @@ class Trainer:
             count = min(self.config.log.gallery_pairs, len(batch.images))
             batch = Batch(*(each[torch.linspace(0, len(each) - 1, count).long()] for each in batch))
         images = self.val_loader.blank() if batch is None else batch.images
-        pairs, sweep = len(images), SWEEP if len(images) > 1 else 0
+        sweep = SWEEP if len(images) > 1 else 0
         images = torch.cat([images, images[:1].expand(sweep, *images.shape[1:])])
         self.model.eval()
         mixes = self.engine(images, None, self.model.gallery_draw(images, sweep))
         self.model.train()
         if not self.process.is_main or batch is None or mixes is None:
             return
-        pixels = mixes.pixels(self.model.mean, self.model.std)
-        labels, partner = batch.labels[:pairs].cpu().numpy(), mixes.partner[:pairs].cpu().numpy()
-        images, mixed, lam = (each.cpu().numpy() for each in (images[:pairs], pixels, mixes.lam))
-        masks = mixes.mask.cpu().numpy().astype(np.float16)
-        self.log.gallery(
-            self.position.step,
-            images=images,
-            partners=images[partner],
-            masks=masks[:pairs],
-            mixed=mixed[:pairs],
-            lam=lam[:pairs],
-            labels=labels,
-            partner_labels=labels[partner],
-            sweep_masks=masks[pairs:],
-            sweep_mixed=mixed[pairs:],
-            sweep_lam=lam[pairs:],
-        )
+        gallery = make_gallery(batch.images, batch.labels, mixes, self.model.mean, self.model.std)
+        self.log.gallery(self.position.step, gallery)

@@ -25,14 +25,14 @@ from PIL import Image
 from automix_dist import report, run_log
 from automix_dist.config import Config, OptimizerConfig
 from automix_dist.config_file import to_yaml
-from automix_dist.gallery import write_gallery
+from automix_dist.gallery import Gallery, write_gallery
 from automix_dist.report import ReportError, write_picture, write_report
 
 STEPS, STEPS_PER_EPOCH = 120, 20
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">&amp;'
 
 
-def gallery_arrays(share: float, pairs: int = 3, side: int = 16) -> dict[str, np.ndarray]:
+def random_gallery(share: float, pairs: int = 3, side: int = 16) -> Gallery:
     """Pairs whose masks take `share` of the partner."""
     rng = np.random.default_rng(0)
     images, partners = rng.integers(0, 256, (2, pairs, side, side, 3), dtype=np.uint8)
@@ -43,18 +43,18 @@ def gallery_arrays(share: float, pairs: int = 3, side: int = 16) -> dict[str, np
     sweep_lam = np.linspace(0, 1, 5, dtype=np.float32)
     sweep_masks = np.tile(1 - sweep_lam[:, None, None], (1, side, side))
     sweep_mixed = images[0] * (1 - sweep_masks[..., None]) + partners[0] * sweep_masks[..., None]
-    return {
-        "images": images,
-        "partners": partners,
-        "masks": masks,
-        "mixed": mixed,
-        "lam": lam,
-        "labels": labels,
-        "partner_labels": (labels + 1) % pairs,
-        "sweep_masks": sweep_masks,
-        "sweep_mixed": sweep_mixed.astype(np.uint8),
-        "sweep_lam": sweep_lam,
-    }
+    return Gallery(
+        images=images,
+        partners=partners,
+        masks=masks.astype(np.float16),
+        mixed=mixed,
+        lam=lam,
+        labels=labels,
+        partner_labels=(labels + 1) % pairs,
+        sweep_masks=sweep_masks.astype(np.float16),
+        sweep_mixed=sweep_mixed.astype(np.uint8),
+        sweep_lam=sweep_lam,
+    )
 
 
 def make_run(folder: Path, *, steps: int = STEPS, finished: bool = True, classes: tuple[str, ...] = ("a", "b")) -> Path:
@@ -78,7 +78,7 @@ def make_run(folder: Path, *, steps: int = STEPS, finished: bool = True, classes
             top = {"top1_query": 1 - loss, "top5_query": 1.0, "top1_momentum": 0.9 - loss, "top5_momentum": 1.0}
             record("eval", step, epoch=step // STEPS_PER_EPOCH, **top, loss_query=loss)
             record("checkpoint", step, seconds=0.125)
-            write_gallery(folder, step, **gallery_arrays(step / steps / 2))
+            write_gallery(folder, step, random_gallery(step / steps / 2))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "config.yaml").write_text(to_yaml(Config(epochs=6, optimizer=OptimizerConfig(lr=0.5))))
     environment = {"python": "3.11", "versions": {"torch": "2.15.0"}, "gpus": [], "classes": list(classes)}
@@ -429,7 +429,7 @@ def test_long_runs_make_small_pages(tmp_path):
         for step in range(1, 20_001):
             file.write(json.dumps({"kind": "train", "step": step, "loss": float(step)}) + "\n")
     for step in range(100):
-        write_gallery(tmp_path, step, **gallery_arrays(step / 100, pairs=2, side=8))
+        write_gallery(tmp_path, step, random_gallery(step / 100, pairs=2, side=8))
     data = data_of(write_report(tmp_path))
     (curve,) = data["charts"][0]["series"]
     assert len(curve["x"]) == len(curve["y"]) <= report.MAX_POINTS
@@ -442,7 +442,7 @@ def test_long_runs_make_small_pages(tmp_path):
 
 def test_photographs_are_made_small(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
-    write_gallery(tmp_path, 1, **gallery_arrays(0.5, pairs=2, side=224))
+    write_gallery(tmp_path, 1, random_gallery(0.5, pairs=2, side=224))
     gallery = data_of(write_report(tmp_path))["gallery"]
     pictures = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) for uri in gallery["pictures"]]
     assert {picture.size for picture in pictures} == {(160, 160)}
@@ -458,7 +458,7 @@ def test_what_a_training_logs_is_what_the_page_shows(tmp_path):
         log.step(step, 8)
         log.train(step, 0, {"loss": 1 / step})
     log.evaluation(4, 2, {"top1_query": 0.75})
-    log.gallery(4, **gallery_arrays(0.25))
+    log.gallery(4, random_gallery(0.25))
     log.close()
     page = write_report(tmp_path)
     data = data_of(page)

@@ -18,7 +18,7 @@ import pytest
 import wandb
 from accelerate import PartialState
 from PIL import Image
-from test_run_log import events, gallery_arrays, open_log, read_strictly
+from test_run_log import events, open_log, random_gallery, read_strictly
 from wandb.proto import wandb_internal_pb2
 
 from automix_dist import run as runs
@@ -56,7 +56,7 @@ def train(folder: Path, start_step: int, stop_step: int, **changes) -> None:
         log.train(step, 0, {"loss": 1 / step, "lr": 0.1 if step != 4 else np.nan})
         if step % 10 == 0:
             log.evaluation(step, 0, {"top1": step / 100})
-            log.gallery(step, **gallery_arrays())
+            log.gallery(step, random_gallery())
     log.close()
 
 
@@ -122,7 +122,7 @@ def test_wandb_gets_values_settings_and_pictures(tmp_path):
     both = history[10]
     assert (both["train/loss"], both["eval/top1"]) == (0.1, 0.1)
     with Image.open(path.parent / "files" / both["gallery/filenames"][0]) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), gallery_picture(**gallery_arrays()))
+        np.testing.assert_array_equal(np.asarray(picture), gallery_picture(random_gallery()))
 
 
 def test_mlflow_gets_values_settings_and_pictures(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_mlflow_gets_values_settings_and_pictures(tmp_path, monkeypatch):
     (name,) = [name for name in names if name.endswith(".png")]
     assert "gallery" in name and "step+10" in name
     with Image.open(client.download_artifacts(run.info.run_id, name, str(tmp_path))) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), gallery_picture(**gallery_arrays()))
+        np.testing.assert_array_equal(np.asarray(picture), gallery_picture(random_gallery()))
 
 
 def test_a_training_that_fails_is_shown_as_failed(tmp_path, monkeypatch):
@@ -226,7 +226,7 @@ import sys
 from pathlib import Path
 import psutil
 sys.path.insert(0, {tests!r})
-from test_run_log import gallery_arrays, open_log
+from test_run_log import random_gallery, open_log
 folder = Path({folder!r})
 log = open_log(folder, tensorboard=True, trackers=("wandb", "mlflow"))
 for step in range(1, 41):
@@ -238,7 +238,7 @@ for step in range(1, 41):
         (folder / "mlruns").rename(folder / "gone")  # in one step: MLflow's thread may be writing there
     log.train(step, 0, {{"loss": 1.0}})
     if step % 10 == 0:
-        log.gallery(step, **gallery_arrays())
+        log.gallery(step, random_gallery())
 log.close()
 print("trained to the end")
 """
