@@ -36,10 +36,10 @@ from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.config_file import load_config, parse_yaml
 from automix_dist.distributed import for_this_machine
 from automix_dist.errors import EXIT_STOPPED, AutomixError, first_line, some
+from automix_dist.metrics_file import METRICS, is_finished, read_metrics
 from automix_dist.model import new_model, without_weights
 from automix_dist.page import percent_or_nothing, table, ticks, write_page
 from automix_dist.policy import with_policy_settings
-from automix_dist.run_log import METRICS, is_finished, read_metrics
 from automix_dist.whole_file import write_whole
 
 BUDGET = {"epochs", "batch_size", "eval_every_epochs", "model", "data"}

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from automix_dist.gallery import IMAGE_COLOR, PARTNER_COLOR, mask_colors
-from automix_dist.run_log import percent
+from automix_dist.metrics_file import percent
 from automix_dist.whole_file import write_whole
 
 MAX_SIDE = 160  # pixels of a picture in a page; larger ones are scaled down

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 from automix_dist.config import Config, flatten, to_dict
 from automix_dist.errors import AutomixError
 from automix_dist.gallery import Gallery, gallery_files, gallery_step, mask_colors, read_gallery
+from automix_dist.metrics_file import METRICS, accuracy_name, duration, percent, read_metrics, state_of
 from automix_dist.page import NOTHING, PNG_SIDE, asset, empty, mask_uri, picture_uri, style_sheet, table, ticks
-from automix_dist.run_log import METRICS, accuracy_name, percent, read_metrics, state_of
 from automix_dist.whole_file import whole_file, write_whole
 
 MAX_POINTS = 1500  # of a curve; more records are averaged in groups, which a screen cannot tell apart
@@ -307,18 +307,6 @@ def _seconds(records: list[dict[str, Any]]) -> float | None:
         start = now if start is None else start
         last = now
     return None if start is None else max(total + last - start, 0)
-
-
-def duration(seconds: float) -> str:
-    """For a person, in two units."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days} d {h} h"
-    if hours:
-        return f"{h} h {m:02d} min"
-    return f"{m} min {s:02d} s" if m else f"{s} s"
 
 
 def _status(run: _Run) -> tuple[str, str]:

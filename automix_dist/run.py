@@ -23,13 +23,14 @@ from automix_dist.errors import EXIT_STOPPED, stop_reason
 from automix_dist.export import foreseen_refusal
 from automix_dist.fused_batchnorm import describe_fused
 from automix_dist.heartbeat import Heartbeat
+from automix_dist.metrics_file import has_saved, kinds_at, set_aside
 from automix_dist.model import describe_model
 from automix_dist.optimizer import build_optimizer
 from automix_dist.precision import autocast_name
 from automix_dist.rank_log import RankLog
 from automix_dist.run_check import Checked, check_run
 from automix_dist.run_folder import discard, is_of_this_job, on_rank_0, open_folder, store_settings, try_saving
-from automix_dist.run_log import RunLog, has_saved, kinds_at, set_aside
+from automix_dist.run_log import RunLog
 from automix_dist.trainer import Position, Trainer
 
 FIXED_ON_RESUME = (

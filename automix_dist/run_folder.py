@@ -15,7 +15,7 @@ from automix_dist.config import Config
 from automix_dist.config_file import to_yaml
 from automix_dist.distributed import Process
 from automix_dist.errors import AutomixError
-from automix_dist.run_log import METRICS, is_foreign
+from automix_dist.metrics_file import METRICS, is_foreign
 from automix_dist.whole_file import write_whole
 
 

@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from automix_dist.errors import stop_reason
-from automix_dist.report import check_run_folder, duration
-from automix_dist.run_log import METRICS, accuracy_name, last_session, percent, read_metrics, state_of, waiting
+from automix_dist.metrics_file import (
+    METRICS,
+    accuracy_name,
+    duration,
+    last_session,
+    percent,
+    read_metrics,
+    state_of,
+    waiting,
+)
+from automix_dist.report import check_run_folder
 
 RECENT = 20
 """Training records that the time left is judged by."""

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
-from automix_dist import gallery, run_log
+from automix_dist import gallery, metrics_file
 from automix_dist.run_log import RunLog
 from automix_dist.whole_file import whole_file
 
@@ -145,7 +145,7 @@ def test_resume_leaves_no_gap_and_no_double(tmp_path):
 def test_what_a_lost_run_has_logged_is_kept(tmp_path):
     train(tmp_path, 0, 20)
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    run_log.set_aside(tmp_path)
+    metrics_file.set_aside(tmp_path)
     train(tmp_path, 0, 10)
     assert len(gallery.gallery_files(tmp_path)) == 1
     assert next(tmp_path.glob("lost_*_metrics.jsonl")).read_bytes() == before
@@ -247,7 +247,7 @@ def test_a_full_disk_does_not_stop_the_training(tmp_path):
     for log in ("metrics.jsonl", "TensorBoard", "the gallery"):
         assert done.stderr.count(f"warning: cannot write {log}") == 1
     assert "Traceback" not in done.stderr
-    records, unreadable = run_log.read_metrics(tmp_path)
+    records, unreadable = metrics_file.read_metrics(tmp_path)
     steps = [record["step"] for record in records if record["kind"] == "train"]
     assert steps[:3] == [1, 2, 3] and steps[-3:] == [61, 62, 63] and 10 < len(steps) < 40
     assert unreadable == 1  # what the disk took of the record that met its end
@@ -376,7 +376,7 @@ def test_reading_survives_any_line(tmp_path_factory, foreign):
     folder = tmp_path_factory.mktemp("run")
     good = b'{"kind": "train", "step": 3}'
     (folder / "metrics.jsonl").write_bytes(b"\n".join([*foreign, good, good[:-5]]))
-    records, unreadable = run_log.read_metrics(folder)
+    records, unreadable = metrics_file.read_metrics(folder)
     assert records[-1] == {"kind": "train", "step": 3}
     assert all(isinstance(r["kind"], str) and r["step"] >= 0 for r in records)
     assert unreadable >= 1

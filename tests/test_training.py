@@ -25,8 +25,8 @@ from automix_dist.cli import main
 from automix_dist.config import Config, ConfigError, to_dict
 from automix_dist.errors import EXIT_STOPPED
 from automix_dist.evaluate import evaluate
+from automix_dist.metrics_file import is_finished, read_metrics
 from automix_dist.run_folder import is_of_this_job, store_settings
-from automix_dist.run_log import is_finished, read_metrics
 
 AUTOMIX = [sys.executable, "-m", "automix_dist"]
 

@@ -30,9 +30,9 @@ from automix_dist.checkpoint import Checkpoints
 from automix_dist.config import Config, ConfigError
 from automix_dist.config_file import load_config
 from automix_dist.distributed import launched_ranks
+from automix_dist.metrics_file import WAITING
 from automix_dist.prepare import PrepareOptions, prepare
 from automix_dist.run import train
-from automix_dist.run_log import WAITING
 
 IMAGENET = (1_281_167, 50_000)
 """Training and validation images that a recipe is extrapolated to where the config's files are not there."""
