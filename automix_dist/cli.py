@@ -497,7 +497,8 @@ def _report(options: argparse.Namespace) -> int:
     if options.out and options.out.suffix != ".html":
         raise ConfigError(f"--out {options.out}: expected the page, a .html; the picture is put beside it as a .png")
 
-    from automix_dist.report import write_picture, write_report
+    from automix_dist.report import write_report
+    from automix_dist.summary_picture import write_picture
 
     print(write_report(options.run_folder, options.out))
     print(write_picture(options.run_folder, options.out and options.out.with_suffix(".png")))

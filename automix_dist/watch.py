@@ -18,7 +18,7 @@ from automix_dist.metrics_file import (
     state_of,
     waiting,
 )
-from automix_dist.report import check_run_folder
+from automix_dist.recorded_run import check_run_folder
 
 RECENT = 20
 """Training records that the time left is judged by."""

@@ -22,11 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from automix_dist import report, run_log
+from automix_dist import charts, recorded_run, run_log, summary_picture
 from automix_dist.config import Config, OptimizerConfig
 from automix_dist.config_file import to_yaml
 from automix_dist.gallery import Gallery, write_gallery
-from automix_dist.report import ReportError, write_picture, write_report
+from automix_dist.recorded_run import ReportError
+from automix_dist.report import write_report
+from automix_dist.summary_picture import write_picture
 
 STEPS, STEPS_PER_EPOCH = 120, 20
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">&amp;'
@@ -432,12 +434,12 @@ def test_long_runs_make_small_pages(tmp_path):
         write_gallery(tmp_path, step, random_gallery(step / 100, pairs=2, side=8))
     data = data_of(write_report(tmp_path))
     (curve,) = data["charts"][0]["series"]
-    assert len(curve["x"]) == len(curve["y"]) <= report.MAX_POINTS
+    assert len(curve["x"]) == len(curve["y"]) <= charts.MAX_POINTS
     assert curve["x"][-1] == 20_000
     assert np.mean(curve["y"]) == pytest.approx(10_000, rel=1e-2)
     steps = [frame["step"] for frame in data["gallery"]["frames"]]
-    assert len(steps) == report.MAX_FRAMES and steps[0] == 0 and steps[-1] == 99
-    assert len(data["gallery"]["pictures"]) <= 4 + 4 * report.MAX_FRAMES  # images and partners are stored once
+    assert len(steps) == recorded_run.MAX_GALLERIES and steps[0] == 0 and steps[-1] == 99
+    assert len(data["gallery"]["pictures"]) <= 4 + 4 * recorded_run.MAX_GALLERIES  # images and partners are stored once
 
 
 def test_photographs_are_made_small(tmp_path):
@@ -477,7 +479,7 @@ def test_picture_shows_curves_and_masks(run):
     assert elsewhere.read_bytes() == (run / "summary.png").read_bytes()
     assert picture.width == 1200
     colors = {color for _, color in picture.getcolors(maxcolors=2**24)}
-    for curve in report.CURVE_COLORS[:5]:
+    for curve in summary_picture.CURVE_COLORS[:5]:
         assert tuple(bytes.fromhex(curve[1:])) in colors
     assert (255, 255, 255) in colors
 

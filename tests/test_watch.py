@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from test_report import STEPS, make_run
 
-from automix_dist.report import ReportError
+from automix_dist.recorded_run import ReportError
 from automix_dist.watch import describe, watch
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
