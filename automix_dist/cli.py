@@ -398,7 +398,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.cam is not None and options.out is None:
         raise ConfigError("--cam: its pictures are part of the page; set --out to a folder, such as RUN/eval")
 
-    from automix_dist.checkpoint import find_checkpoint
+    from automix_dist.checkpoint_files import find_checkpoint
     from automix_dist.evaluate import evaluate, summary
 
     saved = find_checkpoint(options.run_folder, options.step, options.best)
@@ -422,7 +422,7 @@ def _check_suffix(out: Path) -> None:
 def _export(options: argparse.Namespace) -> int:
     _check_suffix(options.out)
 
-    from automix_dist.checkpoint import find_checkpoint
+    from automix_dist.checkpoint_files import find_checkpoint
     from automix_dist.export import export_encoder
 
     saved = find_checkpoint(options.run_folder, options.step, options.best)
@@ -440,7 +440,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
     if options.action in ("list", "verify"):
         return _list_checkpoints(options)
 
-    from automix_dist.checkpoint import export_tensors, find_checkpoint, load_module_state, reshard
+    from automix_dist.checkpoint_files import export_tensors, find_checkpoint, load_module_state, reshard
 
     if options.action == "reshard":
         ranks = 1 if options.ranks is None else options.ranks
@@ -465,7 +465,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 def _list_checkpoints(options: argparse.Namespace) -> int:
     """A line for each checkpoint, the newest first; `verify` checks their files too."""
-    from automix_dist.checkpoint import CheckpointError, saved_steps, step_folder, verify
+    from automix_dist.checkpoint_files import CheckpointError, saved_steps, step_folder, verify
 
     run, verifying = options.run_folder, options.action == "verify"
     steps = saved_steps(run)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from automix_dist import beton, cam, distributed, robustness
 from automix_dist.cam import Showcase
-from automix_dist.checkpoint import Saved
+from automix_dist.checkpoint_files import Saved
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.data import Batch, EvalLoader

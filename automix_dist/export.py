@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from automix_dist.backbone import classifier_names, create_timm_model, layer_kwargs, stem_of
-from automix_dist.checkpoint import CheckpointError, Saved, export_tensors, load_module_state
+from automix_dist.checkpoint_files import CheckpointError, Saved, export_tensors, load_module_state
 from automix_dist.config import Config, DataConfig
 from automix_dist.config_file import from_dict
 from automix_dist.errors import some

@@ -8,7 +8,7 @@ from torch import nn
 from automix_dist import policy
 from automix_dist.activation_checkpointing import check_not_inside_blocks
 from automix_dist.backbone import create_backbone
-from automix_dist.checkpoint import Saved, load_module_state
+from automix_dist.checkpoint_files import Saved, load_module_state
 from automix_dist.classifier import Classifier
 from automix_dist.config import Config, ConfigError
 from automix_dist.convolutions import lay_out_weights, pad_stems

@@ -1,7 +1,7 @@
 """A step that went wrong, kept and looked at again: the weights before it and every rank's micro batches.
 
 RUN/dumps/step_00000012/
-    checkpoints/step_00000013/      as any checkpoint, see checkpoint.py; the skipped step left its weights alone
+    checkpoints/step_00000013/      as any checkpoint, see checkpoint_files.py; the skipped step left its weights alone
     batches_00000.safetensors ...   one per rank: images and labels of each micro batch of step 12
 """
 
@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from automix_dist.checkpoint import CheckpointError, Checkpoints, Saved, find_checkpoint, write_tensors
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import CheckpointError, Saved, find_checkpoint, write_tensors
 from automix_dist.config import CheckpointConfig, Config
 from automix_dist.draws import seed_torch
 from automix_dist.engines import Engine

@@ -14,7 +14,8 @@ from automix_dist import beton, distributed, provenance
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import foreign_normalisation, synchronize_batchnorm
 from automix_dist.captured_step import capture_steps
-from automix_dist.checkpoint import Checkpoints, Saved, committed_steps
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import Saved, committed_steps
 from automix_dist.config import Config, ConfigError, flatten, to_dict
 from automix_dist.data import EvalLoader, TrainLoader
 from automix_dist.distributed import Process

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from automix_dist import beton, provenance
-from automix_dist.checkpoint import committed_steps
+from automix_dist.checkpoint_files import committed_steps
 from automix_dist.config import Config, ConfigError
 from automix_dist.data import check_batch_size, check_crop
 from automix_dist.distributed import launched_ranks, resolve_device

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from automix_dist.checkpoint import committed_steps, step_folder
+from automix_dist.checkpoint_files import committed_steps, step_folder
 from automix_dist.config import Config
 from automix_dist.config_file import to_yaml
 from automix_dist.distributed import Process

@@ -7,7 +7,8 @@ import torch
 from tiny import micro_batch, rank_draws, tiny_model
 
 from automix_dist import distributed
-from automix_dist.checkpoint import Checkpoints, load_module_state, step_folder, verify
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import load_module_state, step_folder, verify
 from automix_dist.engines import build_engine
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer, set_learning_rates

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import classifier_names, create_backbone, foreign_normalisation
-from automix_dist.checkpoint import CheckpointError, Saved, verify
+from automix_dist.checkpoint_files import CheckpointError, Saved, verify
 from automix_dist.config import AutoMixConfig, ConfigError, DataConfig, ModelConfig, to_dict
 from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader

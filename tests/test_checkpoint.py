@@ -28,10 +28,10 @@ from engine_steps import (
 from ranks import own_process, run_ranks
 from tiny import tiny_config
 
-from automix_dist import checkpoint, distributed, run_folder
-from automix_dist.checkpoint import (
+from automix_dist import checkpoint, checkpoint_files, distributed, run_folder
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import (
     CheckpointError,
-    Checkpoints,
     ShardReader,
     UnreadableError,
     committed_steps,
@@ -130,7 +130,7 @@ def agreed_step(config, run: Path) -> int:
     return checkpoints.load(engine, checkpoints.agree_on_newest())["step"]
 
 
-KILL_POINTS = ["save_file", "_sha256", "sync", "sync#2", "sync#3", "_commit", "rename"]
+KILL_POINTS = ["save_file", "_sha256", "sync", "sync#2", "sync#3", "commit", "rename"]
 
 
 def save_and_die(config, folder: Path, point: str) -> None:
@@ -142,7 +142,7 @@ def save_and_die(config, folder: Path, point: str) -> None:
     engine_steps(config, process, model, engine, 0, 2)
     assert save(checkpoints, engine, 2)
     name, _, number = point.partition("#")
-    owner = Path if name == "rename" else checkpoint
+    owner = {"rename": Path, "commit": checkpoint}.get(name, checkpoint_files)
     original, calls = getattr(owner, name), []
 
     def deadly(*arguments, **keywords):
@@ -191,7 +191,7 @@ def rank_one_dies(config, folder: Path, results) -> None:
     assert save(checkpoints, engine, 2)
     engine_steps(config, process, model, engine, 2, 4)
     if process.rank == 1:
-        checkpoint.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint_files.save_file = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     assert save(checkpoints, engine, 4)
 
 
@@ -221,8 +221,8 @@ def train_while_saving(config, folder: Path) -> tuple[dict, dict, int]:
     checkpoints = Checkpoints(folder, config.checkpoint, process, print)
     engine_steps(config, process, model, engine, 0, 2)
     at_save = whole_parameters(engine, folder / "before", process, config)
-    disk, write = threading.Event(), checkpoint._write_shard
-    checkpoint._write_shard = lambda *arguments: disk.wait(60) and write(*arguments)
+    disk, write = threading.Event(), checkpoint.write_shard
+    checkpoint.write_shard = lambda *arguments: disk.wait(60) and write(*arguments)
     checkpoints.save(engine, {"step": 2}, {})
     engine_steps(config, process, model, engine, 2, 4)
     visible = len(committed_steps(folder))
@@ -247,10 +247,10 @@ def save_after_stalls(config, folder: Path) -> tuple[list[bool], list[str]]:
     process, _, engine = start_engine(config)
     said = []
     checkpoints = Checkpoints(folder, config.checkpoint, process, said.append)
-    write, outcomes = checkpoint._write_shard, []
+    write, outcomes = checkpoint.write_shard, []
     for step, stuck in enumerate((None, 0, None, 1, None)):
         slow = time.sleep if process.rank == stuck else lambda _: None
-        checkpoint._write_shard = lambda *arguments, slow=slow: slow(2) or write(*arguments)
+        checkpoint.write_shard = lambda *arguments, slow=slow: slow(2) or write(*arguments)
         outcomes.append(save(checkpoints, engine, step))
     distributed.finish()  # with the broken groups
     return outcomes, said
@@ -520,13 +520,13 @@ def miss_the_best(config, folder: Path) -> list[list[int]]:
     """Step 5 is the best so far, step 7 is better and cannot be written."""
     process, _, engine = start_engine(config)
     checkpoints = Checkpoints(folder, config.checkpoint, process, lambda _: None)
-    write, kept = checkpoint._write_shard, []
+    write, kept = checkpoint.write_shard, []
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for step, best in ((5, 5), (6, 5), (7, 7), (8, 7), (9, 7)):
-        checkpoint._write_shard = full if step == 7 else write
+        checkpoint.write_shard = full if step == 7 else write
         checkpoints.save(engine, {"step": step, "best_step": best}, {})
         checkpoints.wait()
         kept.append(sorted(committed_steps(checkpoints.run)))
@@ -570,7 +570,7 @@ def test_who_may_read_the_folder_may_read_the_shards(two_steps, tmp_path):
         run = tmp_path / f"{shared:o}"
         folder = reshard(newest(two_steps), run, 1)
         folder.chmod(shared)
-        checkpoint.write_tensors({"x": torch.zeros(1)}, folder / "shard_00000.safetensors")
+        checkpoint_files.write_tensors({"x": torch.zeros(1)}, folder / "shard_00000.safetensors")
         assert (folder / "shard_00000.safetensors").stat().st_mode & 0o777 == shared & 0o666
 
 
@@ -580,15 +580,15 @@ def test_a_newest_checkpoint_that_cannot_be_read_just_now_is_not_passed_over(two
             raise OSError(errno.EIO, "Input/output error")
         return sha256(path)
 
-    sha256 = checkpoint._sha256
-    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    sha256 = checkpoint_files._sha256
+    monkeypatch.setattr(checkpoint_files, "_sha256", broken)
     with pytest.raises(UnreadableError, match=r"Input/output error: this checkpoint, .*move .*step_00000004 away"):
         newest(two_steps)
 
 
 def test_checkpoints_that_a_training_removes_meanwhile_are_looked_for_anew(two_steps, tmp_path, monkeypatch):
     run = shutil.copytree(two_steps, tmp_path / "run")
-    whole, said = checkpoint.verify, []
+    whole, said = checkpoint_files.verify, []
 
     def verify(folder: Path, **options):
         if folder.name == "step_00000004" and folder.is_dir():
@@ -596,18 +596,18 @@ def test_checkpoints_that_a_training_removes_meanwhile_are_looked_for_anew(two_s
             manifest = folder.with_name("step_00000006") / "manifest.json"
             values = {**json.loads(manifest.read_text()), "step": 6}
             del values["sha256"]
-            checkpoint._write_manifest(manifest, values)
+            checkpoint_files._write_manifest(manifest, values)
         return whole(folder, **options)
 
-    monkeypatch.setattr(checkpoint, "verify", verify)
+    monkeypatch.setattr(checkpoint_files, "verify", verify)
     assert newest(run, said.append).step == 6 and not said
 
 
 def test_equal_statistics_of_all_ranks_have_a_mean_without_a_rounding(two_steps, tmp_path):
     saved = newest(two_steps)
-    once = checkpoint.reshard(saved, tmp_path / "one", 1)
-    thrice = checkpoint.reshard(checkpoint.verify(once), tmp_path / "three", 3)
-    one, three = (checkpoint.load_module_state(checkpoint.verify(each), "") for each in (once, thrice))
+    once = checkpoint_files.reshard(saved, tmp_path / "one", 1)
+    thrice = checkpoint_files.reshard(checkpoint_files.verify(once), tmp_path / "three", 3)
+    one, three = (checkpoint_files.load_module_state(checkpoint_files.verify(each), "") for each in (once, thrice))
     assert all(torch.equal(one[name], three[name]) for name in one)
 
 
@@ -616,10 +616,10 @@ def test_a_disk_that_is_away_for_a_moment_does_not_look_like_no_checkpoint(two_s
     def broken(_: Path) -> str:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint, "_sha256", broken)
+    monkeypatch.setattr(checkpoint_files, "_sha256", broken)
     with pytest.raises(UnreadableError, match=f"{os.strerror(number)}: this checkpoint, the newest, may be whole"):
         newest(two_steps)
-    monkeypatch.setattr(checkpoint, "committed_steps", broken)
+    monkeypatch.setattr(checkpoint_files, "committed_steps", broken)
     with pytest.raises(UnreadableError, match=f"checkpoints: {os.strerror(number)}"):
         newest(two_steps)
 

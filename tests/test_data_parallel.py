@@ -258,7 +258,7 @@ def test_resume_on_another_world_size_and_engine(before, after, optimizer, tmp_p
 
 def resume_plain(config, folder: Path, ranks: int, last: int) -> dict[str, torch.Tensor]:
     """Load the checkpoint's tensors by hand into a model and a torch optimizer, and continue as `ranks` ranks would."""
-    from automix_dist.checkpoint import ShardReader, newest
+    from automix_dist.checkpoint_files import ShardReader, newest
 
     saved = newest(folder)
     reader = ShardReader(saved)

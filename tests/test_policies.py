@@ -25,7 +25,8 @@ from automix_dist import distributed, policies, policy
 from automix_dist.activation_checkpointing import checkpoint_blocks
 from automix_dist.backbone import create_backbone, create_timm_model
 from automix_dist.batchnorm import RunningStatistics
-from automix_dist.checkpoint import Checkpoints, load_module_state, newest, verify
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import load_module_state, newest, verify
 from automix_dist.classifier import Classifier
 from automix_dist.cli import main
 from automix_dist.config import POLICIES, AutoMixConfig, ConfigError, LossConfig, ModelConfig, PolicyConfig

@@ -11,7 +11,8 @@ from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist import precision
 from automix_dist.captured_step import capture_steps
-from automix_dist.checkpoint import Checkpoints, load_module_state, step_folder, verify
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import load_module_state, step_folder, verify
 from automix_dist.data import Batch
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import build_optimizer, set_learning_rates

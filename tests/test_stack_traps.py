@@ -16,7 +16,8 @@ from tiny import micro_batch, rank_draws, tiny_config, tiny_model
 
 from automix_dist import distributed
 from automix_dist.batchnorm import averaged_statistics
-from automix_dist.checkpoint import Checkpoints, verify
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import verify
 from automix_dist.engines import build_engine
 from automix_dist.optimizer import build_optimizer
 

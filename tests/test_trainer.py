@@ -17,7 +17,8 @@ from ranks import run_ranks
 from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
 from automix_dist import distributed
-from automix_dist.checkpoint import Checkpoints, committed_steps, load_module_state, newest
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import committed_steps, load_module_state, newest
 from automix_dist.config import ConfigError
 from automix_dist.data import Batch
 from automix_dist.distributed import StopRequest

@@ -20,7 +20,7 @@ from tiny import tiny_config
 
 from automix_dist import checkpoint, cli, data
 from automix_dist import run as runs
-from automix_dist.checkpoint import find_checkpoint, newest
+from automix_dist.checkpoint_files import find_checkpoint, newest
 from automix_dist.cli import main
 from automix_dist.config import Config, ConfigError, to_dict
 from automix_dist.errors import EXIT_STOPPED
@@ -317,7 +317,7 @@ def test_an_error_of_any_rank_is_on_the_console_without_a_heartbeat_too(tmp_path
 def fail_beside_a_slow_save(rank: int, port: int, settings: Path, output: Path) -> None:
     """Rank 1's data end with an error while both ranks are writing a checkpoint to a slow disk."""
     os.environ |= rank_environment(rank, 2, port)
-    write, epoch = checkpoint._write_shard, data.TrainLoader.epoch
+    write, epoch = checkpoint.write_shard, data.TrainLoader.epoch
 
     def slowly(*arguments):
         time.sleep(3)
@@ -329,7 +329,7 @@ def fail_beside_a_slow_save(rank: int, port: int, settings: Path, output: Path) 
                 raise data.LoaderError("damaged")
             yield batch
 
-    checkpoint._write_shard, data.TrainLoader.epoch = slowly, damaged
+    checkpoint.write_shard, data.TrainLoader.epoch = slowly, damaged
     main(["train", str(settings), f"output={output}", "checkpoint.every_steps=4", "log.tensorboard=false"])
 
 

@@ -29,7 +29,8 @@ from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
 from automix_dist.bench import ENGINES, check_counts, cpu_name, results_folder, write_results
-from automix_dist.checkpoint import Checkpoints, step_folder, verify
+from automix_dist.checkpoint import Checkpoints
+from automix_dist.checkpoint_files import step_folder, verify
 from automix_dist.config import CheckpointConfig, Config
 from automix_dist.config_file import from_dict
 from automix_dist.engine_state import pieces

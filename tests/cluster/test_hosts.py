@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ranks import records
 
-from automix_dist.checkpoint import newest
+from automix_dist.checkpoint_files import newest
 from automix_dist.errors import EXIT_STOPPED
 
 ROOT = Path(__file__).parent.parent.parent

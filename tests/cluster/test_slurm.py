@@ -9,7 +9,7 @@ import yaml
 from ranks import records
 from test_hosts import no_rank_is_left, trained, until
 
-from automix_dist.checkpoint import newest
+from automix_dist.checkpoint_files import newest
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

@@ -20,7 +20,7 @@ from test_trainer import train
 from tiny import tiny_config
 
 import automix_dist
-from automix_dist.checkpoint import ShardReader, committed_steps, newest
+from automix_dist.checkpoint_files import ShardReader, committed_steps, newest
 
 PACKAGE = str(Path(automix_dist.__file__).parent)
 CALLS = 1200
