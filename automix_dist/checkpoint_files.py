@@ -32,7 +32,7 @@ from automix_dist.errors import AutomixError
 from automix_dist.whole_file import sync
 
 FORMAT = 1
-FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step_(\d{8,})")
 
 
@@ -150,7 +150,7 @@ class ShardReader:
 
 def step_folder(run: Path, step: int) -> Path:
     """Where a run's checkpoint of a step is, or would be."""
-    return run / FOLDER / f"step_{step:08d}"
+    return run / CHECKPOINTS / f"step_{step:08d}"
 
 
 def staging_folder(final: Path) -> Path:
@@ -163,7 +163,7 @@ def committed_steps(run: Path) -> list[int]:
 
     Raises OSError, also where the folder is a link that leads nowhere: its disk may be away for a moment.
     """
-    root = run / FOLDER
+    root = run / CHECKPOINTS
     if not root.is_dir():
         if root.is_symlink():
             raise FileNotFoundError(errno.ENOENT, f"a link to {root.readlink()}, which is not there", str(root))
@@ -176,7 +176,7 @@ def listed_steps(run: Path) -> list[int]:
     try:
         return committed_steps(run)
     except OSError as error:
-        raise UnreadableError(f"{run / FOLDER}: {reason_of(error)}") from error
+        raise UnreadableError(f"{run / CHECKPOINTS}: {reason_of(error)}") from error
 
 
 def best_committed(run: Path, steps: list[int]) -> int | None:
@@ -385,7 +385,7 @@ def renew(folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -
 
 def clear_leftovers(run: Path) -> None:
     """Remove what saves and removals that were killed have left; only one save runs at a time, by the run's lock."""
-    for leftover in (run / FOLDER).glob(".step_*"):
+    for leftover in (run / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from automix_dist.config import ProfileConfig
 
+PROFILE = "profile"
 ROWS = 50
 """Lines of the table."""
 

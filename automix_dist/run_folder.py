@@ -10,12 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from automix_dist.checkpoint_files import committed_steps, step_folder
+from automix_dist.checkpoint_files import CHECKPOINTS, committed_steps, step_folder
 from automix_dist.config import Config
 from automix_dist.config_file import to_yaml
 from automix_dist.distributed import Process
 from automix_dist.errors import AutomixError
+from automix_dist.gallery import GALLERY
 from automix_dist.metrics_file import METRICS, is_foreign
+from automix_dist.profiling import PROFILE
+from automix_dist.replay import DUMPS
+from automix_dist.trackers import FOLDERS
 from automix_dist.whole_file import write_whole
 
 
@@ -83,12 +87,12 @@ def discard(run: Path) -> str | None:
     try:
         if not committed_steps(run) and not (run / METRICS).exists():
             return None  # the folder of something else
-        for name in (METRICS, "checkpoints", "dumps", "gallery", "mlruns", "profile", "tensorboard", "wandb"):
+        for name in (METRICS, CHECKPOINTS, GALLERY, DUMPS, PROFILE, *FOLDERS):
             _clear(run / name)
         steps = sorted(committed_steps(run))
     except OSError as error:
         return f"cannot write to output = {str(run)!r}: {error.strerror}"
-    return f"{run}/checkpoints: steps {steps} could not be deleted: delete them, or set output=..." if steps else None
+    return f"{run / CHECKPOINTS}: steps {steps} could not be deleted: delete them, or set output=..." if steps else None
 
 
 def _clear(folder: Path) -> None:

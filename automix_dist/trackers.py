@@ -26,6 +26,9 @@ from automix_dist.whole_file import write_whole
 PROJECT = "automix-dist"
 """Of W&B, and experiment of MLflow, where the environment names no other."""
 RUN_IDS = "trackers.json"
+MLFLOW_FILES = "mlruns"
+FOLDERS = ("tensorboard", "wandb", MLFLOW_FILES)
+"""Where trackers keep files in a run's folder."""
 ANSWER_SECONDS = 60.0
 """How long a run may wait for a server at its start, and at its end for what was not sent yet."""
 LABELS = {"tensorboard": "TensorBoard", "wandb": "W&B", "mlflow": "MLflow"}
@@ -173,7 +176,7 @@ class MLflow:
         self._own_store = not mlflow.is_tracking_uri_set()
         if self._own_store:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-            mlflow.set_tracking_uri((folder / "mlruns").resolve().as_uri())
+            mlflow.set_tracking_uri((folder / MLFLOW_FILES).resolve().as_uri())
         _start(self._tracker)
         self._tracker.store_init_configuration(flatten(config))
 

@@ -22,7 +22,7 @@ from automix_dist.gallery import make_gallery
 from automix_dist.heartbeat import is_lost
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.optimizer import set_learning_rates
-from automix_dist.profiling import StepProfile
+from automix_dist.profiling import PROFILE, StepProfile
 from automix_dist.replay import DUMPS, write_dump
 from automix_dist.run_log import RunLog
 from automix_dist.schedules import Schedule, StepValues
@@ -151,7 +151,7 @@ class Trainer:
         self.position, self._last_saved = position, asdict(position)
         self._first_step = self._written_step = position.step
         recorded = self.config.profile if self.process.is_main else ProfileConfig()
-        self.profile = StepProfile(recorded, Path(self.config.output) / "profile", self.model, self.log.message)
+        self.profile = StepProfile(recorded, Path(self.config.output) / PROFILE, self.model, self.log.message)
         self.log.start(self.schedule.total_steps, self.schedule.steps_per_epoch, position.step)
         try:
             while position.step < self.schedule.total_steps:
