@@ -300,9 +300,9 @@ def test_a_failure_is_a_reason_not_a_gap():
     machine = {"device": "abacus", "versions": {}, "load_average": 0.0, "date": "2026-01-01"}
     result = {"machine": machine, "gpu": False, "dtype": "float32", "rounds": 1, "steps": 1, "parts": {}}
     result |= {"rows": [dataclasses.asdict(row) for row in rows], "targets": []}
-    assert "no such luck" in step_report.markdown(result) and step_report.bars_svg(result).count("<path") == 1
+    assert "no such luck" in step_report.markdown(result) and step_report.drawing(result).count("<path") == 1
     result["rows"] = result["rows"][:1]
-    assert step_report.bars_svg(result).count("<path") == 0, "without a vanilla step there are no ratios"
+    assert step_report.drawing(result).count("<path") == 0, "without a vanilla step there are no ratios"
 
 
 @pytest.mark.slow

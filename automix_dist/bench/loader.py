@@ -35,7 +35,7 @@ import psutil
 from automix_dist import beton
 from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
 from automix_dist.bench.loader_candidates import BATCH, CANDIDATES, QUALITY, SIDE, ours
-from automix_dist.bench.loader_report import bars_svg, markdown, targets
+from automix_dist.bench.loader_report import drawing, markdown, targets
 from automix_dist.cores import usable_cores
 from automix_dist.prepare import PrepareOptions, prepare
 from automix_dist.provenance import installed_version
@@ -430,7 +430,7 @@ def run(arguments: list[str]) -> int:
     text = markdown(result)
     print(text)
     if options.out:
-        write_results(options.out, "loader", result, text, bars_svg(result))
+        write_results(options.out, "loader", result, text, drawing(result))
     failed = any(row["candidate"].startswith("ours") and "per_second" not in row for row in result["rows"])
     return int(failed or bool(result["memory"] and result["memory"]["note"]))
 

@@ -1,7 +1,6 @@
 """What a person reads of `automix bench loader`, all of it from what loader.json holds: table, targets, bars."""
 
-from xml.sax.saxutils import escape
-
+from automix_dist.bench.bars import Bar, bars_svg
 from automix_dist.bench.loader_candidates import BATCH, QUALITY, SIDE
 
 NEED_FACTOR = 1.2
@@ -128,35 +127,15 @@ def memory_text(memory: dict) -> str:
     )
 
 
-def bars_svg(result: dict) -> str:
-    """Images per second of CPU time, a panel per storage, each with a scale of its own from zero."""
-    rows = [row for row in result["rows"] if "per_second" in row]
-    left, width, step, gap = 190, 760, 22, 44
-    parts, y = [], 46
-    for storage in dict.fromkeys(row["storage"] for row in rows):
-        panel = [row for row in rows if row["storage"] == storage]
-        scale = (width - left - 90) / max(row["per_cpu_second"]["max"] for row in panel)
-        parts.append(f'<text x="10" y="{y}" font-weight="bold">{escape(storage)}</text>')
-        for row in panel:
-            y += step
-            low, middle, high = (row["per_cpu_second"][key] * scale for key in ("min", "median", "max"))
-            fill = "#c0392b" if row["candidate"].startswith("ours") else "#7f8c8d"
-            parts += [
-                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(row["candidate"])}</text>',
-                f'<rect x="{left}" y="{y - 11}" width="{middle:.1f}" height="14" fill="{fill}"/>',
-                f'<path d="M{left + low:.1f} {y - 4}H{left + high:.1f}" stroke="black"/>',
-                f'<text x="{left + high + 6:.1f}" y="{y}">{row["per_cpu_second"]["median"]:,.0f}</text>',
-            ]
-        y += gap
+def drawing(result: dict) -> str:
+    """Images per second of CPU time, a panel per storage."""
+    panels: dict[str, list[Bar]] = {}
+    for row in result["rows"]:
+        if "per_second" in row:
+            name, rate = row["candidate"], row["per_cpu_second"]
+            span = (rate["min"], rate["max"])
+            bar = Bar(name, name.startswith("ours"), rate["median"], f"{rate['median']:,.0f}", span)
+            panels.setdefault(row["storage"], []).append(bar)
     machine = result["machine"]
     title = f"Images per CPU-second, median and range; {machine['cores']}-core CPU machine, {machine['cpu']}"
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" font-family="sans-serif" '
-            'font-size="12">',
-            f'<rect width="{width}" height="{y}" fill="white"/>',
-            f'<text x="10" y="20">{escape(title)}</text>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+    return bars_svg(title, panels, left=190)

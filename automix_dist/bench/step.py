@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from automix_dist.bench import Clock, check_counts, describe_machine, replaced, results_folder, write_results
 from automix_dist.bench.memory import peak_saved_bytes
-from automix_dist.bench.step_report import bars_svg, compare, fastest, markdown, targets
+from automix_dist.bench.step_report import compare, drawing, fastest, markdown, targets
 from automix_dist.bench.step_ways import NETWORKS, WAYS, Case, Trained, Way, policy
 from automix_dist.config import ConfigError
 from automix_dist.errors import first_line
@@ -419,5 +419,5 @@ def _finish(result: dict[str, Any], rows: dict[str, dict[str, Row]], out: Path |
         result["device"] = result["machine"]["device"]
     text = markdown(result)
     if out:
-        write_results(out, "step", result, text, bars_svg(result))
+        write_results(out, "step", result, text, drawing(result))
     return text

@@ -2,7 +2,8 @@
 targets met or missed, the bars, and what moved since an earlier result."""
 
 import math
-from xml.sax.saxutils import escape
+
+from automix_dist.bench.bars import Bar, bars_svg
 
 MIN_MOVE = 0.03
 """With --compare, changes smaller than this are not reported, however narrow the spreads are."""
@@ -144,33 +145,18 @@ def vanilla_ratios(rows: list[dict], row: dict) -> tuple[float | None, float | N
     return row["ms"] / vanilla["ms"], row["gflop_per_image"] / flops if flops else None
 
 
-def bars_svg(result: dict) -> str:
+def drawing(result: dict) -> str:
     """Time as a multiple of the fastest vanilla step, a panel per network; a tick where the FLOPs alone would be."""
-    left, width, height = 230, 760, 22
-    parts, y = [], 46
+    panels: dict[str, list[Bar]] = {}
     for network in dict.fromkeys(row["network"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["network"] == network and row["ms"]]
-        panel = [(row, *vanilla_ratios(rows, row)) for row in rows]
-        panel = [each for each in panel if each[1]]
-        if not panel:
-            continue
-        scale = (width - left - 90) / max(ratio for _, ratio, _ in panel)
-        parts.append(f'<text x="10" y="{y}" font-weight="bold">{escape(network)}</text>')
-        for row, ratio, flops in panel:
-            y += height
-            fill = "#c0392b" if row["way"].startswith("AutoMix") else "#7f8c8d"
-            parts += [
-                f'<text x="{left - 8}" y="{y}" text-anchor="end">{escape(row["way"])}</text>',
-                f'<rect x="{left}" y="{y - 11}" width="{ratio * scale:.1f}" height="14" fill="{fill}"/>',
-                f'<text x="{left + max(ratio, flops or 0) * scale + 6:.1f}" y="{y}">{ratio:.2f}</text>',
-            ]
-            if flops:
-                parts.append(f'<path d="M{left + flops * scale:.1f} {y - 14}v20" stroke="black" stroke-width="2"/>')
-        y += 44
+        rows = measured(result["rows"], network, "")
+        for row in rows:
+            ratio, flops = vanilla_ratios(rows, row)
+            if ratio:
+                bar = Bar(row["way"], row["way"].startswith("AutoMix"), ratio, f"{ratio:.2f}", tick=flops)
+                panels.setdefault(network, []).append(bar)
     title = f"Step time as a multiple of the fastest vanilla step (tick: FLOPs); {result['machine']['device']}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" font-family="sans-serif" font-size="12">'
-    background = f'<rect width="{width}" height="{y}" fill="white"/>'
-    return "\n".join([head, background, f'<text x="10" y="20">{escape(title)}</text>', *parts, "</svg>\n"])
+    return bars_svg(title, panels, left=230)
 
 
 def compare(result: dict, before: dict) -> tuple[str, bool]:
