@@ -36,6 +36,7 @@ from automix_dist import beton
 from automix_dist.bench import check_counts, cpu_name, results_folder, write_results
 from automix_dist.bench.loader_candidates import BATCH, CANDIDATES, QUALITY, SIDE, ours
 from automix_dist.bench.loader_report import drawing, markdown, targets
+from automix_dist.bench.synthetic import synthetic_file
 from automix_dist.cores import usable_cores
 from automix_dist.prepare import PrepareOptions, prepare
 from automix_dist.provenance import installed_version
@@ -187,17 +188,11 @@ def make_data(folder: Path, storage: str, images: int, workers: int) -> dict:
     `beton`: ours. For JPEG its restart markers, which slow other decoders down, are left out of what the others read,
     with the same pixels: another .beton file `plain`, a `folder` for each class and tar `shards`.
     """
-    kind, _, size = storage.partition("@")
-    file = folder / f"{kind}{size}_{images}.beton"
+    kind = storage.partition("@")[0]
+    file = folder / f"{storage.replace('@', '')}_{images}.beton"
     plain = file.with_stem(f"{file.stem}_plain") if kind == "jpg" else file
     for path in dict.fromkeys((file, plain)):
-        try:
-            beton.check(path)
-        except beton.BetonError:
-            options = PrepareOptions(
-                write_mode=kind, max_resolution=int(size), quality=QUALITY, restart_markers=path == file
-            )
-            prepare(f"synthetic:{images}", path, options, overwrite=True, progress=False)
+        synthetic_file(path, images, storage, quality=QUALITY, restart_markers=path == file)
     data = {"beton": str(file), "plain": str(plain), "bytes": file.stat().st_size}
     if kind == "raw":
         return data

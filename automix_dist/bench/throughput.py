@@ -26,12 +26,12 @@ import torch
 
 from automix_dist import beton, data, policy, trainer
 from automix_dist.bench import Clock, check_counts, describe_machine, replaced, results_folder, write_results
+from automix_dist.bench.synthetic import synthetic_file
 from automix_dist.checkpoint import Checkpoints
-from automix_dist.config import Config, ConfigError
+from automix_dist.config import Config
 from automix_dist.config_file import load_config
 from automix_dist.distributed import launched_ranks
 from automix_dist.metrics_file import WAITING
-from automix_dist.prepare import PrepareOptions, prepare
 from automix_dist.run import train
 
 IMAGENET = (1_281_167, 50_000)
@@ -234,18 +234,11 @@ def training_sizes(recipe: Config) -> list[int]:
 
 def generated(folder: Path, images: int, storage: str, batch_size: int) -> tuple[str, str]:
     """A training and a validation file of images of ImageNet's shapes; made by the first process that needs them."""
-    kind, _, size = storage.partition("@")
     files = []
     for split, count in (("train", max(images, batch_size)), ("val", max(images // 8, 8))):
-        file = folder / f"{split}_{kind}{size}_{count}.beton"
+        file = folder / f"{split}_{storage.replace('@', '')}_{count}.beton"
+        synthetic_file(file, count, storage, split=split)
         files.append(str(file))
-        try:
-            beton.check(file)
-        except beton.BetonError:
-            if launched_ranks() > 1:
-                raise ConfigError(f"{file} is not there: run the same command without torchrun first") from None
-            options = PrepareOptions(write_mode=kind, max_resolution=int(size))
-            prepare(f"synthetic:{count}@1000", file, options, split=split, overwrite=True, progress=False)
     return files[0], files[1]
 
 
