@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -132,6 +133,17 @@ def test_a_job_is_the_recipe_but_for_its_length(tmp_path):
         assert bench.job(resized, tmp_path, files, 7, 2).data.resolution_schedule == kept
     with pytest.raises(ConfigError, match="batch_size = 41: expected at most 40"):
         bench.job(dataclasses.replace(recipe, batch_size=41), tmp_path, files, 7, 2)
+
+
+def test_the_images_told_are_those_that_were_made(tmp_path, monkeypatch, capsys):
+    """A batch may be more than --images."""
+    for name, result in (("train", 0), ("figures", {}), ("loader_alone", 0.0), ("extrapolate", {})):
+        monkeypatch.setattr(bench, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(bench, "Recorder", MagicMock())
+    monkeypatch.setattr(bench, "markdown", lambda result: result["data"])
+    command = [CONFIG, *SMALL, "batch_size=24", "--images", "16", "--storage", "raw@32", "--data", str(tmp_path)]
+    assert bench.run(command) == 0
+    assert capsys.readouterr().out == "24 generated images, raw@32\n"
 
 
 class Nvml:

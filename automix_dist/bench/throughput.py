@@ -310,9 +310,10 @@ def run(arguments: list[str]) -> int:
     world_size, rank = launched_ranks(), int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as stack:
         folder = options.data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="automix-bench-")))
-        files = (recipe.data.train, recipe.data.val)
+        files, read = (recipe.data.train, recipe.data.val), "the config's own files"
         if not options.real:
             files = generated(folder, options.images, options.storage, recipe.batch_size)
+            read = f"{beton.check(Path(files[0])).count} generated images, {options.storage}"
         own = (Path(recipe.data.train), Path(recipe.data.val))  # also where generated images stand in for them
         known = all(file.is_file() for file in own)
         images = tuple(beton.check(file).count for file in own) if known else IMAGENET
@@ -323,9 +324,8 @@ def run(arguments: list[str]) -> int:
                 return code
         measured = figures(recorder, config, world_size)
         alone = loader_alone(config, rank, world_size, recorder.clock.device, seconds=2.0)
-    storage = "the config's own files" if options.real else f"{options.images} generated images, {options.storage}"
     result = {
-        "config": options.config, "overrides": options.overrides, "machine": machine, "data": storage,
+        "config": options.config, "overrides": options.overrides, "machine": machine, "data": read,
         "batch_size": recipe.batch_size, "epochs": recipe.epochs, "images": images, "measured": measured,
         "training_sizes": training_sizes(recipe), "loader_alone": alone,
         "recipe": extrapolate(measured, recipe, images),
