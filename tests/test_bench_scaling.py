@@ -164,5 +164,5 @@ def test_what_cannot_be_measured_beside_one_gpu_is_refused(run, arguments, messa
 def test_one_gpu_is_enough_for_the_benchmark_of_saving(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     started = []
-    monkeypatch.setattr(checkpoint, "_measure_on_ranks", lambda config, ranks, *_: started.append(ranks) or [])
+    monkeypatch.setattr(checkpoint, "run_on_ranks", lambda name, arguments, ranks: started.append(ranks) or 0)
     assert checkpoint.run([]) == 0 and started == [1]

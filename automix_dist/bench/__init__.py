@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -62,6 +64,13 @@ def check_counts(parser: argparse.ArgumentParser, options: argparse.Namespace, *
             f"--ranks {options.ranks}: one GPU each, and there are {gpus}; on the CPU: "
             f"CUDA_VISIBLE_DEVICES= {parser.prog} --ranks {options.ranks}"
         )
+
+
+def run_on_ranks(name: str, arguments: list[str], ranks: int) -> int:
+    """Start `automix bench NAME` in so many processes of this machine, which find WORLD_SIZE set; their exit code."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launcher, "-m", "automix_dist", "bench", name, *arguments]
+    return subprocess.run(command, check=False).returncode
 
 
 def describe_machine() -> dict[str, Any]:

@@ -7,19 +7,14 @@ checks the hashes before it restores, and ends with a rename that makes the chec
 """
 
 import argparse
-import contextlib
-import multiprocessing
 import os
-import queue
 import shutil
-import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,10 +23,10 @@ from torch import Tensor
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import ENGINES, check_counts, cpu_name, results_folder, write_results
+from automix_dist.bench import ENGINES, check_counts, cpu_name, results_folder, run_on_ranks, write_results
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.checkpoint_files import step_folder, verify
-from automix_dist.config import CheckpointConfig, Config
+from automix_dist.config import CheckpointConfig
 from automix_dist.config_file import from_dict
 from automix_dist.engine_state import pieces
 from automix_dist.engines import Engine, build_engine
@@ -50,6 +45,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", type=results_folder, help="folder for checkpoint.json and checkpoint.md")
     options = parser.parse_args(arguments)
     check_counts(parser, options, ranks=1, rounds=1)
+    if "WORLD_SIZE" not in os.environ:
+        with tempfile.TemporaryDirectory(prefix="automix-bench-", dir=options.folder) as folder:
+            return run_on_ranks("checkpoint", [*arguments, "--folder", folder], options.ranks)
+    if options.folder is None:
+        parser.error("--folder FOLDER is needed under a launcher: all ranks share it")
     config = from_dict(
         {
             "batch_size": 2 * options.ranks,
@@ -58,11 +58,14 @@ def run(arguments: list[str]) -> int:
             "optimizer": {"name": options.optimizer},
         }
     )
-    folder = Path(tempfile.mkdtemp(prefix="automix-bench-", dir=options.folder))
-    try:
-        rows = _measure_on_ranks(config, options.ranks, options.rounds, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    process = distributed.start(config.engine)
+    backbone = create_backbone(config.model, config.automix.feature, 224)
+    model = AutoMix(backbone, 1000, config.automix).to(process.device)
+    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
+    rows = measure(engine, process, options.folder, options.rounds)
+    distributed.finish()
+    if not process.is_main:
+        return 0
     about = {
         "date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "cores": os.cpu_count(),
         "machine": cpu_name(), "backbone": options.backbone, "optimizer": options.optimizer,
@@ -73,42 +76,6 @@ def run(arguments: list[str]) -> int:
     if options.out:
         write_results(options.out, "checkpoint", about | {"rows": rows}, f"{__doc__.strip()}\n\n{text}\n")
     return 0
-
-
-def _measure_on_ranks(config: Config, ranks: int, rounds: int, folder: Path) -> list[dict]:
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    results = context.Queue()
-    common = (ranks, port, config, rounds, folder, results)
-    processes = [context.Process(target=_rank, args=(rank, *common), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    while True:
-        with contextlib.suppress(queue.Empty):
-            rows = results.get(timeout=1)
-            break
-        if any(process.exitcode for process in processes):
-            raise RuntimeError("a rank of the benchmark failed; see its message above")
-    for process in processes:
-        process.join()
-    return rows
-
-
-def _rank(rank: int, ranks: int, port: int, config: Config, rounds: int, folder: Path, results: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    process = distributed.start(config.engine)
-    backbone = create_backbone(config.model, config.automix.feature, 224)
-    model = AutoMix(backbone, 1000, config.automix).to(process.device)
-    engine = build_engine(model, build_optimizer(model, config.optimizer), config, process)
-    rows = measure(engine, process, folder, rounds)
-    if process.is_main:
-        results.put(rows)
-    distributed.finish()
 
 
 def measure(engine: Engine, process: distributed.Process, folder: Path, rounds: int) -> list[dict]:

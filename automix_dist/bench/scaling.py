@@ -23,8 +23,6 @@ import gc
 import math
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from automix_dist import distributed
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import create_backbone
-from automix_dist.bench import ENGINES, check_counts, describe_machine, results_folder, write_results
+from automix_dist.bench import ENGINES, check_counts, describe_machine, results_folder, run_on_ranks, write_results
 from automix_dist.config import Config, EngineConfig
 from automix_dist.config_file import from_dict
 from automix_dist.distributed import Process
@@ -400,11 +398,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(arguments: list[str]) -> int:
     options = parse(arguments)
-    if "WORLD_SIZE" not in os.environ:  # start the ranks; they come back here
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
-        return subprocess.run(
-            [sys.executable, *launcher, "-m", "automix_dist", "bench", "scaling", *arguments], check=False
-        ).returncode
+    if "WORLD_SIZE" not in os.environ:
+        return run_on_ranks("scaling", arguments, options.ranks)
     process = distributed.start(EngineConfig())
     here = measure(options, process)
     sizes = Sizes(**here.pop("sizes"))
