@@ -42,6 +42,8 @@ from automix_dist.errors import first_line
 
 
 class SaveResult(NamedTuple):
+    """What became of a save."""
+
     step: int
     stall_seconds: float
     """How long training stood still for it: waiting for the save before, and copying to host memory."""
@@ -50,6 +52,7 @@ class SaveResult(NamedTuple):
     bytes: int
     """Bytes written by all ranks together."""
     written: bool
+    """Whether the checkpoint is on disk; else older ones are untouched."""
 
 
 class Checkpoints:
@@ -75,8 +78,8 @@ class Checkpoints:
         self._results: list[SaveResult] = []
 
     def save(self, engine: Engine, state: dict[str, Any], about: dict[str, Any]) -> None:
-        """Begin to commit a checkpoint of the step `state["step"]`; failures are said on the console and told by
-        `wait`, and leave older checkpoints untouched.
+        """Begin to commit a checkpoint of the step `state["step"]`; failures are printed and returned by `wait`,
+        and leave older checkpoints untouched.
 
         Args:
             state: the trainer's own position and counters; plain JSON values.
@@ -188,6 +191,8 @@ class Checkpoints:
 
     def load(self, engine: Engine, saved: Saved) -> dict[str, Any]:
         """Fill the engine from a checkpoint of any world size and engine; returns the trainer's state.
+
+        Raises CheckpointError if the files cannot be read or do not fit the model.
 
         Rank 0 alone opens all shards, and of another world size averages the buffers: a thousand ranks that each
         opened a thousand files would keep a file system busy for minutes.

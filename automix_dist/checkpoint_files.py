@@ -64,6 +64,8 @@ class Index(NamedTuple):
 class ShardReader:
     """Random access to the tensors of a checkpoint by name, whatever the ranks that wrote their slices.
 
+    It and its methods raise CheckpointError for a shard that cannot be opened, and for elements that are in none.
+
     Args:
         index: another reader's of the same checkpoint; without it, all shards are opened. With it, those that are read.
     """
@@ -351,7 +353,10 @@ def export_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, s
 
 
 def load_module_state(saved: Saved, prefix: str) -> dict[str, Tensor]:
-    """Weights and buffers below `prefix` ("query.", "momentum.", "mix_block.", or "" for all) as a state dict."""
+    """Weights and buffers below `prefix` ("query.", "momentum.", "mix_block.", or "" for all) as a state dict.
+
+    Raises CheckpointError as ShardReader does.
+    """
     reader = ShardReader(saved)
     state = {}
     for kind in ("param/", "buffer/"):

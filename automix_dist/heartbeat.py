@@ -48,9 +48,13 @@ STRAGGLER = 1.3
 STRAGGLER_SHARE = 0.05
 """The least excess over the median, as a share of the step, that is reported."""
 STRAGGLER_STEPS = 10
+"""Measured steps that a rank is judged by, at the least."""
 REPEAT_WINDOWS = 10
+"""A rank that falls behind is reported again after so many times engine.stall_seconds."""
 PACKAGE = f"{Path(__file__).parent}{os.sep}"
+"""What the paths of our own code begin with."""
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket", re.IGNORECASE)
+"""What RuntimeErrors say whose reason is another rank or the network."""
 
 
 class PeerError(AutomixError, RuntimeError):
@@ -64,23 +68,30 @@ class Beat:
     rank: int
     host: str
     process: int
+    """Its process id."""
     number: int = 0
+    """Beats so far; a rank whose number stays is silent."""
     step: int = 0
     phase: str = ""
+    """This and the next as in Progress."""
     advances: int = 0
-    """See Progress; the rank with the fewest holds the others up."""
+    """The rank with the fewest holds the others up."""
     still_seconds: float = 0.0
     """How long the main thread has not advanced."""
     stuck: bool = False
     """Whether that is too long for the phase."""
     where: str = ""
+    """The line of our code that the main thread is in."""
     collectives: int = 0
     """Collectives that were begun; decides between ranks in the same phase."""
     last_collective: str = ""
+    """The newest of them."""
     writing: bool = False
     """See Progress; while all save, who writes holds up who waits."""
     finished: bool = False
+    """Whether the rank has left the block, and is missed no more."""
     steps: int = 0
+    """Measured steps; the next two are sums over them, see Progress."""
     step_seconds: float = 0.0
     own_seconds: dict[str, float] = field(default_factory=dict)
 

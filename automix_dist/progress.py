@@ -32,6 +32,8 @@ class Progress:
         self.on_failure: Callable[[BaseException], None] = lambda error: None
         """The heartbeat's, to be called with an error before anything that takes its time."""
         self._on_gpu = on_gpu
+        self._began: torch.cuda.Event | None = None
+        """On the GPU's clock, the phase that is timed."""
         self._events: deque[tuple[str, bool, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._since = self._step_began = time.perf_counter()
 

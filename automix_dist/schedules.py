@@ -18,7 +18,9 @@ class StepValues(NamedTuple):
 
     lr: float
     mix_lr: float
+    """The Mix Block's learning rate."""
     momentum: float
+    """The share of itself that the momentum encoder keeps."""
     mask_loss_weight: float
     train_generator: bool = True
     """Whether the momentum encoder judges the Mix Block's samples."""
@@ -38,9 +40,11 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
         return self.config.epochs * self.steps_per_epoch
 
     def at(self, step: int) -> StepValues:
+        """What is in force while the step, counted from 0, runs."""
         return StepValues(
             lr=self._learning_rate(step),
             mix_lr=self._mix_learning_rate(step),

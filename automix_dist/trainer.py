@@ -104,6 +104,16 @@ class Tally:
 
 
 class Trainer:
+    """Drives one run: steps, evaluations, checkpoints, log. Every method is called by all ranks together.
+
+    Args:
+        engine: around a policy's model.
+        train_loader, val_loader: this rank's shares.
+        log: writes on the main rank only.
+        stop: by which the ranks agree on when to stop.
+        about: goes into every checkpoint's manifest.
+    """
+
     def __init__(
         self,
         config: Config,
@@ -116,7 +126,6 @@ class Trainer:
         stop: StopRequest,
         about: dict[str, Any],
     ):
-        """`about` goes into every checkpoint's manifest."""
         self.config = config
         self.process = process
         self.engine = engine

@@ -23,6 +23,8 @@ def validate(
 ) -> dict[str, float]:
     """Accuracies in [0, 1] over the whole set: every image counts once, whatever the world size.
 
+    BatchNorm uses the mean over ranks of the running statistics.
+
     Args:
         model: AutoMix or another model of a policy.
         loader: this rank's share of the set.
@@ -32,7 +34,6 @@ def validate(
     Returns:
         top1_* and top5_* for each of the model's logits (AutoMix: query, query_mix, momentum, momentum_mix), and the
         cross-entropy loss_query.
-        BatchNorm uses the mean over ranks of the running statistics.
     """
     training = model.training
     model.eval()

@@ -49,8 +49,11 @@ HIDES = {"ddp": 0.33, "zero0": 0.0, "zero1": 0.33, "zero2": 0.33, "zero3": 0.9, 
 step to go. ZeRO 3 also prefetches; ZeRO 0 reduces after the backward pass, and FSDP2 gathers the model as one unit."""
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 START_SECONDS, NETWORK_SECONDS, SKEW_SECONDS = 20e-6, 17e-6, 50e-6
+"""Of a collective; more of one that leaves the host; of a step, times log2 of the GPUs."""
 NETWORK_SHARE = 0.85
+"""The share of a host's bandwidth that a ring gets."""
 LAST_BUCKET_BYTES = 4e6
+"""What is reduced after the backward pass at the most: nothing hides it."""
 MESSAGES = [2**exponent for exponent in range(10, 25, 2)]  # bytes
 COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
 COLORS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
