@@ -62,10 +62,15 @@ class CompareError(AutomixError, RuntimeError):
 
 @dataclass(frozen=True)
 class Comparison:
+    """Runs that differ in nothing but the policy and the seed."""
+
     base: Path
+    """The config file of all."""
     output: Path
+    """The comparison's folder; each run has one in it."""
     seeds: tuple[int, ...]
     metric: str
+    """The key of the evaluations that is compared."""
     policies: dict[str, tuple[str, ...]]
     """The settings of each policy, the shared ones included."""
 

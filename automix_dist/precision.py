@@ -37,6 +37,8 @@ def scaled(number: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class LossScale:
+    """The scale of one run, on the device: `value`, by which losses are multiplied and gradients divided."""
+
     def __init__(self, device: torch.device):
         self.value = torch.full((), INITIAL, device=device)
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
