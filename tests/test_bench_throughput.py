@@ -180,7 +180,8 @@ def test_energy_is_known_or_there_is_a_reason(monkeypatch):
 
 
 def test_ranks_do_not_make_data(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="without torchrun"):
         bench.generated(tmp_path, 40, "raw@32", 8)
 
