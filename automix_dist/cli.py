@@ -113,149 +113,54 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(prog="automix", description=automix_dist.__doc__)
     parser.add_argument("--version", action="version", version=f"automix-dist {automix_dist.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, run, add_options, text in COMMANDS:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run, parser=command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add_options(command)
+    return parser, list(commands.choices)
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run, parser=sub)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return sub
 
-    prepare = command("prepare", _prepare, "write a dataset to a .beton file")
-    prepare.add_argument(
+def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=text)
+
+
+def _add_checkpoint_choice(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "source",
         help="a folder with one subfolder per class, or imagenet:DIR, parquet:DIR, synthetic:COUNT, ... (docs/data.md)",
     )
-    prepare.add_argument("out", type=Path, help="the .beton file to write; its manifest is put beside it")
-    prepare.add_argument("--split", choices=["train", "val"], default="train", help="for sources that have splits")
-    prepare.add_argument(
+    parser.add_argument("out", type=Path, help="the .beton file to write; its manifest is put beside it")
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="for sources that have splits")
+    parser.add_argument(
         "--classes",
         type=Path,
         metavar="FILE",
         help="take the class list of a .beton file, or of a text file with one name a line (default: the source's own)",
     )
-    prepare.add_argument(
+    parser.add_argument(
         "--holdout",
         type=float,
         metavar="SHARE",
         help="of a source without splits: the share of each class that is for --split val, the rest for --split train",
     )
-    prepare.add_argument("--per-class", type=int, metavar="N", help="only the first N images of each class")
-    prepare.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
-    prepare.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
-    prepare.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
-    prepare.add_argument("--workers", type=int, default=0, help="threads; 0 = all cores (the default)")
-    prepare.add_argument(
+    parser.add_argument("--per-class", type=int, metavar="N", help="only the first N images of each class")
+    parser.add_argument("--write-mode", choices=["raw", "jpg", "proportion", "smart"], default="jpg")
+    parser.add_argument("--max-resolution", type=int, help="shrink images whose longer side exceeds this many pixels")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEGs that have to be encoded (default: 90)")
+    parser.add_argument("--workers", type=int, default=0, help="threads; 0 = all cores (the default)")
+    parser.add_argument(
         "--skip-broken", action="store_true", help="leave unreadable and mislabelled images out, instead of failing"
     )
-    prepare.add_argument(
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT even if it holds another source or other options"
     )
-
-    train = command("train", _train, "train from a config")
-    train.add_argument("config", help="a YAML file, or the folder of a run, for its own settings")
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
-    )
-    start = train.add_mutually_exclusive_group()
-    start.add_argument(
-        "--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"
-    )
-    start.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
-    train.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
-    train.add_argument("--check", action="store_true", help="look for all that can be wrong with it and exit")
-
-    evaluate = command(
-        "eval", _evaluate, "accuracy, calibration and robustness of a run's checkpoint (docs/evaluation.md)"
-    )
-    evaluate.add_argument("run_folder", type=Path, metavar="RUN")
-    evaluate.add_argument("--data", help="another .beton file than the run's validation set")
-    which = evaluate.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="evaluate the checkpoint of this step (default: the newest)")
-    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
-    evaluate.add_argument("--batch-size", type=int, help="images per rank and batch")
-    evaluate.add_argument("--out", type=Path, help="a folder for eval.json and eval.html, with all classes")
-    evaluate.add_argument(
-        "--encoder", choices=["query", "momentum", "ensemble"], default="query", help="which one is reported in detail"
-    )
-    evaluate.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
-    evaluate.add_argument("--tta", choices=["flip"], help="average each image's answer with its mirror image's")
-    evaluate.add_argument("--attack", choices=["fgsm", "pgd"], help="on the chosen encoder and head")
-    evaluate.add_argument(
-        "--epsilon",
-        help="largest change of a value by the attack, on the [0, 1] scale (default: 8/255)",
-    )
-    evaluate.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
-    evaluate.add_argument("--occlusion", type=float, nargs="+", default=[], help="hide these shares of the images")
-    evaluate.add_argument("--cam", type=int, metavar="N", help="Grad-CAM of so many images on the page of --out")
-    evaluate.add_argument(
-        "--seed", type=int, default=0, help="seed of the noise, the hidden cells and the attack's random starts"
-    )
-
-    export = command("export", _export, "write an encoder as a timm state dict")
-    export.add_argument("run_folder", type=Path, metavar="RUN")
-    export.add_argument("out", type=Path, metavar="OUT.safetensors")
-    export.add_argument("--encoder", choices=["query", "momentum"], default="query")
-    export.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
-    which = export.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="export the checkpoint of this step (default: the newest)")
-    which.add_argument("--best", action="store_true", help="the checkpoint with the best validation top-1")
-
-    replay = command("replay", _replay, "compute a step again that was skipped, and say where it went wrong")
-    replay.add_argument("dump", type=Path, metavar="RUN/dumps/STEP")
-    replay.add_argument("--rank", type=int, default=0, help="replay the images of this rank (default: 0)")
-
-    checkpoint = command("checkpoint", _checkpoint, "look after a run's checkpoints")
-    checkpoint.add_argument("action", choices=["list", "verify", "reshard", "to-safetensors"])
-    checkpoint.add_argument("run_folder", type=Path, metavar="RUN")
-    checkpoint.add_argument("--out", type=Path, help="reshard: the run folder to write; to-safetensors: the file")
-    checkpoint.add_argument(
-        "--step",
-        type=int,
-        help="reshard or convert the checkpoint of this step (default: the newest); verify: only this one",
-    )
-    checkpoint.add_argument("--ranks", type=int, help="reshard: how many shards to write (default: 1)")
-
-    report = command("report", _report, "write a page of a run's curves, numbers and mixed samples")
-    report.add_argument("run_folder", type=Path, metavar="RUN")
-    report.add_argument("--out", type=Path, help="the page; the picture is put beside it (default: RUN/report.html)")
-
-    watch = command("watch", _watch, "a run at a glance in the terminal, while it trains or after")
-    watch.add_argument("run_folder", type=Path, metavar="RUN")
-    watch.add_argument("--once", action="store_true", help="show it once and exit")
-    watch.add_argument("--seconds", type=float, default=2.0, help="between two looks (default: 2)")
-
-    compare = command("compare", _compare, "train policies over seeds with equal budgets, and write one table")
-    compare.add_argument("config", type=Path, help="a YAML file (docs/evaluation.md)")
-    compare.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="section.key=value",
-        help="settings over the file's, for all runs; output=FOLDER for the comparison's own folder",
-    )
-    how = compare.add_mutually_exclusive_group()
-    how.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, on a GPU each if there are enough (default: 1)"
-    )
-    how.add_argument("--launcher", help="what trains each run on several GPUs: 'torchrun ... -m automix_dist'")
-
-    verify = command("verify", _verify, "check every sample of a .beton file")
-    verify.add_argument("file", type=Path)
-
-    bench = command("bench", _bench, "measure; `automix bench NAME --help` lists a benchmark's own options")
-    bench.add_argument("name", choices=["checkpoint", "kernels", "loader", "memory", "scaling", "step", "throughput"])
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
-
-    doctor = command("doctor", _doctor, "what this machine lacks, and how to get it")
-    doctor.add_argument("config", nargs="?", help="check its settings, model, data and output folder too")
-    doctor.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that replace the file's"
-    )
-    doctor.add_argument(
-        "--all-ranks", action="store_true", help="under a launcher: every host of the job, and the network between them"
-    )
-    doctor.add_argument("--seconds", type=float, default=60, help="--all-ranks: how long to wait for the other ranks")
-    return parser, list(commands.choices)
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -286,12 +191,28 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path)
+
+
 def _verify(options: argparse.Namespace) -> int:
     from automix_dist import beton
 
     beton.verify(options.file, progress=True)
     print(f"{options.file}: every sample is readable and matches the manifest")
     return 0
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file, or the folder of a run, for its own settings")
+    _add_overrides(parser, "settings that replace the file's")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--resume", action="store_true", help="continue from the newest whole checkpoint, if there is one"
+    )
+    start.add_argument("--overwrite", action="store_true", help="discard the run that the output folder holds")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved settings and exit")
+    parser.add_argument("--check", action="store_true", help="look for all that can be wrong with it and exit")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -352,6 +273,11 @@ def _refuse_moved(path: str, config: Config) -> None:
         )
 
 
+def _replay_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dump", type=Path, metavar="RUN/dumps/STEP")
+    parser.add_argument("--rank", type=int, default=0, help="replay the images of this rank (default: 0)")
+
+
 def _replay(options: argparse.Namespace) -> int:
     from automix_dist import distributed
     from automix_dist.config_file import from_dict
@@ -391,6 +317,30 @@ def _conditions(options: argparse.Namespace):
     )
 
 
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN")
+    parser.add_argument("--data", help="another .beton file than the run's validation set")
+    _add_checkpoint_choice(parser)
+    parser.add_argument("--batch-size", type=int, help="images per rank and batch")
+    parser.add_argument("--out", type=Path, help="a folder for eval.json and eval.html, with all classes")
+    parser.add_argument(
+        "--encoder", choices=["query", "momentum", "ensemble"], default="query", help="which one is reported in detail"
+    )
+    parser.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
+    parser.add_argument("--tta", choices=["flip"], help="average each image's answer with its mirror image's")
+    parser.add_argument("--attack", choices=["fgsm", "pgd"], help="on the chosen encoder and head")
+    parser.add_argument(
+        "--epsilon",
+        help="largest change of a value by the attack, on the [0, 1] scale (default: 8/255)",
+    )
+    parser.add_argument("--corruptions", nargs="?", const="all", help="all, or names with commas between")
+    parser.add_argument("--occlusion", type=float, nargs="+", default=[], help="hide these shares of the images")
+    parser.add_argument("--cam", type=int, metavar="N", help="Grad-CAM of so many images on the page of --out")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the noise, the hidden cells and the attack's random starts"
+    )
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     conditions = _conditions(options)
     if options.batch_size is not None and options.batch_size < 1:
@@ -419,6 +369,14 @@ def _check_suffix(out: Path) -> None:
         raise ConfigError(f"{out}: expected a file that ends in .safetensors, which is what it will hold")
 
 
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN")
+    parser.add_argument("out", type=Path, metavar="OUT.safetensors")
+    parser.add_argument("--encoder", choices=["query", "momentum"], default="query")
+    parser.add_argument("--head", choices=["one", "mix"], default="one", help="trained on clean or on mixed images")
+    _add_checkpoint_choice(parser)
+
+
 def _export(options: argparse.Namespace) -> int:
     _check_suffix(options.out)
 
@@ -429,6 +387,18 @@ def _export(options: argparse.Namespace) -> int:
     code = export_encoder(saved, options.out, options.encoder, options.head)
     print(f"# {options.encoder} encoder with head_{options.head} of step {saved.step}; load it with:\n{code}")
     return 0
+
+
+def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list", "verify", "reshard", "to-safetensors"])
+    parser.add_argument("run_folder", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="reshard: the run folder to write; to-safetensors: the file")
+    parser.add_argument(
+        "--step",
+        type=int,
+        help="reshard or convert the checkpoint of this step (default: the newest); verify: only this one",
+    )
+    parser.add_argument("--ranks", type=int, help="reshard: how many shards to write (default: 1)")
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
@@ -493,6 +463,11 @@ def _list_checkpoints(options: argparse.Namespace) -> int:
     return EXIT_FAILED if broken else 0
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="the page; the picture is put beside it (default: RUN/parser.html)")
+
+
 def _report(options: argparse.Namespace) -> int:
     if options.out and options.out.suffix != ".html":
         raise ConfigError(f"--out {options.out}: expected the page, a .html; the picture is put beside it as a .png")
@@ -505,6 +480,12 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _watch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN")
+    parser.add_argument("--once", action="store_true", help="show it once and exit")
+    parser.add_argument("--seconds", type=float, default=2.0, help="between two looks (default: 2)")
+
+
 def _watch(options: argparse.Namespace) -> int:
     if not 0 < options.seconds < math.inf:
         raise ConfigError(f"--seconds {options.seconds:g}: expected a positive number of seconds")
@@ -513,6 +494,16 @@ def _watch(options: argparse.Namespace) -> int:
 
     watch(options.run_folder, once=options.once, seconds=options.seconds)
     return 0
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="a YAML file (docs/evaluation.md)")
+    _add_overrides(parser, "settings over the file's, for all runs; output=FOLDER for the comparison's own folder")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, on a GPU each if there are enough (default: 1)"
+    )
+    how.add_argument("--launcher", help="what trains each run on several GPUs: 'torchrun ... -m automix_dist'")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -525,10 +516,24 @@ def _compare(options: argparse.Namespace) -> int:
     return compare(options.config, launcher, _to_stderr, options.jobs, options.overrides)
 
 
+def _bench_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=["checkpoint", "kernels", "loader", "memory", "scaling", "step", "throughput"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
 def _bench(options: argparse.Namespace) -> int:
     names = {"kernels": "automix_kernels.benchmark"}
     module = importlib.import_module(names.get(options.name, f"automix_dist.bench.{options.name}"))
     return module.run(options.arguments)
+
+
+def _doctor_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="check its settings, model, data and output folder too")
+    _add_overrides(parser, "settings that replace the file's")
+    parser.add_argument(
+        "--all-ranks", action="store_true", help="under a launcher: every host of the job, and the network between them"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="--all-ranks: how long to wait for the other ranks")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -541,3 +546,25 @@ def _doctor(options: argparse.Namespace) -> int:
     from automix_dist.doctor import diagnose, print_table
 
     return print_table(diagnose(config))
+
+
+COMMANDS = (
+    ("prepare", _prepare, _prepare_options, "write a dataset to a .beton file"),
+    ("train", _train, _train_options, "train from a config"),
+    (
+        "eval",
+        _evaluate,
+        _evaluate_options,
+        "accuracy, calibration and robustness of a run's checkpoint (docs/evaluation.md)",
+    ),
+    ("export", _export, _export_options, "write an encoder as a timm state dict"),
+    ("replay", _replay, _replay_options, "compute a step again that was skipped, and say where it went wrong"),
+    ("checkpoint", _checkpoint, _checkpoint_options, "look after a run's checkpoints"),
+    ("report", _report, _report_options, "write a page of a run's curves, numbers and mixed samples"),
+    ("watch", _watch, _watch_options, "a run at a glance in the terminal, while it trains or after"),
+    ("compare", _compare, _compare_options, "train policies over seeds with equal budgets, and write one table"),
+    ("verify", _verify, _verify_options, "check every sample of a .beton file"),
+    ("bench", _bench, _bench_options, "measure; `automix bench NAME --help` lists a benchmark's own options"),
+    ("doctor", _doctor, _doctor_options, "what this machine lacks, and how to get it"),
+)
+"""By name: what runs it, what adds its options, and a line on what it does."""
