@@ -293,10 +293,10 @@ def measure(
         return
     if not case.leaves:
         return
-    for name in ("ms", "graph_ms"):
-        if getattr(both, name) and getattr(forward, name):
-            difference = getattr(both, name) - getattr(forward, name)
-            setattr(backward, name, difference if difference > 0 else None)
+    for field in ("ms", "graph_ms"):
+        if getattr(both, field) and getattr(forward, field):
+            difference = getattr(both, field) - getattr(forward, field)
+            setattr(backward, field, difference if difference > 0 else None)
     backward.note = "" if backward.ms else "lost in the noise"
     yield backward
 
