@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from automix_kernels.operators import Operator, cdiv, next_power_of_2
+from automix_kernels.rounding import rounded_product
 from torch import Tensor
 
 PROGRAMS = 512  # of the passes that sum: all of them fit an A100 or an H200 at once, and none is left over for the end
@@ -121,7 +122,7 @@ def _finish_moments_kernel(
         shift = tl.load(parts_ptr + group * PARTS * C + channels, mask=inside, other=0.0)
         away = tl.load(pointers, mask=mask, other=0.0) - shift[None, :]
         away += tl.load(pointers + GROUPS * PARTS * C, mask=mask, other=0.0)
-        distance = tl.sum(tl.where(mask, count * away, 0.0), axis=0) / rows
+        distance = tl.sum(tl.where(mask, rounded_product(count, away), 0.0), axis=0) / rows
         mean = shift + distance
         away -= distance[None, :]
         squares = tl.load(pointers + 2 * GROUPS * PARTS * C, mask=mask, other=0.0)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from automix_kernels.normalize import of_channel, scales, shifts
 from automix_kernels.operators import Operator, cdiv, next_power_of_2
+from automix_kernels.rounding import rounded_product
 from torch import Tensor
 
 FORWARD_TILE, BACKWARD_TILE = 4096, 2048  # elements; twice as many in the backward take twice the registers
@@ -151,7 +152,7 @@ def _forward_kernel(
             counted = tl.where(plain, 1 - lam, _bilinear_mask(before, column, after, pixels, FACTOR_X))
             counted = tl.where(rows_inside & (pixels < FACTOR_X)[None, None, :], counted, 0.0)
             mask_sum += tl.sum(counted)
-            square_sum += tl.sum(counted * counted)
+            square_sum += tl.sum(rounded_product(counted, counted))
         for piece in tl.static_range(3 * FACTOR_X // PIECE):
             elements = piece * PIECE + in_piece
             if BILINEAR:
@@ -178,7 +179,7 @@ def _forward_kernel(
         logits = tl.load(logits_ptr + image * (H_CELLS * W_CELLS) + indices, mask=inside_map, other=0.0)
         counted = tl.where(inside_map, tl.where(plain, 1 - lam, tl.sigmoid(logits.to(tl.float32))), 0.0)
         tl.store(mask_mean_ptr + image, tl.sum(counted) / (H_CELLS * W_CELLS))
-        tl.store(mask_square_mean_ptr + image, tl.sum(counted * counted) / (H_CELLS * W_CELLS))
+        tl.store(mask_square_mean_ptr + image, tl.sum(rounded_product(counted, counted)) / (H_CELLS * W_CELLS))
 
 
 @triton.jit
@@ -259,18 +260,18 @@ def _backward_kernel(
                 other = tl.load(images_ptr + partner * (3 * PIXELS) + offsets, mask=is_mixed, other=0).to(tl.float32)
                 outputs = _offsets(image_y, cells, elements, H_CELLS, W_CELLS, FACTOR_Y, FACTOR_X, True)
                 grad_mixed = tl.load(grad_mixed_ptr + image * (3 * PIXELS) + outputs, mask=is_mixed, other=0.0)
-                grad = grad_mixed.to(tl.float32) * (other - own)
+                grad = rounded_product(grad_mixed.to(tl.float32), other - own)
                 if NORMALIZE:
-                    grad *= of_channel(elements % 3, red, green, blue)[None, None, :]
+                    grad = rounded_product(grad, of_channel(elements % 3, red, green, blue)[None, None, :])
             if BILINEAR:
                 mask = _bilinear_mask(before, column, after, elements // 3, FACTOR_X)
                 # A pixel's share of the means' gradient is spread over its three elements.
                 grad += (grad_mean + 2 * mask * grad_square_mean) / (3 * PIXELS)
                 grad = tl.where(inside, grad * (mask * (1 - mask)), 0.0)
                 to_left, to_same, to_right = _taps(elements // 3, FACTOR_X)
-                grad_left = tl.sum(grad * to_left[None, None, :], axis=2)  # [BLOCK_Y, BLOCK_W]
-                grad_same = tl.sum(grad * to_same[None, None, :], axis=2)
-                grad_right = tl.sum(grad * to_right[None, None, :], axis=2)
+                grad_left = tl.sum(rounded_product(grad, to_left[None, None, :]), axis=2)  # [BLOCK_Y, BLOCK_W]
+                grad_same = tl.sum(rounded_product(grad, to_same[None, None, :]), axis=2)
+                grad_right = tl.sum(rounded_product(grad, to_right[None, None, :]), axis=2)
                 to_above, to_same, to_below = _taps(y, FACTOR_Y)
                 above_left += grad_left * to_above[:, None]
                 above += grad_same * to_above[:, None]

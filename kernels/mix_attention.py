@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from automix_kernels.operators import Operator, cdiv, next_power_of_2
 from automix_kernels.projection import split_projection
+from automix_kernels.rounding import rounded_product
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -98,8 +99,10 @@ def _key_products_kernel(
     query_lambda = _vector(query_lambda_ptr, columns, D, STRIDE_LAMBDA, HAS_LAMBDA)
     query_bias = _vector(query_bias_ptr, columns, D, 1, HAS_BIAS)
     pointers = products_ptr + image * N + rows
-    tl.store(pointers, tl.sum(keys * query_lambda[None, :], axis=1), mask=rows < N)
-    tl.store(pointers + tl.num_programs(1) * N, tl.sum(keys * query_bias[None, :], axis=1), mask=rows < N)
+    tl.store(pointers, tl.sum(rounded_product(keys, query_lambda[None, :]), axis=1), mask=rows < N)
+    tl.store(
+        pointers + tl.num_programs(1) * N, tl.sum(rounded_product(keys, query_bias[None, :]), axis=1), mask=rows < N
+    )
 
 
 @triton.jit
@@ -335,15 +338,16 @@ def _backward_kernel(
             columns = start_d + tl.arange(0, BLOCK_D)
             column_mask = columns < D
             key = _load_rows(key_base, keys, columns, N, D, STRIDE_N, EVEN)  # [BLOCK_N, BLOCK_D]
-            product = tl.dot(grad_scores, key, input_precision=PRECISION) * unit
+            product = tl.dot(grad_scores, key, input_precision=PRECISION)
             if HAS_OFFSET:
                 offset_pointers = grad_offset_ptr + tile * D + columns
-                offset_sum = tl.sum(product, axis=0)
+                offset_sum = tl.sum(product, axis=0) * unit
                 if start_n > 0:
                     offset_sum += tl.load(offset_pointers, mask=column_mask, other=0.0)
                 tl.store(offset_pointers, offset_sum, mask=column_mask)
             pointers = output_base + rows[:, None] * STRIDE_GRAD_N + columns[None, :]
             mask = row_mask[:, None] & column_mask[None, :]
+            product *= unit
             if start_n > 0:
                 product += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
             tl.store(pointers, product.to(grad_projection_ptr.dtype.element_ty), mask=mask)
@@ -429,12 +433,12 @@ def _parameter_grad_kernel(
         mask = indices < PARTIALS
         lam = tl.load(lam_ptr + indices // TILES, mask=mask, other=0.0)
         grad_sum = tl.load(grad_sum_ptr + indices, mask=mask, other=0.0)
-        value_by_lambda += tl.sum((1 - lam) * grad_sum, axis=0)
+        value_by_lambda += tl.sum(rounded_product(1 - lam, grad_sum), axis=0)
         value_plain += tl.sum(grad_sum, axis=0)
         if HAS_OFFSET:
             pointers = grad_offset_ptr + indices.to(tl.int64)[:, None] * D + columns[None, :]
             part = tl.load(pointers, mask=mask[:, None] & column_mask[None, :], other=0.0)  # [BLOCK_P, BLOCK_D]
-            by_lambda += tl.sum(lam[:, None] * part, axis=0)
+            by_lambda += tl.sum(rounded_product(lam[:, None], part), axis=0)
             plain += tl.sum(part, axis=0)
     if HAS_OFFSET:
         tl.store(grad_query_ptr + columns, by_lambda, mask=column_mask)

@@ -120,6 +120,8 @@ class Memory:
                 raise MachineError("a block writes what another one has read or written")
         self.writer[start][touched] = block
         self.views[start][touched] = data
+        if (self.views[start][touched] != data).any():
+            raise MachineError("two threads of one instruction write different bits to one place of a tensor")
 
 
 class Shared:
@@ -171,6 +173,8 @@ class Shared:
             raise MachineError("shared memory is written while a copy into it has not been waited for")
         self.note_write(touched, data, warps)
         self.bytes[touched] = data
+        if (self.bytes[touched] != data).any():
+            raise MachineError("two lanes of one instruction write different bits to one place of the shared memory")
         self.writer[touched] = warps[:, None]
         self.unfenced[touched] = True
 

@@ -53,6 +53,13 @@ def spilled_bytes(compiled, architecture, tmp_path) -> int:
     return int(re.search(r"STACK:(\d+)", report).group(1))
 
 
+def fused_butterflies(code: str) -> list[str]:
+    """Multiply-adds on what another lane has sent. Two lanes of a butterfly add the same numbers, in another order, and
+    get the same bits only where neither is a product that is not rounded yet."""
+    sent = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+)", code))
+    return [line for line in re.findall(r"fma\.rn\.f32.*", code) if sent & set(re.findall(r"%r\d+", line)[1:])]
+
+
 def assert_fits(launches, architecture, tmp_path, products=()):
     assert launches
     for kernel, arguments in launches:
@@ -61,6 +68,8 @@ def assert_fits(launches, architecture, tmp_path, products=()):
         name = kernel.__name__
         assert compiled.metadata.shared <= SHARED_MEMORY[architecture], name
         assert spilled_bytes(compiled, architecture, tmp_path) <= SPILLED.get((architecture, name), 0), name
+        if architecture != "hip":
+            assert not fused_butterflies(compiled.asm["ptx"]), f"{name}: lanes store other bits to one word"
         if name in products:
             assert MATRIX_INSTRUCTION[architecture] in compiled.asm["amdgcn" if architecture == "hip" else "ptx"], name
 

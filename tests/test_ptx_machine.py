@@ -94,6 +94,13 @@ def test_instructions_it_does_not_know_are_named():
         computed("frob.b32 %r1, %r2;")
 
 
+def test_finds_lanes_that_store_other_bits_to_one_place():
+    """As the lanes of a butterfly do where a product is fused into its first addition (kernels/rounding.py)."""
+    assert (computed("mov.b32 %r1, 7;\nmov.b32 %r2, 0;\nst.shared.b32 [%r2], %r1;") == 7).all()
+    with pytest.raises(MachineError, match="write different bits to one place of the shared memory"):
+        computed("mov.b32 %r1, 7;\nmov.b32 %r2, 0;\nst.shared.b32 [%r2], %r0;")
+
+
 @pytest.fixture
 def attention(monkeypatch):
     """The attention's forward pass at 40 positions, for one architecture: run(change) runs the changed code.
