@@ -18,14 +18,16 @@ LINES, WIDTH, ROUNDS = 128, 16, 2
 @triton.jit
 def scales(std_ptr):
     """1 / (255 std) of the three channels: three numbers, so that nothing is divided for each element."""
-    return 1 / (255 * tl.load(std_ptr)), 1 / (255 * tl.load(std_ptr + 1)), 1 / (255 * tl.load(std_ptr + 2))
+    red, green, blue = tl.load(std_ptr), tl.load(std_ptr + 1), tl.load(std_ptr + 2)
+    return tl.div_rn(1.0, 255 * red), tl.div_rn(1.0, 255 * green), tl.div_rn(1.0, 255 * blue)
 
 
 @triton.jit
 def shifts(mean_ptr, std_ptr):
     """mean / std of the three channels"""
-    red, green = tl.load(mean_ptr) / tl.load(std_ptr), tl.load(mean_ptr + 1) / tl.load(std_ptr + 1)
-    return red, green, tl.load(mean_ptr + 2) / tl.load(std_ptr + 2)
+    red = tl.div_rn(tl.load(mean_ptr), tl.load(std_ptr))
+    green = tl.div_rn(tl.load(mean_ptr + 1), tl.load(std_ptr + 1))
+    return red, green, tl.div_rn(tl.load(mean_ptr + 2), tl.load(std_ptr + 2))
 
 
 @triton.jit
