@@ -66,7 +66,7 @@ def _local(parameter: torch.nn.Parameter) -> list[Tensor]:
     if isinstance(parameter, DTensor):  # FSDP2
         return [parameter.to_local()]
     if not hasattr(parameter, "ds_tensor"):
-        return [parameter.data]
+        return [parameter]
     shard, whole = parameter.ds_tensor.data, parameter.data
     if whole.numel() != parameter.ds_numel or whole.data_ptr() == shard.data_ptr():  # a lone rank's shard is the whole
         return [shard]

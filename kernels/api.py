@@ -15,7 +15,6 @@ import importlib.util
 
 import torch
 from automix_kernels import reference
-from automix_kernels.operators import Operator
 from automix_kernels.reference import upsample_mask
 from torch import Tensor
 
@@ -57,7 +56,7 @@ if HAS_TRITON:
         ),
     ):
         operator.register_kernel("cpu")(launch if INTERPRETED else definition)
-        if INTERPRETED and isinstance(operator, Operator):
+        if INTERPRETED:
             operator.direct_devices.add("cpu")
 
 __all__ = [
@@ -448,8 +447,10 @@ def _update_obstacle(targets: list[Tensor], sources: list[Tensor]) -> str | None
 
 
 def _same_dense_layout(a: Tensor, b: Tensor) -> bool:
-    layouts = [torch.contiguous_format] + [torch.channels_last] * (a.dim() == 4)
-    return any(a.is_contiguous(memory_format=each) and b.is_contiguous(memory_format=each) for each in layouts)
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    layout = torch.channels_last
+    return a.dim() == 4 and a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout)
 
 
 def _takes_triton(implementation: str, device: torch.device, obstacle: str | None) -> bool:

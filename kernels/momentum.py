@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from automix_kernels.operators import Operator
 from torch import Tensor
 
 CHUNK = 8192
@@ -117,9 +118,7 @@ def _send(table: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-momentum_update = torch.library.custom_op(
-    "automix::momentum_update", launch, mutates_args=("targets",), device_types="cuda"
-)
+momentum_update = Operator("momentum_update", launch, ("targets",))
 
 
 @momentum_update.register_fake

@@ -20,7 +20,7 @@ class Operator:
 
     Args:
         name: NAME.
-        launch: takes tensors or None, then numbers; returns new tensors.
+        launch: takes tensors, lists of tensors or None, then numbers; returns new tensors.
         mutates_args: names of arguments that it writes to.
     """
 
@@ -53,6 +53,8 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         first = next(each for each in arguments if each is not None)
+        if isinstance(first, list):
+            first = first[0]
         if (
             torch.compiler.is_compiling()
             or type(first) not in (Tensor, Parameter)
@@ -65,8 +67,8 @@ class Operator:
         if self._differentiable is not None and torch.is_grad_enabled():
             return self._differentiable.apply(*arguments)
         output = self._launch(*arguments)
-        if self._mutated:
-            torch.autograd.graph.increment_version([arguments[index] for index in self._mutated])
+        for written in (arguments[index] for index in self._mutated):
+            torch.autograd.graph.increment_version(written)
         return output
 
 
