@@ -13,7 +13,7 @@ from automix_dist.backbone import create_backbone
 from automix_dist.bench.memory import peak_saved_bytes
 from automix_dist.config import AutoMixConfig, ConfigError
 from automix_dist.draws import Draws, MixDraw
-from automix_dist.mix_block import MixBlock, mask_loss
+from automix_dist.mix_block import ChannelNorm, MixBlock, mask_loss
 from automix_dist.model import build_model
 from automix_dist.momentum import MomentumUpdate
 from automix_dist.policy import Mixes
@@ -386,3 +386,65 @@ def test_kernels_that_cannot_do_it_all_are_refused_where_they_are_asked_for(key)
         build_model(tiny_config(**each), TinyBackbone(), CLASSES)
         with pytest.raises(ConfigError, match=rf"engine.kernels = 'triton', but with {key} = .* in plain PyTorch"):
             build_model(tiny_config(**each, engine={"kernels": "triton", "device": "auto"}), TinyBackbone(), CLASSES)
+
+
+def test_what_is_logged_of_a_step_is_what_it_says():
+    """A Mix Block that always takes the partner; a clean head that always says 2 and a mixed one that says 3."""
+    model = tiny_model(tiny_config())
+    with torch.no_grad():
+        model.mix_block.value_bias.fill_(20.0)
+        model.query.head_one.bias[2] = model.query.head_mix.bias[3] = 50.0
+    images, labels = micro_batch(0, 0, 16)
+    losses = model(images, labels, rank_draws(tiny_config(), 0, 0, 16), 0.1)
+    assert losses.mask_area.item() == pytest.approx(1.0, abs=1e-6)
+    assert losses.accuracy.item() == pytest.approx((labels == 2).float().mean().item())
+    assert (labels == 2).sum() != (labels == 3).sum()
+
+
+@pytest.mark.parametrize("source", ["momentum", "query"])
+def test_a_gallery_shows_the_mix_of_the_encoder_that_feeds_the_mix_block(source):
+    config = tiny_config(automix={"feature_source": source})
+    model = tiny_model(config).eval()
+    with torch.no_grad():
+        for parameter in [*model.momentum.parameters(), *model.mix_block.parameters()]:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    images, _ = micro_batch(0, 0, 4)
+    draws = rank_draws(config, 0, 0, 4)
+    with torch.no_grad():
+        mask, mixed, *_ = model(images, None, draws)
+        clean = model._normalized(images)
+        logits, _ = model.mix_block(getattr(model, source).backbone.features(clean), draws.partner, draws.lam)
+    expected = torch.sigmoid(logits.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    torch.testing.assert_close(mask, expected)
+    partner = clean[draws.mix_block.partner]
+    torch.testing.assert_close(mixed, clean * (1 - mask[:, None]) + partner * mask[:, None])
+
+
+def test_a_step_without_judgement_is_drawn_so():
+    model, (images, _) = tiny_model(tiny_config()), micro_batch(0, 0, 4)
+    for judged in (True, False):
+        assert model.draw(images, seed=0, step=0, train_generator=judged).train_generator is judged
+
+
+def test_adjusted_masks_are_plain_mixup_near_both_ends_of_lambda():
+    model = tiny_model(tiny_config(automix={"mask_adjust": 1.0, "lam_margin": 0.1}))
+    images = torch.randn(3, 3, 16, 16)
+    draw = MixDraw(torch.tensor([0.05, 0.95, 0.5]), torch.tensor([1, 2, 0]), "nearest")
+    mixed = model._blend_adjusted(3 * torch.randn(3, 4, 4), images, Draws.of(draw, draw))
+    lam = draw.lam[:, None, None, None]
+    plain = lam * images + (1 - lam) * images[draw.partner]
+    assert [torch.allclose(a, b, atol=1e-5) for a, b in zip(mixed, plain, strict=True)] == [True, True, False]
+
+
+def test_a_mix_block_begins_as_published():
+    """Normal with a standard deviation of 0.01; LayerNorm's eps is 1e-6."""
+    torch.manual_seed(0)
+    block = MixBlock(256, AutoMixConfig())
+    assert block.query_weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert not block.query_bias.any() and not block.value_bias.any()
+    maps = 1e-3 * torch.randn(2, 8, 3, 3)
+    tokens = maps.permute(0, 2, 3, 1).double()
+    centred = tokens - tokens.mean(dim=3, keepdim=True)
+    expected = centred / (centred.square().mean(dim=3, keepdim=True) + 1e-6).sqrt()
+    got = ChannelNorm(8)(maps).permute(0, 2, 3, 1).double()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

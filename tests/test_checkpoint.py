@@ -39,6 +39,7 @@ from automix_dist.checkpoint_files import (
     load_module_state,
     newest,
     reshard,
+    step_folder,
     verify,
 )
 
@@ -696,3 +697,51 @@ def read_both_ways(config, folder: Path) -> tuple[dict, dict]:
     engine_steps(config, process, model, engine, 0, 2)
     direct = {name: p.detach().clone() for name, p in model.named_parameters()}
     return whole_parameters(engine, folder, process, config), direct
+
+
+def save_twice(config, folder: Path) -> list[dict]:
+    """The second save is asked for while the first one is still being written."""
+    process, model, engine = start_engine(config)
+    checkpoints = Checkpoints(folder, config.checkpoint, process, print)
+    write, disk, at_save = checkpoint.write_shard, threading.Event(), []
+
+    def slowly(*arguments):
+        disk.wait(10)
+        return write(*arguments)
+
+    checkpoint.write_shard = slowly
+    for last in (2, 4):
+        engine_steps(config, process, model, engine, last - 2, last)
+        at_save.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if last == 4:
+            threading.Timer(1.0, disk.set).start()
+        checkpoints.save(engine, {"step": last}, {})
+    assert checkpoints.wait()
+    return at_save
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    (at_save,) = run_ranks(1, save_twice, tiny_config(engine={"name": "ddp"}), tmp_path)
+    for step, parameters in zip((2, 4), at_save, strict=True):
+        state = load_module_state(verify(step_folder(tmp_path, step)), "")
+        assert_same({name: state[name] for name in parameters}, parameters, tolerance=0.0)
+
+
+def write_a_broken_step_anew(config, folder: Path) -> list[list[int]]:
+    process, _, engine = start_engine(config)
+    checkpoints, kept = Checkpoints(folder, config.checkpoint, process, print), []
+    for step in (1, 2, 4):
+        assert save(checkpoints, engine, step)
+    damage_flip(folder / "checkpoints" / "step_00000004" / "shard_00000.safetensors")
+    resumed = Checkpoints(folder, config.checkpoint, process, lambda _: None)
+    assert resumed.agree_on_newest().step == 2
+    for step in (4, 6):
+        assert save(resumed, engine, step)
+        assert newest(folder, lambda _: None).step == step
+        kept.append(sorted(committed_steps(folder)))
+    return kept
+
+
+def test_a_broken_step_that_is_written_anew_is_whole(tmp_path):
+    config = tiny_config(checkpoint={"keep_last": 2})
+    assert run_ranks(1, write_a_broken_step_anew, config, tmp_path) == [[[2, 4], [4, 6]]]

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from automix_dist import beton, control_group, data, prepare, sources
 from automix_dist.beton import BetonError
@@ -25,6 +26,7 @@ from automix_dist.config import ConfigError, DataConfig
 from automix_dist.config_file import load_config
 from automix_dist.cores import cores_of_rank, usable_cores
 from automix_dist.data import Batch, EvalLoader, LoaderError, TrainLoader
+from automix_dist.random_streams import CROP, ERASE, FLIP, JITTER, POLICY, stream_key, uniform
 from automix_dist.sampling import epoch_order
 
 CPU = torch.device("cpu")
@@ -747,3 +749,118 @@ def test_gpu_batches_are_those_of_the_cpu(path):
         stream.synchronize()
         assert all(tensor.is_cuda for batch in kept for tensor in batch)
         assert same([Batch(*(tensor.cpu() for tensor in batch)) for batch in kept], expected)
+
+
+RAW = range(0, COUNT, 2)  # the others are JPEG
+
+
+PLAIN = DataConfig(image_size=32, crop="none", flip=False, workers=1)
+
+
+WHOLE = DataConfig(image_size=32, crop_scale=(1, 1), crop_ratio=(1, 1), flip=False, workers=1)
+
+
+def originals() -> dict[int, np.ndarray]:
+    source = sources.open_source(f"synthetic:{COUNT}x32@5", "train")
+    return {i: np.asarray(source.load(i)) for i in RAW}
+
+
+def pixels(path, config, **options) -> dict[int, np.ndarray]:
+    seen = by_sample(train_loader(path, config, batch_size=COUNT, **options).epoch(0))
+    return {i: seen[i] for i in RAW}
+
+
+@pytest.mark.parametrize("config", [PLAIN, WHOLE], ids=["none", "whole box"])
+def test_without_augmentation_images_stay_what_they_are(path, config):
+    got = pixels(path, config)
+    assert all(np.array_equal(got[i], image) for i, image in originals().items())
+
+
+def test_half_of_the_images_are_mirrored_where_flips_are_on(path):
+    got = pixels(path, replace(PLAIN, flip=True))
+    mirrored = [not np.array_equal(got[i], image) for i, image in originals().items()]
+    assert all(
+        np.array_equal(got[i], image[:, ::-1] if m else image)
+        for m, (i, image) in zip(mirrored, originals().items(), strict=True)
+    )
+    assert 0.2 < np.mean(mirrored) < 0.8
+
+
+def test_another_seed_augments_otherwise(path):
+    one, other = (pixels(path, DataConfig(image_size=24, workers=1), seed=seed) for seed in (1, 2))
+    assert np.mean([not np.array_equal(one[i], other[i]) for i in RAW]) > 0.9
+
+
+@pytest.mark.parametrize("mode", ["zero", "reflect"])
+@pytest.mark.parametrize("pad", [1, 6])
+def test_padded_crops_are_cuts_of_the_padded_image(path, mode, pad):
+    got = pixels(path, DataConfig(image_size=32, crop="padded", pad=pad, pad_mode=mode, flip=False, workers=1))
+    places = set()
+    for i, image in originals().items():
+        kind = {"zero": "constant", "reflect": "reflect"}[mode]
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode=kind)
+        found = [
+            (y, x) for y in range(2 * pad + 1) for x in range(2 * pad + 1)
+            if np.array_equal(got[i], padded[y : y + 32, x : x + 32])
+        ]  # fmt: skip
+        assert found, i
+        places.add(found[0])
+    assert {max(y for y, _ in places), max(x for _, x in places)} == {2 * pad} if pad == 1 else len(places) > 10
+
+
+def test_crops_are_resized_as_the_config_says(path):
+    for method, pillows in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        expected = {i: np.asarray(Image.fromarray(each).resize((16, 16), pillows)) for i, each in originals().items()}
+        train = pixels(path, replace(WHOLE, image_size=16, resize=method))
+        evaluated = by_sample(eval_loader(path, DataConfig(image_size=16, resize=method, eval_crop_ratio=1.0)))
+        for i, image in expected.items():
+            assert np.array_equal(train[i], image) and np.array_equal(evaluated[i], image), (method, i)
+
+
+def test_erased_boxes_hold_the_mean_where_it_is_asked_for(path):
+    color = (0.2, 0.4, 0.8)
+    got = pixels(path, replace(PLAIN, random_erasing=1.0, erasing_mode="mean", mean=color, std=(0.1, 0.1, 0.1)))
+    for i, image in originals().items():
+        changed = (got[i] != image).any(axis=2)
+        assert changed.any() and (got[i][changed] == np.rint(255 * np.array(color))).all()
+    assert all(np.array_equal(a, b) for a, b in zip(pixels(path, PLAIN).values(), originals().values(), strict=True))
+    noise = pixels(path, replace(PLAIN, random_erasing=1.0, mean=color))
+    assert any(
+        len(np.unique(noise[i][(noise[i] != image).any(axis=2)], axis=0)) > 10 for i, image in originals().items()
+    )
+
+
+def test_the_colour_jitter_is_as_strong_as_asked_for(path):
+    """Three factors in 1 -+ s: no value leaves (1 + s)^3 times itself and its distance from the mean."""
+    moved = {}
+    for strength in (0.05, 0.8):
+        got = pixels(path, replace(PLAIN, color_jitter=strength))
+        moved[strength] = [np.abs(got[i].astype(int) - image).max() for i, image in originals().items()]
+    assert 0 < max(moved[0.05]) <= 255 * (1.05**3 - 1) + 3 and max(moved[0.8]) > 80
+
+
+def test_what_randaugment_brings_in_is_the_mean(path):
+    config = replace(PLAIN, rand_augment="rand-m10-n2-p1-inc1", mean=(0.0, 1.0, 0.0))
+    got = pixels(path, config)
+    filled = [((got[i] == (0, 255, 0)).all(axis=2)).sum() for i in RAW]
+    assert np.mean([count > 20 for count in filled]) > 0.2
+    assert not any((image == (0, 255, 0)).all(axis=2).any() for image in originals().values())
+
+
+def test_operations_draw_independently():
+    streams = (CROP, FLIP, JITTER, ERASE, POLICY)
+    drawn = np.array([[uniform(np.uint64(stream_key(3, 1, i, each)), 0) for each in streams] for i in range(2000)])
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(5)).max() < 0.1
+
+
+def test_random_boxes_have_the_area_and_the_ratio_asked_for(path):
+    """Twice as wide as high and half of the area: all columns, and 16 neighbouring rows."""
+    config = replace(WHOLE, crop_scale=(0.5, 0.5), crop_ratio=(2, 2), resize="bicubic")
+    got = pixels(path, config)
+    tops = set()
+    for i, image in originals().items():
+        boxes = [Image.fromarray(image[top : top + 16]).resize((32, 32), Image.Resampling.BICUBIC) for top in range(17)]
+        found = [top for top, each in enumerate(boxes) if np.array_equal(got[i], np.asarray(each))]
+        assert found, i
+        tops.add(found[0])
+    assert len(tops) > 5

@@ -309,3 +309,26 @@ def test_half_of_a_launcher_s_environment_is_told(environment, ranks, monkeypatc
     else:
         with pytest.raises(ConfigError, match=ranks):
             distributed.launched_ranks()
+
+
+def statistics_after(config, steps: int) -> dict[str, torch.Tensor]:
+    process, model, engine = start_engine(config)
+    model.train()
+    for step in range(steps):
+        size = config.batch_size // 2
+        engine(*micro_batch(step, process.rank, size), rank_draws(config, step, process.rank, size), 0.1)
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero3", "ddp", "fsdp2"])
+def test_batchnorm_statistics_are_each_rank_s_own(engine):
+    """Of forward passes alone: the weights stay the same, and each rank's statistics are those of its images."""
+    config = tiny_config(engine=ENGINES[engine])
+    for rank, got in enumerate(run_ranks(2, statistics_after, config, 3)):
+        model = tiny_model(config).train()
+        for step in range(3):
+            size = config.batch_size // 2
+            with torch.no_grad():
+                model(*micro_batch(step, rank, size), rank_draws(config, step, rank, size), 0.1)
+        for name, buffer in got.items():
+            torch.testing.assert_close(buffer, model.get_buffer(name), rtol=1e-5, atol=1e-6, msg=name)

@@ -11,9 +11,10 @@ from ranks import run_ranks
 from sklearn.metrics import confusion_matrix, precision_score, recall_score
 from timm.utils import accuracy as timm_accuracy
 from tiny import CLASSES, SIZE, tiny_config, tiny_model
+from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from automix_dist import distributed
+from automix_dist import distributed, robustness
 from automix_dist.config import ConfigError, EngineConfig
 from automix_dist.data import Batch
 from automix_dist.evaluate import BINS, Conditions, Counts, evaluate_model, fraction, summary
@@ -52,9 +53,10 @@ class Alone:
         return tensor
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
     model = tiny_model(tiny_config())
+    torch.manual_seed(0)
     for parameter in model.parameters():  # logits far apart, and encoders that differ
         parameter.data += 0.3 * torch.randn_like(parameter)
     return model
@@ -216,3 +218,56 @@ def test_the_page_has_every_class_and_no_foreign_html(model, tmp_path):
     assert "a &lt;run&gt;" in page and "&lt;class 3&gt;" in page and "<class" not in page and "<script" not in page
     assert len(re.findall("<rect", page)) == sum(each["images"] > 0 for each in result["calibration"])
     assert "classes" not in summary(result)
+
+
+def test_pgd_by_a_plain_loop(model):
+    """Ten steps of 2.5 epsilon / 10 from a random start, within epsilon and [0, 1]."""
+    epsilon = 0.02
+    loader, (mean, std) = Loader(), (each[:, None, None] for each in (model.mean, model.std))
+    pixels = loader.images.permute(0, 3, 1, 2) / 255
+    model.eval()
+    moved = pixels + robustness.random_start(pixels, torch.arange(IMAGES), 0, epsilon)
+    for _ in range(10):
+        moved = moved.clamp(pixels - epsilon, pixels + epsilon).clamp(0, 1).detach().requires_grad_()
+        loss = F.cross_entropy(model((moved - mean) / std).query, loader.labels)
+        moved = moved + 0.25 * epsilon * torch.autograd.grad(loss, moved)[0].sign()
+    moved = moved.clamp(pixels - epsilon, pixels + epsilon).clamp(0, 1)
+    right = (model((moved - mean) / std).query.argmax(dim=1) == loader.labels).sum().item()
+    seen = []
+    original = robustness.attack
+    robustness.attack = lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
+    try:
+        result = evaluate_model(model, loader, Alone(), Conditions(attack="pgd", epsilon=epsilon), COLOR)
+    finally:
+        robustness.attack = original
+    apart = (torch.cat(seen) - moved).abs()
+    assert (apart > 1e-5).float().mean() < 0.02  # a sign may hang on a rounding
+    assert result["conditions"]["pgd"]["top1_query"] * IMAGES == pytest.approx(right, abs=1.01)
+
+
+def test_the_mean_of_corruptions_is_theirs_alone_and_flips_hold_for_all_conditions(model):
+    loader = Loader()
+    asked = Conditions(corruptions=("contrast",), occlusion=(0.9,), attack="fgsm", epsilon=0.5, flip=True)
+    result = evaluate_model(model, loader, Alone(), asked, COLOR)["conditions"]
+    model.eval()
+    samples, shares = torch.arange(IMAGES), []
+    for severity in range(1, 6):
+        images = robustness.corrupt(loader.images, "contrast", severity, samples, 0)
+        with torch.no_grad():
+            answer = sum(model(each).query.softmax(dim=1) for each in (images, images.flip(2)))
+        shares.append((answer.argmax(dim=1) == loader.labels).double().mean().item())
+        assert result[f"contrast_{severity}"]["top1_query"] == pytest.approx(shares[-1])
+    assert result["corruptions_mean"]["top1_query"] == pytest.approx(np.mean(shares))
+
+
+def test_what_hides_images_has_the_color_asked_for(model):
+    seen = []
+    original = robustness.occlude
+    robustness.occlude = lambda *arguments: seen.append(original(*arguments)) or seen[-1]
+    try:
+        evaluate_model(model, Loader(), Alone(), Conditions(occlusion=(0.5,)), (0.2, 0.4, 0.6))
+    finally:
+        robustness.occlude = original
+    images, hidden = Loader().images, torch.cat(seen)
+    changed = (images != hidden).any(dim=3)
+    assert changed.any() and (hidden[changed] == torch.tensor([51, 102, 153], dtype=torch.uint8)).all()

@@ -7,13 +7,15 @@ import timm
 import torch
 from test_recipes import SMALL
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from tiny import tiny_config, tiny_model
 from torch import nn
 
 from automix_dist.backbone import create_backbone
 from automix_dist.config import ConfigError
 from automix_dist.config_file import from_dict
 from automix_dist.model import build_model
-from automix_dist.optimizer import build_optimizer
+from automix_dist.optimizer import build_optimizer, set_learning_rates
+from automix_dist.schedules import StepValues
 
 BACKBONES = {
     "deit_small_patch16_224": {"pos_embed", "cls_token"},
@@ -90,3 +92,35 @@ def test_an_unknown_order_of_layers_is_refused():
 def test_everything_decays_where_it_is_asked_for():
     model, sides = two_sides("deit_small_patch16_224", decay_norm_and_bias=True)
     assert not sides[0.0] and sides[0.05] == {p for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "of_query", "of_mix_block"),
+    [
+        (
+            {"name": "sgd", "momentum": 0.8, "mix_momentum": 0.3},
+            {"momentum": 0.8, "nesterov": False},
+            {"momentum": 0.3},
+        ),
+        ({"name": "sgd", "momentum": 0.8, "mix_momentum": None}, {"momentum": 0.8}, {"momentum": 0.8}),
+        ({"name": "adamw", "betas": [0.8, 0.95], "mix_momentum": None}, *[{"betas": (0.8, 0.95), "eps": 1e-8}] * 2),
+        ({"name": "lamb", "betas": [0.8, 0.95], "mix_momentum": None}, *[{"betas": (0.8, 0.95), "eps": 1e-6}] * 2),
+    ],
+)
+def test_every_group_has_the_settings_of_the_config(optimizer, of_query, of_mix_block):
+    config = tiny_config(optimizer={**optimizer, "layer_decay": 0.5, "weight_decay": 0.02})
+    model = tiny_model(config)
+    built = build_optimizer(model, config.optimizer)
+    set_learning_rates(built, StepValues(lr=0.4, mix_lr=0.06, momentum=0.0, mask_loss_weight=0.0))
+    backbone = model.query.backbone
+    rates = {p: 0.4 * 0.25 for p in backbone.stem.parameters()} | {p: 0.4 * 0.5 for p in backbone.top.parameters()}
+    mix_block = set(model.mix_block.parameters())
+    seen = 0
+    for group in built.param_groups:
+        for parameter in group["params"]:
+            expected = of_mix_block if parameter in mix_block else of_query
+            rate = 0.06 if parameter in mix_block else rates.get(parameter, 0.4)
+            assert {key: tuple(group[key]) if key == "betas" else group[key] for key in expected} == expected
+            assert group["lr"] == pytest.approx(rate) and group["weight_decay"] == 0.02
+            seen += 1
+    assert seen == sum(p.requires_grad for p in model.parameters())

@@ -1013,3 +1013,14 @@ def test_settings_are_written_out():
     full = policy.with_policy_settings(config).policy
     assert full.settings["alpha"] == 0.5 and full.settings["holes"] == (2, 6)
     assert policy.with_policy_settings(dataclasses.replace(config, policy=full)).policy == full
+
+
+def test_samix_drops_values_in_training_only():
+    torch.manual_seed(0)
+    block = samix.SAMixBlock(8, AutoMixConfig(lam_concat=False), samix.Settings(value_dropout=0.5))
+    features, partner, lam = torch.randn(4, 8, 4, 4), torch.tensor([[1, 2, 3, 0]]), torch.full((1, 4), 0.3)
+    one, other = (block(features, partner, lam)[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    block.eval()
+    one, other = (block(features, partner, lam)[0] for _ in range(2))
+    assert torch.equal(one, other)

@@ -195,3 +195,20 @@ def test_pgd_stays_in_the_ball_and_the_range_and_raises_the_loss():
         by_hand = torch.min(torch.max(step, pixels - 0.1), pixels + 0.1).clamp(0, 1)
     assert torch.allclose(moved, by_hand, atol=1e-6)
     assert math.isfinite(moved.sum())
+
+
+def test_brightness_is_the_standard_librarys_hsv_and_contrast_is_of_each_channel():
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images[..., 0] //= 2  # channels of different means
+    samples = torch.arange(2)
+    brighter = corrupt(images, "brightness", 5, samples, 0)
+    added = STRENGTHS["brightness"][32][4]
+    for y in range(0, 32, 5):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(images[0, y, y].double() / 255).tolist())
+        expected = colorsys.hsv_to_rgb(hue, saturation, min(value + added, 1))
+        assert brighter[0, y, y].tolist() == pytest.approx([255 * each for each in expected], abs=1)
+    share = STRENGTHS["contrast"][32][4]
+    pixels = images.double()
+    mean = pixels.mean(dim=(1, 2), keepdim=True)
+    expected = (mean + share * (pixels - mean)).clamp(0, 255)
+    assert (corrupt(images, "contrast", 5, samples, 0).double() - expected).abs().max() <= 1

@@ -141,3 +141,20 @@ def test_torch_randomness_is_a_function_of_the_step():
         seed_torch(seed=5, step=step)
         numbers.append(torch.rand(3).tolist())
     assert numbers[0] == numbers[2] != numbers[1]
+
+
+def test_a_moving_average_keeps_its_decay():
+    s = Schedule(load_config(None, ["epochs=10", "policy.name=mixup", "policy.ema_decay=0.97"]), 10)
+    assert {s.at(step).momentum for step in range(100)} == {0.97}
+
+
+def test_the_cosine_mask_weight_falls_within_an_epoch_too():
+    s = Schedule(load_config(None, ["epochs=2", "automix.mask_loss_schedule=cosine"]), 100)
+    assert s.at(50).mask_loss_weight == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
+
+
+def test_half_an_epoch_of_warmup():
+    s = Schedule(load_config(None, ["epochs=2", "optimizer.warmup_epochs=0.5", "optimizer.lr_update=epoch"]), 100)
+    start = 1e-5  # optimizer.warmup_start
+    assert s.at(25).lr == pytest.approx(s.at(50).lr * (1 - 0.5 * (1 - start)))
+    assert s.at(49).lr < s.at(50).lr == s.at(99).lr

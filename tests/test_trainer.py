@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -16,7 +17,7 @@ from engine_steps import start_engine
 from ranks import run_ranks
 from tiny import SIZE, micro_batch, tiny_config, tiny_model
 
-from automix_dist import distributed
+from automix_dist import distributed, trainer
 from automix_dist.checkpoint import Checkpoints
 from automix_dist.checkpoint_files import committed_steps, load_module_state, newest
 from automix_dist.config import ConfigError
@@ -353,3 +354,50 @@ def train_wide(settings, folder: Path) -> Position:
     global BATCH
     BATCH = 24
     return train(settings, folder)[1]
+
+
+def train_with_answers(settings, folder, top1: list[float], top5: list[float]):
+    answers = iter([{"top1_query": a, "top5_query": b, "loss_query": 1.0} for a, b in zip(top1, top5, strict=True)])
+    trainer.validate = lambda *_, **__: next(answers)
+    return train(settings, folder)[1]
+
+
+@pytest.mark.parametrize(("top1", "best"), [([0.3, 0.5, 0.4, 0.5], (6, 0.5)), ([0.2, 0.2, 0.2, 0.1], (3, 0.2))])
+def test_the_best_is_the_first_with_the_highest_top1(top1, best, tmp_path):
+    settings = tiny_config(epochs=4, eval_every_epochs=1, log={"gallery_pairs": 0}, checkpoint={"every_epochs": 0})
+    (position,) = run_ranks(1, train_with_answers, settings, tmp_path, top1, [0.9, 0.8, 0.95, 0.99])
+    assert (position.best_step, position.best_top1) == best
+
+
+def gallery_of(settings, folder) -> dict:
+    ListEvalLoader.batch_size = 7
+    shown = []
+    RunLog.gallery = lambda self, step, shown_now: shown.append(shown_now._asdict())
+    train(settings, folder)
+    return shown[-1]
+
+
+def test_a_gallery_shows_the_partners_that_it_names(tmp_path):
+    (shown,) = run_ranks(1, gallery_of, config(), tmp_path)  # two pairs: each image with the next one
+    images, labels = micro_batch(999, 0, 7)
+    chosen = [0, 6]
+    assert np.array_equal(shown["images"], images[chosen]) and shown["labels"].tolist() == labels[chosen].tolist()
+    assert np.array_equal(shown["partners"], images[chosen[::-1]])
+    assert shown["partner_labels"].tolist() == labels[chosen[::-1]].tolist()
+    mask = shown["masks"].astype(np.float64)[..., None]
+    expected = shown["images"] * (1 - mask) + shown["partners"] * mask
+    assert np.abs(shown["mixed"] - expected).max() <= 1.5
+    assert len(shown["sweep_lam"]) == 11 and shown["lam"].tolist() == pytest.approx([0.1, 0.9])
+
+
+def test_a_dump_has_the_values_of_its_own_step(tmp_path):
+    settings = tiny_config(
+        optimizer={"lr": 1e30, "min_lr": 0.0, "lr_update": "step"}, log={"every_steps": 2},
+        engine={"max_skipped_steps": 3}, checkpoint={"every_steps": 1},
+    )  # fmt: skip
+    run_ranks(1, diverge, settings, tmp_path)
+    (dump,) = (tmp_path / "dumps").iterdir()
+    step = int(dump.name.removeprefix("step_"))
+    total = 4 * STEPS
+    lr = 1e30 * (1 + np.cos(np.pi * step / total)) / 2
+    assert newest(dump).manifest["step_values"]["lr"] == pytest.approx(lr)
