@@ -1,16 +1,26 @@
 """timm models as backbones: what is read off them, what is refused, and exports that plain timm loads."""
 
+import json
 from argparse import Namespace
 
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from automix_dist.automix import AutoMix
 from automix_dist.backbone import classifier_names, create_backbone, foreign_normalisation
 from automix_dist.checkpoint_files import CheckpointError, Saved, verify
-from automix_dist.config import AutoMixConfig, ConfigError, DataConfig, ModelConfig, to_dict
+from automix_dist.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AutoMixConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    to_dict,
+)
 from automix_dist.config_file import from_dict
 from automix_dist.data import EvalLoader
 from automix_dist.draws import draw_step
@@ -265,6 +275,10 @@ def test_exports_give_the_same_logits_in_plain_timm(name, settings, feature, enc
     with torch.no_grad():
         torch.testing.assert_close(scope["model"](images), logits, atol=1e-5, rtol=1e-5)
     assert scope["classes"] == ["a", "b", "c"]
+    with safe_open(out, "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["mean"]) == list(IMAGENET_MEAN) and json.loads(about["std"]) == list(IMAGENET_STD)
+    assert (about["step"], about["encoder"], about["head"]) == ("1", encoder, head)
     if not settings.get("small_stem") and not settings.get("timm_kwargs"):
         image_size = {"img_size": 64} if "deit" in name else {}
         timm.create_model(name, num_classes=3, **image_size).load_state_dict(load_file(out))

@@ -229,6 +229,23 @@ def test_the_mix_shows_moved_blocks_of_both_images(move_pixels):
     assert seen == {2, 4, 8, 16} and moved > 20
 
 
+@pytest.mark.parametrize(("size", "side"), [(64, 4), (96, None)])
+def test_blocks_that_move_are_four_pixels_wide_or_in_larger_images_the_masks_own(size, side, monkeypatch):
+    made, images, grids = make("puzzlemix"), images_of(2, size, size), []
+    best_places = puzzlemix.best_places
+
+    def noted(shares, *rest):
+        grids.append(tuple(shares.shape[1:]))
+        return best_places(shares, *rest)
+
+    monkeypatch.setattr(puzzlemix, "best_places", noted)
+    for step in range(6):
+        this = looked(made, images, step)
+        made.mix(images, this)
+        blocks = this.extra["blocks"]
+        assert grids[-1] == (size // min(side or size, size // blocks),) * 2
+
+
 def test_what_stands_out_is_kept():
     """With one salient square in each image, in different places, both show."""
     images, saliency = torch.zeros(2, 3, 32, 32), torch.full((2, 32, 32), 0.01)

@@ -212,3 +212,13 @@ def test_brightness_is_the_standard_librarys_hsv_and_contrast_is_of_each_channel
     mean = pixels.mean(dim=(1, 2), keepdim=True)
     expected = (mean + share * (pixels - mean)).clamp(0, 255)
     assert (corrupt(images, "contrast", 5, samples, 0).double() - expected).abs().max() <= 1
+
+
+def test_corruptions_and_severities_draw_apart():
+    """Of one gray image: where two kinds of noise, or one at two strengths, change a value has nothing in common."""
+    gray, sample = torch.full((1, 64, 64, 3), 128, dtype=torch.uint8), torch.tensor([3])
+    moved = [
+        corrupt(gray, kind, severity, sample, 0).double().flatten() - 128
+        for kind, severity in (("gaussian_noise", 5), ("gaussian_noise", 4), ("shot_noise", 5), ("impulse_noise", 5))
+    ]
+    assert (torch.corrcoef(torch.stack(moved)) - torch.eye(4)).abs().max() < 0.05
