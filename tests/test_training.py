@@ -557,9 +557,10 @@ def test_memory_is_allocated_as_launchers_say_unless_the_user_says_otherwise(nam
     with mock.patch.dict(os.environ, users):
         for other in set(names) - set(users):
             os.environ.pop(other, None)
-        monkeypatch.setattr(cli, "_prepare", lambda options: found.update(os.environ) or 0)
+        command = ("look", lambda options: found.update(os.environ) or 0, lambda parser: None, "at the environment")
+        monkeypatch.setattr(cli, "COMMANDS", (command,))
         with pytest.raises(SystemExit):
-            main(["prepare", "digits", "x.beton"])
+            main(["look"])
     told = {each: found[each] for each in names if each in found}
     assert told == (users or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
