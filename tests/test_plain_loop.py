@@ -141,3 +141,4 @@ def test_a_run_is_a_plain_loop(tmp_path):
             if step % 2 == 0:
                 assert got["loss_generator"] == pytest.approx(wanted["loss_generator"], rel=1e-4)
     assert logged[-1]["skipped_steps"] == 1
+    assert {"loss_clean", "loss_mixed", "loss_mask", "mask_area", "top1_train", "grad_norm"} <= logged[0].keys()
