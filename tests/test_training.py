@@ -19,6 +19,7 @@ from ranks import ROOT, Command, free_port, own_process, rank_environment, recor
 from tiny import tiny_config
 
 from automix_dist import checkpoint, cli, data
+from automix_dist import evaluate as evaluate_module
 from automix_dist import run as runs
 from automix_dist.checkpoint_files import find_checkpoint, newest
 from automix_dist.cli import main
@@ -166,8 +167,20 @@ def test_two_ranks_train_stop_together_resume_and_evaluate_exactly(settings, tmp
     for refused in (["--cam", 0], ["--cam", 4, "--encoder", "ensemble"]):
         run("eval", output, "--out", tmp_path / "page", *refused, code=2)
         assert not (tmp_path / "page").exists()
-    first, second = run_ranks(2, evaluate, find_checkpoint(output))
+    saved = find_checkpoint(output)
+    first, second = run_ranks(2, evaluate, saved)
     assert first == second and {key: first[key] for key in two} == two
+    (hidden,) = run_ranks(1, what_hides, saved)
+    data = saved.manifest["config"]["data"]
+    assert list(hidden) == list(data["mean"]) != list(data["std"])
+
+
+def what_hides(saved) -> tuple[float, ...]:
+    """The colour that an evaluation of this checkpoint hides parts of images with."""
+    seen, evaluate_model = [], evaluate_module.evaluate_model
+    evaluate_module.evaluate_model = lambda *arguments: seen.append(arguments[4]) or evaluate_model(*arguments)
+    evaluate(saved)
+    return seen[0]
 
 
 @pytest.mark.slow
