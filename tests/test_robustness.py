@@ -214,11 +214,16 @@ def test_brightness_is_the_standard_librarys_hsv_and_contrast_is_of_each_channel
     assert (corrupt(images, "contrast", 5, samples, 0).double() - expected).abs().max() <= 1
 
 
-def test_corruptions_and_severities_draw_apart():
-    """Of one gray image: where two kinds of noise, or one at two strengths, change a value has nothing in common."""
-    gray, sample = torch.full((1, 64, 64, 3), 128, dtype=torch.uint8), torch.tensor([3])
-    moved = [
-        corrupt(gray, kind, severity, sample, 0).double().flatten() - 128
-        for kind, severity in (("gaussian_noise", 5), ("gaussian_noise", 4), ("shot_noise", 5), ("impulse_noise", 5))
-    ]
-    assert (torch.corrcoef(torch.stack(moved)) - torch.eye(4)).abs().max() < 0.05
+def test_corruptions_severities_and_samples_draw_apart(monkeypatch):
+    """No two of them have the same random numbers, nor has what is hidden or an attack's start."""
+    keys, rng_of = [], robustness.rng_of
+    monkeypatch.setattr(robustness, "rng_of", lambda *key: keys.append(key) or rng_of(*key))
+    images, samples = torch.full((2, 32, 32, 3), 128, dtype=torch.uint8), torch.tensor([3, 4])
+    for name in STRENGTHS:
+        for severity in SEVERITIES:
+            corrupt(images, name, severity, samples, 7)
+    occlude(images, 0.5, samples, 7, (0.5, 0.5, 0.5))
+    robustness.random_start(images.permute(0, 3, 1, 2) / 255, samples, 7, 0.1)
+    assert len(keys) == len(set(keys)) == 2 * (len(STRENGTHS) * len(SEVERITIES) + 2)
+    drawn = [rng_of(*key).random() for key in keys]
+    assert len(set(drawn)) == len(drawn)
