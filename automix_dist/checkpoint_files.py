@@ -70,13 +70,13 @@ class ShardReader:
         index: another reader's of the same checkpoint; without it, all shards are opened. With it, those that are read.
     """
 
-    def __init__(self, saved: Saved, index: "Index | None" = None):
+    def __init__(self, saved: Saved, index: Index | None = None):
         self.saved = saved
         self._files: dict[int, Any] = {}
         self.index = index or self._read_index()
         self._slices, self._shapes = self.index
 
-    def _read_index(self) -> "Index":
+    def _read_index(self) -> Index:
         slices, shapes = defaultdict(list), {}
         for number in range(len(self.saved.manifest["files"])):
             file = self._file(number)

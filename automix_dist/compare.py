@@ -20,7 +20,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,13 +151,13 @@ def _budget(config: Config) -> dict[str, Any]:
     return {key: value for key, value in settings if key.partition(".")[0] in BUDGET and key not in FREE}
 
 
-def _check_models(comparison: Comparison, path: Path) -> None:
+def _check_models(comparison: Comparison, path: Path, to_train: Collection[str]) -> None:
     """Raise ConfigError, before hours of training, for a policy that does not take its settings or this backbone, or
-    whose evaluation has no such metric."""
+    whose evaluation has no such metric. The starting weights of policies with nothing to train may be gone."""
     for name in comparison.policies:
         config = for_this_machine(load_config(comparison.base, comparison.overrides(name, comparison.seeds[0])))
-        if all(result(comparison, name, seed) is not None for seed in comparison.seeds):
-            config = without_weights(config)  # nothing is left to train, and their file may be gone
+        if name not in to_train:
+            config = without_weights(config)
         try:
             with pretrained_not_loaded():
                 model = new_model(config, 2, torch.device("cpu")).eval()
@@ -194,7 +194,10 @@ def compare(
         0, or EXIT_STOPPED if a signal stopped a training.
     """
     comparison = load_comparison(path, overrides)
-    _check_models(comparison, path)
+    # Seed by seed: an interrupted comparison has as many runs of each policy.
+    every = [(policy, seed) for seed in comparison.seeds for policy in comparison.policies]
+    missing = [each for each in every if result(comparison, *each) is None]
+    _check_models(comparison, path, {policy for policy, _ in missing})
     told: set[str] = set()
 
     def update_table() -> Path:
@@ -206,9 +209,6 @@ def compare(
         return page
 
     say(f"the table: {update_table()}")
-    # Seed by seed: an interrupted comparison has as many runs of each policy.
-    every = [(policy, seed) for seed in comparison.seeds for policy in comparison.policies]
-    missing = [each for each in every if result(comparison, *each) is None]
     running: list[_Training] = []
     with _signals_handed_on(running) as signals:
         try:

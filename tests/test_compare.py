@@ -143,7 +143,7 @@ def test_the_comparisons_of_the_repository_can_be_run(name, seeds, reference):
     assert len(comparison.seeds) == seeds and next(iter(comparison.policies)) == reference
     for policy in comparison.policies:
         assert load_config(comparison.base, comparison.overrides(policy, 0)).policy.name in POLICIES
-    _check_models(comparison, Path(name))
+    _check_models(comparison, Path(name), comparison.policies)
 
 
 def test_a_policy_that_cannot_be_built_is_named_before_anything_is_trained(tmp_path):

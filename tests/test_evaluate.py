@@ -220,7 +220,7 @@ def test_the_page_has_every_class_and_no_foreign_html(model, tmp_path):
     assert "classes" not in summary(result)
 
 
-def test_pgd_by_a_plain_loop(model):
+def test_pgd_by_a_plain_loop(model, monkeypatch):
     """Ten steps of 2.5 epsilon / 10 from a random start, within epsilon and [0, 1]."""
     epsilon = 0.02
     loader, (mean, std) = Loader(), (each[:, None, None] for each in (model.mean, model.std))
@@ -233,13 +233,9 @@ def test_pgd_by_a_plain_loop(model):
         moved = moved + 0.25 * epsilon * torch.autograd.grad(loss, moved)[0].sign()
     moved = moved.clamp(pixels - epsilon, pixels + epsilon).clamp(0, 1)
     right = (model((moved - mean) / std).query.argmax(dim=1) == loader.labels).sum().item()
-    seen = []
-    original = robustness.attack
-    robustness.attack = lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
-    try:
-        result = evaluate_model(model, loader, Alone(), Conditions(attack="pgd", epsilon=epsilon), COLOR)
-    finally:
-        robustness.attack = original
+    seen, attack = [], robustness.attack
+    monkeypatch.setattr(robustness, "attack", lambda *a, **k: seen.append(attack(*a, **k)) or seen[-1])
+    result = evaluate_model(model, loader, Alone(), Conditions(attack="pgd", epsilon=epsilon), COLOR)
     apart = (torch.cat(seen) - moved).abs()
     assert (apart > 1e-5).float().mean() < 0.02  # a sign may hang on a rounding
     assert result["conditions"]["pgd"]["top1_query"] * IMAGES == pytest.approx(right, abs=1.01)
@@ -260,14 +256,10 @@ def test_the_mean_of_corruptions_is_theirs_alone_and_flips_hold_for_all_conditio
     assert result["corruptions_mean"]["top1_query"] == pytest.approx(np.mean(shares))
 
 
-def test_what_hides_images_has_the_color_asked_for(model):
-    seen = []
-    original = robustness.occlude
-    robustness.occlude = lambda *arguments: seen.append(original(*arguments)) or seen[-1]
-    try:
-        evaluate_model(model, Loader(), Alone(), Conditions(occlusion=(0.5,)), (0.2, 0.4, 0.6))
-    finally:
-        robustness.occlude = original
+def test_what_hides_images_has_the_color_asked_for(model, monkeypatch):
+    seen, occlude = [], robustness.occlude
+    monkeypatch.setattr(robustness, "occlude", lambda *arguments: seen.append(occlude(*arguments)) or seen[-1])
+    evaluate_model(model, Loader(), Alone(), Conditions(occlusion=(0.5,)), (0.2, 0.4, 0.6))
     images, hidden = Loader().images, torch.cat(seen)
     changed = (images != hidden).any(dim=3)
     assert changed.any() and (hidden[changed] == torch.tensor([51, 102, 153], dtype=torch.uint8)).all()
